@@ -1,0 +1,339 @@
+"""Stage 1 of VTP: one ViT learns words, views and pixels at once.   VTP Sec. 3.5, 3.6
+
+    loss = w_clip * clip + w_ssl * (dino + ibot + 0.1 koleo) + w_rec * (L1 + LPIPS)
+
+    python train.py                                    nano on the built-in shapes, on a laptop
+    torchrun --nproc-per-node 8 train.py --size L --data DIR --out runs/L
+AE, CLIP+AE, SSL+AE and all three differ by their weights alone: --w-clip 0, --w-ssl 0.
+Leaves a run folder (vtp_min/run.py): weights, checkpoint, log. The same command goes on where it stopped.
+"""
+import argparse
+import math
+import resource
+import sys
+import time
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from data import Steps, batches, mask_indices_and_weights, normalize, open_data
+from tokenizer import get_tokenizer
+from vtp_min.dist import rank, say, start, stop, total, world
+from vtp_min.losses import (Perceptual, centered_softmax, clip_loss, dino_loss, ibot_loss, koleo_loss, moved_center, rec_loss,
+                            siglip_loss, sinkhorn)
+from vtp_min.model import SIZES, DINOHead, Student, Teacher, VTPConfig, VTPModel
+from vtp_min.run import Run, autocast, matmul_peak
+from vtp_min.vit import StochasticDepth
+
+DEFAULTS = {   # flag: (nano, S/B/L). nano's are ours; the others' source stands behind them
+    "image": (64, 256),            # paper Sec. 4.2
+    "patch": (8, 16),              # paper: f16
+    "latent_dim": (16, 64),        # paper: d64
+    "steps": (600, 70_000),        # ours: 1.1 billion samples (paper Sec. 4.5) at batch 16k
+    "batch": (64, 16_384),         # paper Sec. 4.1: B_clip = 16k
+    "batch_ssl": (32, 4_096),      # paper Sec. 4.1: B_ssl = 4k
+    "batch_rec": (64, 2_048),      # paper Sec. 4.1: B_rec = 2k
+    "locals": (2, 8),              # borrowed from DINOv2
+    "prototypes": (1_024, 65_536),       # borrowed from DINOv2; likewise the head's next two
+    "head_hidden": (256, 2_048),
+    "head_bottleneck": (64, 256),
+    "drop_ssl": (0.0, 0.3),        # borrowed from DINOv2
+    "lr": (1e-3, 5e-4),            # borrowed from OpenCLIP
+    "ema": (0.98, 0.994),          # borrowed from DINOv2's ViT-L recipe; short runs need a faster teacher
+}
+
+
+def main(args):
+    device = start(args.device)
+    precision = args.precision or ("bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else
+                                   "fp16" if device.type == "cuda" else "bf16" if device.type == "cpu" and args.size != "nano" else "fp32")
+    clip, ssl, rec = args.w_clip > 0, args.w_ssl > 0, args.w_rec > 0
+    settings = {k: v for k, v in vars(args).items()} | {"precision": precision, "device": str(device)}
+
+    # ---- the models
+    torch.manual_seed(args.seed)
+    config = VTPConfig.of_size(args.size, args.image, args.patch, args.latent_dim, clip, rec, args.light_decoder)
+    if args.clip_loss == "siglip":
+        config.init_logit_scale, config.init_logit_bias = math.log(10), -10.0          # SigLIP's own start
+    model = VTPModel(config)
+    head = DINOHead(model.feature_dim, args.prototypes, args.head_hidden, args.head_bottleneck) if ssl else None
+    student = Student(model, head).to(device)
+    teacher = Teacher(student).to(device) if ssl else None
+    perceptual = Perceptual(args.perceptual).to(device) if rec and args.perceptual != "none" else None
+    opt = torch.optim.AdamW(param_groups(student), betas=(0.9, 0.98), eps=1e-6)        # borrowed from OpenCLIP
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    center = {"cls": torch.zeros(args.prototypes, device=device), "patch": torch.zeros(args.prototypes, device=device)}
+
+    # ---- the data
+    tokenizer = get_tokenizer("ViT-B-32", config.text_context_length)
+    source = open_data(args.data, "train", args.seed, side=args.image)
+    data = Steps(source, tokenizer, seed=args.seed, batch=args.batch, batch_ssl=args.batch_ssl, batch_rec=args.batch_rec,
+                 clip=clip, ssl=ssl, rec=rec, image=args.image, local_image=args.local_image, n_local=args.locals, patch=args.patch,
+                 rank=rank(), world=world())
+
+    # ---- the run, new or gone on with
+    run = Run(args.out, settings, args.fresh)
+    run.finish_on_signals()
+    first = 0
+    if run.state:
+        first = run.state["step"]
+        student.load_state_dict(run.state["student"])
+        opt.load_state_dict(run.state["opt"])
+        scaler.load_state_dict(run.state["scaler"])
+        if ssl:
+            teacher.load_state_dict(run.state["teacher"])
+            center = {k: v.to(device) for k, v in run.state["center"].items()}
+    introduce(args, model, head, source, device, precision, clip, ssl, rec)
+    ddp = student
+    if world() > 1:
+        ddp = DistributedDataParallel(student, [device] if device.type == "cuda" else None, broadcast_buffers=False)
+    ddp.train()
+    peak, flops, bad = matmul_peak(device, precision), None, set()
+
+    bar = tqdm(total=args.steps, initial=first, desc="train", unit="step", disable=rank() > 0, dynamic_ncols=True)
+    clock = time.perf_counter()
+    for step, batch in zip(range(first, args.steps), batches(data, first, args.steps, args.workers)):
+        waited = time.perf_counter() - clock
+        bad.update(report_bad(batch["bad"], bad))
+        batch = to_device(batch, device)
+        lr, wd = warmup_cosine(step, args.lr, args.warmup, args.steps), cosine(step, 0.04, 0.2, args.steps)   # wd: DINOv2, ViT-L
+        temp = ramp(step, 0.04, 0.07, 0.3 * args.steps)                                 # DINOv2: 30 of 100 epochs
+        set_(opt, lr, wd, freeze_head=step < args.steps // 100)                         # DINOv2: 1 of 100 epochs
+        drop = stochastic_depth(args, step, batch)
+        counter = FlopCounterMode(display=False) if flops is None else None
+        if counter:
+            counter.__enter__()
+
+        # ================================================================ the method
+        with autocast(device, precision):
+            out = ddp(batch, drop)                                                      # one forward: DDP syncs gradients once
+            if ssl:
+                t_cls, t_patch = teacher(batch["crops"], batch["mask"])
+        terms = {}
+        if clip:                                                                        # what the words say
+            contrast = siglip_loss if args.clip_loss == "siglip" else clip_loss
+            terms["clip"] = contrast(out["img"], out["txt"], out["scale"], out["bias"])
+        if ssl:                                                                         # what stays when the view changes
+            if args.teacher == "sinkhorn":
+                targets = sinkhorn(t_cls.flatten(0, 1), temp).view_as(t_cls), sinkhorn(t_patch, temp)
+            else:
+                targets = centered_softmax(t_cls.float(), center["cls"], temp), centered_softmax(t_patch.float(), center["patch"], temp)
+                center = {"cls": moved_center(center["cls"], t_cls.float().flatten(0, 1)), "patch": moved_center(center["patch"], t_patch.float())}
+            terms["dino"] = dino_loss(out["cls"], targets[0])
+            terms["ibot"] = ibot_loss(out["patch"], targets[1], batch["mask_weight"], n_crops=2 * batch["crops"].shape[1])
+            terms["koleo"] = sum(koleo_loss(crop.float()) for crop in out["tokens"])
+        if rec:                                                                         # what the eye sees
+            l1, lpips = rec_loss(out["pixels"].float(), batch["image"][batch["rec"]], perceptual)
+            terms["rec"] = l1 + lpips
+        loss = (args.w_clip * terms.get("clip", 0) + args.w_rec * terms.get("rec", 0)
+                + args.w_ssl * (terms.get("dino", 0) + terms.get("ibot", 0) + args.w_koleo * terms.get("koleo", 0)))
+        opt.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.unscale_(opt)
+        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip_grad)
+        scaler.step(opt)
+        scaler.update()
+        with torch.no_grad():
+            if clip:
+                model.logit_scale.clamp_(0, math.log(100))                              # CLIP, OpenCLIP
+            if ssl:
+                teacher.follow(student, cosine(step, args.ema, 1.0, args.steps))        # DINO: momentum rises to 1
+        # ================================================================
+
+        if counter:
+            counter.__exit__(None, None, None)
+            flops = counter.get_total_flops()
+        done = step + 1
+        if done % args.log_every == 0 or done in (1, args.steps):
+            seconds = time.perf_counter() - clock
+            gauges = {"teacher_entropy": entropy(targets[0]), "spread": spread(out["tokens"][0])} if ssl else {}
+            values = {k: mean_over_ranks(v) for k, v in ({"loss": loss} | terms | gauges).items()}
+            values |= {"perceptual": args.perceptual} if rec else {}
+            values |= {"logit_scale": model.logit_scale.exp().item()} if clip else {}
+            run.log(done, **values, lr=lr, weight_decay=wd, grad_norm=norm, bad=len(bad),
+                    images_per_s=args.batch / seconds, share_of_peak=flops / seconds / peak, data_wait=waited / seconds)
+            bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in values.items() if k in ("loss", "clip", "dino", "ibot", "rec")))
+        bar.update()
+        clock = time.perf_counter()
+        if done % args.save_every == 0 or done == args.steps or run.stopping:
+            run.save(done, {"student": student.state_dict(), "opt": opt.state_dict(), "scaler": scaler.state_dict(),
+                            "teacher": teacher.state_dict() if ssl else {}, "center": center})
+            if rank() == 0:
+                model.save_pretrained(args.out)
+            clock = time.perf_counter()
+        if run.stopping:
+            break
+    bar.close()
+    say(f"{args.out}: {'stopped on a signal, saved; the same command goes on' if run.stopping else 'done'}. "
+        f"Peak memory {peak_memory(device):.2f} GB. Next: python eval.py report {args.out}")
+    stop()
+
+
+# ---------------------------------------------------------------- schedules
+def cosine(step, a, b, steps):
+    """a at step 0, b at the last, half a cosine between"""
+    return b + (a - b) * (1 + math.cos(math.pi * min(step / max(steps - 1, 1), 1))) / 2
+
+
+def ramp(step, a, b, steps):
+    """a at step 0, b from `steps` on, a straight line between"""
+    return a + (b - a) * min(step / max(steps, 1), 1)
+
+
+def warmup_cosine(step, lr, warmup, steps, floor=1e-6):
+    """Linear to lr in `warmup` steps (OpenCLIP: the first step already moves), then half a cosine down to `floor` (DINOv2's)"""
+    return lr * (step + 1) / warmup if step < warmup else cosine(step - warmup, lr, min(floor, lr), steps - warmup)
+
+
+def param_groups(student):
+    """No weight decay for vectors (biases, norms, scales) and position tables: the rule of OpenCLIP, and of DINOv2.
+    The head's last layer stands apart, because it rests at first."""
+    groups = {}
+    for name, p in student.named_parameters():
+        key = (p.ndim > 1 and "positional" not in name, "last_layer" in name)
+        groups.setdefault(key, []).append(p)
+    return [{"params": ps, "decay": decay, "last": last} for (decay, last), ps in groups.items()]
+
+
+def set_(opt, lr, wd, freeze_head):
+    for g in opt.param_groups:
+        g["lr"] = 0.0 if g["last"] and freeze_head else lr
+        g["weight_decay"] = wd if g["decay"] else 0.0
+
+
+def stochastic_depth(args, step, batch):
+    """One draw an objective over the rows of the global batch that it uses. DINO's global and local crops are drawn apart."""
+    def draw(rate, rows, n, objective, crops=1):
+        number = rows // (args.batch // n)                                              # 0..n-1 within the subset
+        number = (number + n * torch.arange(crops)[:, None]).flatten()                  # all first crops, then all second, ...
+        return StochasticDepth(rate, number, crops * n, args.seed, step, objective) if rate else None
+    drop = dict.fromkeys(("clip", "rec", "ssl", "local"))
+    if "image" in batch:
+        drop["clip"] = drop["rec"] = draw(args.drop_clip, batch["rows_image"], args.batch if args.w_clip else args.batch_rec, 0)
+        if "rec" in batch and args.drop_rec != args.drop_clip:
+            drop["rec"] = draw(args.drop_rec, batch["rows_image"][batch["rec"].cpu()], args.batch_rec, 1)
+    if "crops" in batch:
+        drop["ssl"] = draw(args.drop_ssl, batch["rows_ssl"], args.batch_ssl, 2, crops=2)
+        drop["local"] = draw(args.drop_ssl, batch["rows_ssl"], args.batch_ssl, 3, crops=args.locals)
+    return drop
+
+
+# ---------------------------------------------------------------- bookkeeping
+def to_device(batch, device):
+    """Pixels travel as bytes and become ImageNet-normalised floats on arrival."""
+    out = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) and not k.startswith("rows") else v for k, v in batch.items()}
+    if "mask" in out:
+        out["mask_weight"] = mask_indices_and_weights(out["mask"])[1]
+    return out | {k: normalize(out[k]) for k in ("image", "crops", "locals") if k in out}
+
+
+def report_bad(names, known):
+    """Say each unreadable sample once, on the rank that met it."""
+    new = [n for n in names if n not in known]
+    for n in new:
+        print(f"skipped {n}: cannot be read; another sample took its place", file=sys.stderr, flush=True)
+    return new
+
+
+def mean_over_ranks(x):
+    return (total(x.detach().clone()) / world()).item()
+
+
+def entropy(p):
+    """Mean entropy of the teacher's answers, in nats. ln K: it says nothing (collapse). 0: one prototype each."""
+    return -(p * p.clamp_min(1e-30).log()).sum(-1).mean()
+
+
+def spread(x):
+    """How far class tokens lie apart: 1 random directions, 0 all in one place (collapse)"""
+    x = torch.nn.functional.normalize(x.detach().float(), dim=-1)
+    return (1 - x.mean(0).square().sum()).clamp_min(0).sqrt()
+
+
+def peak_memory(device):
+    """GB, of this process"""
+    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def introduce(args, model, head, source, device, precision, clip, ssl, rec):
+    def count(m):
+        return sum(p.numel() for p in m.parameters()) / 1e6 if m is not None else 0.0
+    text = sum(p.numel() for k, p in model.named_parameters() if k.startswith(("text", "token", "pos", "ln_final"))) / 1e6
+    grid = args.image // args.patch
+    say(f"objectives   {' + '.join(n for n, on in (('CLIP', clip), ('SSL', ssl), ('AE', rec)) if on)}   weights clip {args.w_clip:g}, ssl {args.w_ssl:g}, rec {args.w_rec:g}"
+        f"   perceptual {args.perceptual}")
+    say(f"model        {args.size}: trunk {count(model.trunk):.2f}M, decoder {count(getattr(model, 'pixel_decoder', None)):.2f}M, "
+        f"text {text:.2f}M, DINO head {count(head):.2f}M parameters; latents {args.latent_dim} x {grid} x {grid}")
+    say(f"data         {source.spec}   batch {args.batch} (clip), {args.batch_ssl} (ssl), {args.batch_rec} (rec) over {world()} process(es)")
+    say(f"machine      {device}, {precision} (bf16 where the hardware has it; fp32 for nano on a CPU, where it is no slower), "
+        f"{torch.get_num_threads()} threads")
+    if ssl and args.batch_ssl < 16:
+        say(f"note         {args.batch_ssl} images are few for KoLeo and for the teacher's balance over {args.prototypes} prototypes; their terms are noisy")
+
+
+def arguments():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    def flag(name, type, advice, default=None, **more):
+        p.add_argument(name, type=type, default=default, help=advice + ("" if default in (None, "") else f" (default {default})"), **more)
+    def sized(name, type, advice):
+        nano, paper = DEFAULTS[name.strip("-").replace("-", "_")]
+        flag(name, type, f"{advice} (default {nano} for nano, else {paper})")
+    flag("--out", str, "run folder; one that holds a checkpoint is gone on with", "runs/vtp")
+    p.add_argument("--fresh", action="store_true", help="start over in --out")
+    flag("--data", str, "shapes, shapes:objects=1,size=0.6-0.9, a folder of class folders, or tar shards 'x-{000..099}.tar'", "shapes")
+    flag("--val-data", str, "kept for eval.py, when --data has no val/ of its own")
+    flag("--size", str, f"one of {', '.join(SIZES)}: the paper's S, B, L, and nano for a CPU", "nano")
+    p.add_argument("--light-decoder", action="store_true", help="the paper's decoder for fast experiments: 4 ViT-L layers (Sec. 4.1)")
+    sized("--image", int, "side of pictures and global crops, pixels")
+    sized("--patch", int, "side of a patch, pixels; one latent each")
+    sized("--latent-dim", int, "d, channels of a latent; the paper also tries 256")
+    sized("--steps", int, "length of the run")
+    sized("--batch", int, "image-text pairs a step over ALL processes; halve it if memory runs out")
+    sized("--batch-ssl", int, "images of the batch that DINO and iBOT see")
+    sized("--batch-rec", int, "images of the batch that are reconstructed")
+    flag("--w-clip", float, "weight of the contrastive loss; paper 0 or 1", 1.0)
+    flag("--w-ssl", float, "weight of DINO + iBOT + KoLeo; paper 0 or 1", 1.0)
+    flag("--w-rec", float, "weight of L1 + LPIPS; paper 0.1: smaller helps generation", 0.1)
+    flag("--w-koleo", float, "weight of KoLeo within ssl; borrowed from DINOv2, 0 turns it off", 0.1)
+    flag("--perceptual", str, "LPIPS net; its trunk must have been fetched. none: L1 alone, which the log repeats", "vgg", choices=["vgg", "alex", "squeeze", "none"])
+    flag("--clip-loss", str, "clip: softmax over the batch (paper); siglip: each pair on its own", "clip", choices=["clip", "siglip"])
+    flag("--teacher", str, "how the teacher's targets are balanced: sinkhorn (DINOv2 ViT-L/g, DINOv3) or centering (DINO)", "sinkhorn", choices=["sinkhorn", "centering"])
+    sized("--locals", int, "local crops an image")
+    flag("--local-image", int, "side of local crops (default 96/224 of --image as DINOv2, in whole patches)")
+    sized("--prototypes", int, "K of the DINO head")
+    sized("--head-hidden", int, "width of the DINO head's MLP")
+    sized("--head-bottleneck", int, "width of the DINO head's unit sphere")
+    sized("--drop-ssl", float, "stochastic depth of DINO and iBOT")
+    flag("--drop-clip", float, "stochastic depth of CLIP; OpenCLIP has none", 0.0)
+    flag("--drop-rec", float, "stochastic depth of reconstruction; other than CLIP's costs a forward of its own", 0.0)
+    sized("--lr", float, "peak learning rate")
+    flag("--warmup", int, "steps of linear warm-up (default a tenth of the run, as DINOv2)")
+    sized("--ema", float, "teacher momentum at the start; rises to 1 by a cosine")
+    flag("--clip-grad", float, "largest gradient norm; borrowed from DINOv2, there per part", 3.0)
+    flag("--seed", int, "same seed, same machine: same run", 0)
+    flag("--workers", int, "processes that prepare data; changes nothing but speed", 0 if torch.get_num_threads() < 3 else 4)
+    flag("--device", str, "cpu, cuda or mps (default the best present)")
+    flag("--precision", str, "fp32, bf16 or fp16 autocast (default by device and size, and said)", choices=["fp32", "bf16", "fp16"])
+    flag("--log-every", int, "steps between lines of log.jsonl", 10)
+    flag("--save-every", int, "steps between checkpoints", 500)
+    args = p.parse_args()
+    if args.size not in SIZES:
+        p.error(f"--size {args.size} is unknown; choose one of {', '.join(SIZES)}")
+    for name, values in DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, values[args.size != "nano"])
+    if args.image % args.patch:
+        p.error(f"--image {args.image} is no multiple of --patch {args.patch}; try --image {args.image // args.patch * args.patch}")
+    args.local_image = args.local_image or max(round(args.image * 96 / 224 / args.patch), 1) * args.patch
+    if args.local_image % args.patch:
+        p.error(f"--local-image {args.local_image} is no multiple of --patch {args.patch}")
+    args.warmup = max(args.steps // 10, 1) if args.warmup is None else args.warmup
+    if max(args.w_clip, args.w_ssl, args.w_rec) <= 0 or min(args.w_clip, args.w_ssl, args.w_rec) < 0:
+        p.error("all of --w-clip, --w-ssl, --w-rec must be 0 or more, and one above 0: nothing would be learned")
+    return args
+
+
+if __name__ == "__main__":
+    main(arguments())

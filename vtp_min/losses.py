@@ -1,0 +1,161 @@
+"""Losses of VTP: one function a term, tensors in, one scalar out. No model, no config.
+
+    words      clip_loss, siglip_loss      a caption belongs to its picture                     VTP Sec. 3.4
+    views      dino_loss                   two crops of one picture are one thing               VTP Sec. 3.3, self-distillation
+    patches    ibot_loss                   a hidden patch follows from its surroundings         VTP Sec. 3.3, masked image modelling
+    spread     koleo_loss                  no two pictures in one place (DINOv2)
+    pixels     rec_loss, Perceptual        the picture comes back: L1 + LPIPS                   VTP Sec. 3.2
+The teacher's targets come from `sinkhorn` or `centered_softmax`. What looks at the whole batch gathers over ranks: each
+rank returns the loss of its own rows, and the mean over ranks (which is what DDP makes of the gradients) is the loss of
+one process holding the whole batch.
+
+B rows on this rank    E CLIP space    K prototypes    V local crops    M masked patches on this rank
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .dist import gather, highest, rank, total
+from .weights import find
+
+
+def wide(x):
+    """Probabilities over thousands of prototypes are taken in float32 at least, whatever autocast did before."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+# ---------------------------------------------------------------- words
+def clip_loss(img, txt, scale, bias=None):
+    """Symmetric InfoNCE: caption i belongs to image i and to no other.   CLIP Fig. 3; OpenCLIP's --local-loss --gather-with-grad
+
+    img, txt (B, E) unit length      scale () = exp(learned log-temperature)      bias () or None, added to all logits
+    """
+    here = torch.arange(len(img), device=img.device) + rank() * len(img)     # where my rows stand in the whole batch
+    to_txt = scale * img @ gather(txt).T                                     # (B, W*B) my images against every caption
+    to_img = scale * txt @ gather(img).T                                     # (B, W*B) my captions against every image
+    if bias is not None:
+        to_txt, to_img = to_txt + bias, to_img + bias
+    return (F.cross_entropy(to_txt, here) + F.cross_entropy(to_img, here)) / 2
+
+
+def siglip_loss(img, txt, scale, bias):
+    """Every pair asked on its own, belongs or not: no softmax over the batch.   SigLIP Eq. 1
+
+    img, txt (B, E) unit length      scale, bias () learned; they start at 10 and -10
+    """
+    logits = scale * img @ gather(txt).T + bias                              # (B, W*B)
+    here = torch.arange(len(img), device=img.device)
+    sign = torch.full_like(logits, -1.0)
+    sign[here, here + rank() * len(img)] = 1.0                               # +1 my own caption, -1 all others
+    return F.softplus(-sign * logits).sum() / len(img)
+
+
+# ---------------------------------------------------------------- views
+def dino_loss(student, teacher, tau=0.1):
+    """Mean cross-entropy H(teacher, student) over pairs of different views.   DINO Eq. 3; pairs weigh alike as in DINOv2
+
+    student (2+V, B, K) logits, the two global crops first      teacher (2, B, K) probabilities, no gradient
+    """
+    logp = F.log_softmax(wide(student) / tau, dim=-1)
+    pairs = [(t, s) for t in range(2) for s in range(len(student)) if s != t]
+    return -sum((teacher[t] * logp[s]).sum(-1).mean() for t, s in pairs) / len(pairs)
+
+
+# ---------------------------------------------------------------- patches
+def ibot_loss(student, teacher, weight, n_crops, tau=0.1):
+    """Cross-entropy on hidden patches; each masked crop weighs alike, however much of it is hidden.   iBOT Eq. 2, DINOv2
+
+    student (M, K) logits      teacher (M, K) probabilities      weight (M,) = 1 / (hidden patches of the same crop)
+    n_crops  global crops on this rank, masked or not: DINOv2 divides by all of them
+    """
+    logp = F.log_softmax(wide(student) / tau, dim=-1)
+    return -((teacher * logp).sum(-1) * weight).sum() / n_crops
+
+
+# ---------------------------------------------------------------- spread
+def koleo_loss(x):
+    """-mean log distance to the nearest neighbour: class tokens of one crop push each other apart.   DINOv2 Sec. 4
+
+    x (B, D) class tokens before the head. Neighbours are sought over all ranks (DINOv2 looks at one rank only).
+    """
+    x = F.normalize(x, dim=-1, eps=1e-8)
+    everyone = gather(x)                                                     # (W*B, D)
+    with torch.no_grad():
+        alike = x @ everyone.T
+        here = torch.arange(len(x), device=x.device)
+        alike[here, here + rank() * len(x)] = -1                             # not my own neighbour
+        nearest = alike.argmax(1)
+    distance = (x - everyone[nearest] + 1e-8).norm(dim=-1)                   # 1e-8 inside and outside, as torch's PairwiseDistance
+    return -(distance + 1e-8).log().mean()
+
+
+# ---------------------------------------------------------------- the teacher's targets
+@torch.no_grad()
+def centered_softmax(logits, center, temp):
+    """Sharpened and centred: no prototype may win everywhere.   DINO Eq. 1      logits (..., K), center (K,) -> probabilities"""
+    return F.softmax((logits - center) / temp, dim=-1)
+
+
+@torch.no_grad()
+def moved_center(center, logits, momentum=0.9):
+    """center <- 0.9 center + 0.1 mean logit, used from the next batch on.   DINO Eq. 4; momentum from DINOv2
+
+    logits (n, K). The mean is over the rows of all ranks together. (DINOv2's iBOT centre averages each rank's own
+    mean instead, so that a rank with few masked patches counts as much as one with many.)
+    """
+    rows = total(torch.tensor(float(len(logits)), device=logits.device, dtype=logits.dtype))
+    return momentum * center + (1 - momentum) * total(logits.sum(0)) / rows
+
+
+@torch.no_grad()
+def sinkhorn(logits, temp, iterations=3):
+    """Rows become probabilities while every prototype gets an equal share of the whole batch.   SwAV Sec. 3.1, DINOv2
+
+    logits (n, K), n may differ between ranks -> (n, K), rows sum to 1
+    """
+    logits = wide(logits)
+    top = highest(logits.max() if len(logits) else logits.new_tensor(-torch.inf))
+    q = torch.exp((logits - top) / temp)          # DINOv2 leaves `- top` out and overflows above 88; a common factor cancels below
+    tiny = torch.finfo(q.dtype).tiny
+    for _ in range(iterations):
+        q = q / total(q.sum(0)).clamp_min(tiny)                              # each prototype's column: one share
+        q = q / q.sum(1, keepdim=True).clamp_min(tiny)                       # each row: a probability
+    return q
+
+
+# ---------------------------------------------------------------- pixels
+def rec_loss(pixels, target, perceptual=None):
+    """L1 + LPIPS between a picture and its reconstruction, both (B, 3, H, W) ImageNet-normalised.   VTP Sec. 3.2
+
+    -> L1, perceptual term (0 without one). The paper adds them without saying how they weigh; ours weigh alike, as in VQGAN.
+    """
+    l1 = (pixels - target).abs().mean()
+    return l1, perceptual(pixels, target) if perceptual else l1.new_zeros(())
+
+
+class Perceptual(nn.Module):
+    """LPIPS of the `lpips` package with frozen heads and trunk, fed in the scale it expects.   [35] in the paper
+
+    net 'vgg', 'alex' or 'squeeze'. Raises FileNotFoundError, saying what to fetch, when the trunk's weights are missing;
+    random_trunk=True takes random ones (for tests of the plumbing: no usable metric).
+    """
+    def __init__(self, net, random_trunk=False):
+        super().__init__()
+        path = None if random_trunk else find(net)
+        import lpips                                                          # slow to import, needed only here
+        self.lpips = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)      # built without a download ...
+        if path:                                                              # ... then given its trunk: slices of torchvision's net
+            there = torch.load(path, map_location="cpu", weights_only=True)
+            trunk = {k: there["features." + k.split(".", 1)[1]] for k in self.lpips.net.state_dict()}
+            self.lpips.net.load_state_dict(trunk)
+        self.requires_grad_(False)                                            # the heads ask for gradients otherwise
+        self.train(False)
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
+
+    def train(self, mode=True):
+        return super().train(False)                                           # the heads hold Dropout: never in train mode
+
+    def forward(self, pixels, target):
+        a, b = ((x * self.std + self.mean) * 2 - 1 for x in (pixels, target)) # LPIPS wants [-1, 1]
+        return self.lpips(a.float(), b.float()).mean()

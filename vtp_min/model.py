@@ -1,0 +1,328 @@
+"""VTP: one vision transformer that understands, remembers and paints.   VTP Sec. 3, Fig. 3
+
+                    .-- visual_proj ----------> img (B, E)  <- clip ->  txt (B, E) -- text tower -- captions
+    pixels -- trunk +-- DINO head ------------> logits (., K)  <- dino, ibot ->  the same from the EMA teacher
+                    '-- bottleneck z (B, d, h, w) -- pixel decoder --> pixels
+
+VTPConfig, VTPModel   what is published, saved and loaded: the released checkpoints' fields, keys and methods
+Student, Teacher      what training adds: one forward for all objectives; a slow copy that sets the targets
+
+B images    Bs images of the self-supervised subset    V local crops    N = h*w patches    D width    d latent channels
+E CLIP space    K prototypes    T text tokens    M masked patches
+"""
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .decoder import PixelDecoder
+from .run import write_aside
+from .text import TextTransformer, pool
+from .vit import VisionTransformer, init_linear
+
+SIZES = {   # trunk; S, B, L as in the paper (ViT-S/B/L), with its text tower. nano is ours, for a CPU.
+    "nano": dict(D=192, depth=4, heads=3, text=128, text_depth=2, text_heads=4),
+    "S":    dict(D=384, depth=12, heads=6, text=768, text_depth=12, text_heads=12),
+    "B":    dict(D=768, depth=12, heads=12, text=768, text_depth=12, text_heads=12),
+    "L":    dict(D=1024, depth=24, heads=16, text=768, text_depth=12, text_heads=12),
+}
+
+
+@dataclass
+class VTPConfig:
+    """The fields of the official config.json, with its defaults; the last two are ours."""
+    image_size: int = 256
+    train_clip: bool = True
+    train_reconstruction: bool = True
+    vision_patch_size: int = 16
+    vision_embed_dim: int = 768
+    vision_depth: int = 12
+    vision_num_heads: int = 12
+    vision_mlp_ratio: float = 4.0
+    vision_ffn_layer: str = "swiglu"
+    vision_norm_layer: str = "rmsnorm"
+    vision_init_values: float | None = None
+    vision_use_qk_norm: bool = False
+    vision_feature_bottleneck: int | None = 64
+    vision_bottleneck_ae_only: bool = True
+    vision_clip_feat: str = "cls"
+    text_context_length: int = 77
+    text_vocab_size: int = 49408
+    text_embed_dim: int = 768
+    text_num_heads: int = 12
+    text_depth: int = 12
+    text_mlp_ratio: float = 4.0
+    text_ls_init_value: float | None = None
+    text_embed_cls: bool = False
+    text_pad_id: int = 0
+    text_no_causal_mask: bool = False
+    text_pool_type: str = "argmax"
+    text_proj_type: str = "linear"
+    text_proj_bias: bool = False
+    text_output_tokens: bool = False
+    text_quick_gelu: bool = False
+    decoder_embed_dim: int = 768
+    decoder_num_heads: int = 12
+    decoder_depth: int = 12
+    decoder_ffn_layer: str = "swiglu"
+    decoder_norm_layer: str = "layernorm"
+    decoder_init_values: float | None = None
+    decoder_use_qk_norm: bool = False
+    init_logit_scale: float | None = None
+    init_logit_bias: float | None = None
+    nonscalar_logit_scale: bool = False
+    decoder_upscale: int = 16                # ours: pixels a latent becomes on each side; the official decoder always has 16
+    rope_dtype: str = "bfloat16"             # ours: the official models were trained with bfloat16 RoPE
+
+    @classmethod
+    def of_size(cls, size, image=256, patch=16, latent_dim=64, clip=True, rec=True, light_decoder=False):
+        """The paper's models, and nano: QKNorm on (Sec. 4.1), decoder symmetric or the paper's light one: 4 ViT-L layers."""
+        if size not in SIZES:
+            raise ValueError(f"size {size!r} is unknown; choose one of {', '.join(SIZES)}")
+        s = SIZES[size]
+        decoder = dict(D=1024, depth=4, heads=16) if light_decoder else s
+        return cls(image_size=image, train_clip=clip, train_reconstruction=rec, vision_patch_size=patch, vision_embed_dim=s["D"],
+                   vision_depth=s["depth"], vision_num_heads=s["heads"], vision_use_qk_norm=True, vision_feature_bottleneck=latent_dim,
+                   text_embed_dim=s["text"], text_depth=s["text_depth"], text_num_heads=s["text_heads"],
+                   decoder_embed_dim=decoder["D"], decoder_depth=decoder["depth"], decoder_num_heads=decoder["heads"],
+                   decoder_use_qk_norm=True, decoder_upscale=patch, rope_dtype="float32")
+
+
+class VTPModel(nn.Module):
+    """config -> the tokenizer. Images are (B, 3, H, W), ImageNet-normalised, sides multiples of the patch."""
+
+    def __init__(self, config):
+        super().__init__()
+        c = self.config = config
+        rope = getattr(torch, c.rope_dtype)
+        D, W = c.vision_embed_dim, c.text_embed_dim
+        d = c.vision_feature_bottleneck or D
+        self.trunk = VisionTransformer(D, c.vision_depth, c.vision_num_heads, c.vision_patch_size, c.vision_mlp_ratio, c.vision_ffn_layer,
+                                       c.vision_norm_layer, c.vision_use_qk_norm, c.vision_init_values, d, rope)
+        self.feature_dim = D if c.vision_bottleneck_ae_only else d           # what the CLIP and DINO heads read
+        if c.train_reconstruction:
+            self.pixel_decoder = PixelDecoder(d, c.decoder_embed_dim, c.decoder_depth, c.decoder_num_heads, c.decoder_ffn_layer,
+                                              c.decoder_norm_layer, c.decoder_use_qk_norm, c.decoder_init_values, c.decoder_upscale, rope)
+        if c.train_clip:
+            self.visual_proj = nn.Linear(self.feature_dim, W, bias=False)    # torch's default init, as the released training code
+            self.token_embedding = nn.Embedding(c.text_vocab_size, W)
+            self.positional_embedding = nn.Parameter(torch.empty(c.text_context_length, W).normal_(std=0.01))
+            self.text_transformer = TextTransformer(W, c.text_depth, c.text_num_heads, c.text_mlp_ratio, not c.text_no_causal_mask,
+                                                    c.text_quick_gelu, c.text_ls_init_value)
+            self.ln_final = nn.LayerNorm(W)
+            if c.text_proj_type != "none":
+                self.text_projection = nn.Linear(W, W) if c.text_proj_bias else nn.Parameter(torch.empty(W, W))
+                nn.init.normal_(self.text_projection.weight if c.text_proj_bias else self.text_projection, std=W ** -0.5)
+            nn.init.normal_(self.token_embedding.weight, std=0.02)
+            shape = [1] if c.nonscalar_logit_scale else []
+            scale = torch.tensor(1 / 0.07).log().item() if c.init_logit_scale is None else c.init_logit_scale      # CLIP: 14.3
+            self.logit_scale = nn.Parameter(torch.full(shape, scale))
+            self.logit_bias = None if c.init_logit_bias is None else nn.Parameter(torch.full(shape, float(c.init_logit_bias)))
+
+    # ------------------------------------------------------------ as an auto-encoder
+    def get_reconstruction_latents(self, img):
+        """(B, 3, H, W) -> z (B, d, h, w): all that the decoder, and later the DiT, ever see"""
+        h, w = (side // self.config.vision_patch_size for side in img.shape[-2:])
+        return self.latents(self.trunk(img)[1], h, w)
+
+    def latents(self, patches, h, w):
+        """(B, N, D) -> (B, d, h, w)"""
+        return self.trunk.feature_bottleneck(patches).transpose(1, 2).unflatten(2, (h, w))
+
+    def get_latents_decoded_images(self, z):
+        """(B, d, h, w) -> (B, 3, h*u, w*u), ImageNet-normalised, not clamped"""
+        return self.pixel_decoder(z)
+
+    # ------------------------------------------------------------ as CLIP
+    def project(self, cls, patches):
+        """What CLIP reads of an image: the class token, or the mean patch -> (B, E), not normalised"""
+        x = cls if self.config.vision_clip_feat == "cls" else patches.mean(1)
+        return self.visual_proj(x if self.config.vision_bottleneck_ae_only else self.trunk.feature_bottleneck(x))
+
+    def get_clip_image_feature(self, img, normalize=False):
+        """-> (B, E)"""
+        x = self.project(*self.trunk(img))
+        return F.normalize(x, dim=-1) if normalize else x
+
+    def get_clip_text_feature(self, text, normalize=False):
+        """text (B, T) ids, T at most the context length -> (B, E)"""
+        x = self.token_embedding(text) + self.positional_embedding[:text.shape[1]]       # (B, T, W)
+        x = self.ln_final(self.text_transformer(x))
+        if self.config.text_pool_type != "none":
+            x = pool(x, text, self.config.text_pool_type)                                # (B, W)
+        if self.config.text_proj_type != "none":
+            x = self.text_projection(x) if self.config.text_proj_bias else x @ self.text_projection
+        return F.normalize(x, dim=-1) if normalize else x
+
+    def get_clip_logits(self, img, text):
+        """-> how well each image fits each caption (B, n), and the transpose"""
+        logits = self.logit_scale.exp() * self.get_clip_image_feature(img, True) @ self.get_clip_text_feature(text, True).T
+        logits = logits if self.logit_bias is None else logits + self.logit_bias
+        return logits, logits.T
+
+    # ------------------------------------------------------------ as a feature extractor
+    def get_last_layer_feature(self, img, use_bottleneck=False):
+        """-> {'cls_token': (B, D), 'patch_tokens': (B, N, D)}; width d after the bottleneck"""
+        cls, patches = self.trunk(img)
+        squeeze = self.trunk.feature_bottleneck if use_bottleneck else nn.Identity()
+        return {"cls_token": squeeze(cls), "patch_tokens": squeeze(patches)}
+
+    def get_intermediate_layers_feature(self, img, n=1, reshape=False, return_class_token=False, norm=True):
+        """n  how many of the last blocks, or a list of block numbers -> one (patches, cls) pair a block, or patches alone
+
+        patches (B, N, D), or (B, D, h, w) with reshape; norm applies the final norm to every block's output
+        """
+        layers = list(self.trunk.layers(img))
+        wanted = layers[-n:] if isinstance(n, int) else [layers[i] for i in n]
+        h, w = (side // self.config.vision_patch_size for side in img.shape[-2:])
+        out = []
+        for x in wanted:
+            x = self.trunk.norm(x) if norm else x
+            patches = x[:, 1:].transpose(1, 2).unflatten(2, (h, w)) if reshape else x[:, 1:]
+            out.append((patches, x[:, 0]) if return_class_token else patches)
+        return tuple(out)
+
+    # ------------------------------------------------------------ to disk and back
+    def save_pretrained(self, folder):
+        """config.json + model.safetensors, in the official layout. Each file is written aside and renamed."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"model_type": "vtp", "architectures": ["VTPModel"], "dtype": "float32", **asdict(self.config)}, indent=2)
+        tensors = {k: v.contiguous() for k, v in self.state_dict().items()}
+        write_aside(folder / "config.json", lambda path: path.write_text(text + "\n"))
+        write_aside(folder / "model.safetensors", lambda path: safetensors.torch.save_file(tensors, path, {"format": "pt"}))
+
+    @classmethod
+    def from_pretrained(cls, folder, rope_dtype=None):
+        """A folder with config.json + model.safetensors (ours or official), or a Hub id when huggingface_hub is installed.
+
+        rope_dtype  None takes the file's own ("float32" in ours), else bfloat16, as the official models were trained
+        """
+        if not Path(folder, "config.json").exists():
+            folder = from_hub(folder)
+        found = json.loads(Path(folder, "config.json").read_text())
+        known = {k: v for k, v in found.items() if k in {f.name for f in fields(VTPConfig)}}     # Hugging Face adds fields of its own
+        if rope_dtype is not None:
+            known["rope_dtype"] = str(rope_dtype).removeprefix("torch.")
+        model = cls(VTPConfig(**known))
+        model.load_state_dict(safetensors.torch.load_file(Path(folder, "model.safetensors")))
+        return model.eval()
+
+
+def from_hub(name):
+    wanted = f"{name} holds no config.json; wanted a folder with config.json and model.safetensors (a run of train.py, or released weights)"
+    if str(name).count("/") != 1 or Path(name).exists():
+        raise FileNotFoundError(wanted)
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise FileNotFoundError(f"{wanted}. If it is a Hub id: pip install huggingface_hub") from None
+    return snapshot_download(name, allow_patterns=["config.json", "model.safetensors"])
+
+
+# ---------------------------------------------------------------- what training adds
+class DINOHead(nn.Module):
+    """Token -> K prototypes: an MLP onto a small unit sphere, then cosine similarities with learned directions.   DINO
+
+    One head serves class tokens (DINO) and patches (iBOT), as in the released code. Defaults are DINOv2's.
+    """
+    def __init__(self, dim, K=65536, hidden=2048, bottleneck=256):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck))
+        self.mlp.apply(init_linear)
+        directions = nn.Linear(bottleneck, K, bias=False).weight              # torch's default init, as in DINOv2
+        self.last_layer = nn.Module()
+        self.last_layer.weight_g = nn.Parameter(torch.ones(K, 1))             # lengths: start at 1, trainable (released code)
+        self.last_layer.weight_v = nn.Parameter(directions.detach().clone())
+
+    def forward(self, x):
+        """(n, D) -> logits (n, K)"""
+        x = F.normalize(self.mlp(x), dim=-1)
+        return F.linear(x, F.normalize(self.last_layer.weight_v, dim=-1) * self.last_layer.weight_g)
+
+
+class Student(nn.Module):
+    """Everything that receives gradients, in one forward: what DistributedDataParallel wraps."""
+
+    def __init__(self, model, head=None):
+        super().__init__()
+        self.model, self.dino_head = model, head
+
+    def forward(self, batch, drop):
+        """batch: data.Steps' dict, images as normalised floats      drop: {'clip', 'rec', 'ssl', 'local': StochasticDepth or None}
+
+        -> dict with, for the objectives that are on:
+           img, txt (B, E) unit length, scale (), bias () or None      pixels (Br, 3, H, W)
+           cls (2+V, Bs, K) logits, patch (M, K) logits, tokens (2, Bs, D) class tokens before the head
+        """
+        m, out = self.model, {}
+        if "image" in batch:                                                     # one clean view serves words and pixels
+            cls, patches = m.trunk(batch["image"], drop=drop["clip"])
+        if "text" in batch:
+            out["img"] = F.normalize(m.project(cls, patches).float(), dim=-1)
+            out["txt"] = F.normalize(m.get_clip_text_feature(batch["text"]).float(), dim=-1)
+            out["scale"], out["bias"] = m.logit_scale.exp(), m.logit_bias
+        if "rec" in batch:
+            h, w = (side // m.config.vision_patch_size for side in batch["image"].shape[-2:])
+            if drop["rec"] is not drop["clip"]:                                  # another rate: a forward of its own
+                patches = m.trunk(batch["image"][batch["rec"]], drop=drop["rec"])[1]
+            else:
+                patches = patches[batch["rec"]]
+            out["pixels"] = m.pixel_decoder(m.latents(patches, h, w))
+        if "crops" in batch:
+            V = len(batch["locals"])
+            cls, patches = m.trunk(batch["crops"].flatten(0, 1), mask=batch["mask"].flatten(0, 1), drop=drop["ssl"])
+            hidden = patches[batch["mask"].flatten(0, 1)]                        # (M, D) what the student could not see
+            out["tokens"] = cls.unflatten(0, (2, -1))                            # (2, Bs, D)
+            if V:
+                cls = torch.cat([cls, m.trunk(batch["locals"].flatten(0, 1), drop=drop["local"])[0]])
+            squeeze = nn.Identity() if m.config.vision_bottleneck_ae_only else m.trunk.feature_bottleneck
+            out["cls"] = self.dino_head(squeeze(cls)).unflatten(0, (2 + V, -1))  # (2+V, Bs, K)
+            out["patch"] = self.dino_head(squeeze(hidden))                       # (M, K)
+        return out
+
+
+class Teacher(nn.Module):
+    """A slow average of the student (trunk, CLIP projection, head), which sees the whole picture and sets the targets.   DINO
+
+    It starts as a copy. (In the released code its head and projection start with other random weights, and nothing there
+    makes them equal: DINOv2 copies them, and so do we.)
+    """
+    def __init__(self, student):
+        super().__init__()
+        c = student.model.config
+        whole = VTPModel(c)
+        self.trunk, self.dino_head = whole.trunk, DINOHead(student.model.feature_dim, *head_shape(student.dino_head))
+        self.proj = whole.visual_proj if c.train_clip else None
+        self.ae_only = c.vision_bottleneck_ae_only
+        self.follow(student, 0.0)
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode=True):
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, crops, mask):
+        """crops (2, Bs, 3, H, W), nothing hidden; mask (2, Bs, N) -> logits of class tokens (2, Bs, K), of hidden patches (M, K)"""
+        cls, patches = self.trunk(crops.flatten(0, 1))
+        squeeze = nn.Identity() if self.ae_only else self.trunk.feature_bottleneck
+        return self.dino_head(squeeze(cls)).unflatten(0, (2, -1)), self.dino_head(squeeze(patches[mask.flatten(0, 1)]))
+
+    @torch.no_grad()
+    def follow(self, student, m):
+        """teacher <- m teacher + (1 - m) student, parameter by parameter"""
+        pairs = [(self.trunk, student.model.trunk), (self.dino_head, student.dino_head)]
+        pairs += [(self.proj, student.model.visual_proj)] if self.proj else []
+        for mine, theirs in pairs:
+            for t, s in zip(mine.parameters(), theirs.parameters()):
+                t.copy_(t * m + s * (1 - m))
+
+
+def head_shape(head):
+    """-> K, hidden, bottleneck of a DINOHead"""
+    return len(head.last_layer.weight_v), head.mlp[0].out_features, head.mlp[-1].out_features

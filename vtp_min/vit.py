@@ -1,0 +1,220 @@
+"""The vision transformer: pixels -> tokens.   VTP Sec. 3.1; its architecture is DINOv3's (official README)
+
+    patchify -> [class token, patches] -> depth x (attention + feed-forward) -> norm -> class token (B, D), patches (B, N, D)
+
+Reads top-down: norms, where a patch stands (RoPE), what looks at what (attention), what is thought about it (SwiGLU),
+a block, which samples a block skips (stochastic depth), the trunk. The pixel decoder is built from the same blocks.
+Attribute names are the official ones, so that the released weights load.
+
+B images    N = h*w patches    D width    H heads of c = D/H channels    d latent channels
+"""
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+# ---------------------------------------------------------------- norms
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the quotient taken in float32 and cast back before the weight (released code)"""
+    def __init__(self, D, eps=1e-5):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(D)), eps
+
+    def forward(self, x):
+        wide = x.double() if x.dtype == torch.float64 else x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+
+
+NORMS = {"rmsnorm": RMSNorm,                                         # eps 1e-5
+         "layernorm": lambda D: nn.LayerNorm(D, eps=1e-6),
+         "layernormbf16": lambda D: nn.LayerNorm(D, eps=1e-5)}
+
+
+# ---------------------------------------------------------------- where a patch stands
+class RoPE(nn.Module):
+    """Axial rotary position embedding: pairs of channels turn by an angle that grows with y, or with x.
+
+    Coordinates run over (-1, 1) whatever the grid, so a local crop of 6x6 patches spans the same angles as a global one.
+    dtype bfloat16 rounds after every operation, as the released models were trained; float32 is exact and ours.
+    """
+    def __init__(self, c, dtype=torch.float32):
+        super().__init__()
+        if c % 4:
+            raise ValueError(f"a head is {c} channels wide, but axial RoPE needs a multiple of 4; change the width or the heads")
+        self.c, self.dtype = c, dtype
+        self.register_buffer("periods", self.periods_in(torch.bfloat16))       # bfloat16 in every official file
+
+    def periods_in(self, dtype, device=None):
+        """(c/4,) wavelengths from 1 up to 100 half-grids"""
+        return 100 ** (2 * torch.arange(self.c // 4, device=device, dtype=dtype) / (self.c // 2))
+
+    def forward(self, h, w, prefix=0):
+        """-> sin, cos (prefix + h*w, c). The prefix rows (a class token stands nowhere) have angle zero: they are not turned."""
+        device, dtype = self.periods.device, self.dtype
+        periods = self.periods.to(dtype) if dtype == torch.bfloat16 else self.periods_in(dtype, device)
+        y, x = ((torch.arange(n, device=device, dtype=dtype) + 0.5) / n for n in (h, w))           # patch centres in (0, 1)
+        grid = 2 * torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flatten(0, 1) - 1           # (N, 2) in (-1, 1)
+        angle = (2 * torch.pi * grid[:, :, None] / periods).flatten(1).tile(2)                      # (N, c): y, x, y, x
+        angle = F.pad(angle, (0, 0, prefix, 0))
+        return angle.sin(), angle.cos()
+
+
+def rotate(x, sin, cos):
+    """Turn each pair (i, i + c/2) of x (B, H, N, c) by its angle, in the precision of the tables."""
+    turned = x.to(torch.promote_types(sin.dtype, x.dtype) if sin.dtype == torch.float32 else sin.dtype)
+    a, b = turned.chunk(2, -1)
+    return (turned * cos + torch.cat([-b, a], -1) * sin).to(x.dtype)
+
+
+# ---------------------------------------------------------------- what looks at what
+class Attention(nn.Module):
+    """Multi-head self-attention; QKNorm [13 in the paper] bounds its logits: stability (VTP Sec. 4.1)"""
+    def __init__(self, D, heads, qk_norm):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(D, 3 * D), nn.Linear(D, D)
+        self.q_norm, self.k_norm = (RMSNorm(D // heads) if qk_norm else nn.Identity() for _ in range(2))
+
+    def forward(self, x, rope):
+        B, N, D = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)      # each (B, H, N, c)
+        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
+        x = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)             # softmax(q k' / sqrt c) v
+        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+
+
+# ---------------------------------------------------------------- what is thought about it
+class SwiGLU(nn.Module):
+    """w3( silu(w1 x) * w2 x ). Two thirds of the usual hidden width, rounded up: as many parameters as a plain MLP."""
+    def __init__(self, D, ratio, align):
+        super().__init__()
+        hidden = -(-int(int(D * ratio) * 2 / 3) // align) * align
+        self.w1, self.w2, self.w3 = nn.Linear(D, hidden), nn.Linear(D, hidden), nn.Linear(hidden, D)
+
+    def forward(self, x):
+        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+
+
+class Mlp(nn.Module):
+    def __init__(self, D, ratio):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(D, int(D * ratio)), nn.Linear(int(D * ratio), D)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+FFNS = {"mlp": Mlp} | {f"swiglu{'' if align == 8 else align}": lambda D, ratio, align=align: SwiGLU(D, ratio, align)
+                       for align in (8, 32, 64, 128)}
+
+
+# ---------------------------------------------------------------- a block
+class LayerScale(nn.Module):
+    def __init__(self, D, init):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((D,), float(init)))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """x + attention(norm x), then x + feed-forward(norm x)"""
+    def __init__(self, D, heads, ratio, ffn, norm, qk_norm, layer_scale):
+        super().__init__()
+        self.norm1, self.attn = NORMS[norm](D), Attention(D, heads, qk_norm)
+        self.norm2, self.mlp = NORMS[norm](D), FFNS[ffn](D, ratio)
+        self.ls1, self.ls2 = (LayerScale(D, layer_scale) if layer_scale else nn.Identity() for _ in range(2))
+
+    def forward(self, x, rope, kept=(None, None)):
+        x = residual(x, lambda x: self.ls1(self.attn(self.norm1(x), rope)), kept[0])
+        return residual(x, lambda x: self.ls2(self.mlp(self.norm2(x))), kept[1])
+
+
+def residual(x, branch, kept):
+    """x + branch(x); with stochastic depth the branch runs on the kept rows only, scaled up so that its mean stays."""
+    if kept is None:
+        return x + branch(x)
+    rows, scale = kept
+    return x.index_add(0, rows, branch(x[rows]).to(x.dtype), alpha=scale)
+
+
+class StochasticDepth:
+    """Which samples a residual branch is computed for: a fixed share of the whole batch (DINOv2), drawn anew per branch.
+
+    The draw follows from `key` = (seed, step, objective), block and branch alone and is made over the GLOBAL batch: any
+    number of processes or micro-batches, and any recomputation, keeps the same samples.
+    rate  share dropped      rows (B,) the numbers of this process's samples in the global batch of `total`
+    """
+    def __init__(self, rate, rows, total, *key):
+        self.n, self.rows, self.total, self.key = max(int(total * (1 - rate)), 1), np.asarray(rows), total, key
+
+    def __call__(self, block):
+        """-> for attention and feed-forward of this block: (rows of this process's batch, scale)"""
+        return [self.draw(block, branch) for branch in range(2)]
+
+    def draw(self, block, branch):
+        kept = np.zeros(self.total, bool)
+        kept[np.random.default_rng((*self.key, block, branch)).permutation(self.total)[:self.n]] = True
+        return torch.from_numpy(kept[self.rows].nonzero()[0]), self.total / self.n
+
+
+# ---------------------------------------------------------------- the trunk
+class PatchEmbed(nn.Module):
+    def __init__(self, D, patch):
+        super().__init__()
+        self.proj = nn.Conv2d(3, D, patch, patch)
+
+    def forward(self, img):
+        return self.proj(img)                            # (B, D, h, w)
+
+
+class VisionTransformer(nn.Module):
+    """img (B, 3, h*P, w*P) -> class token (B, D), patches (B, h*w, D)"""
+    def __init__(self, D, depth, heads, patch, ratio=4.0, ffn="swiglu", norm="rmsnorm", qk_norm=True, layer_scale=None,
+                 latent_dim=64, rope_dtype=torch.float32):
+        super().__init__()
+        self.patch_embed = PatchEmbed(D, patch)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, D))
+        self.mask_token = nn.Parameter(torch.empty(1, D))
+        self.rope_embed = RoPE(D // heads, rope_dtype)
+        self.blocks = nn.ModuleList(Block(D, heads, ratio, ffn, norm, qk_norm, layer_scale) for _ in range(depth))
+        self.norm = NORMS[norm](D)
+        # all that the decoder, and later the DiT, ever see: D -> d, no bias, after the final norm. d = D needs none (released code)
+        self.feature_bottleneck = nn.Linear(D, latent_dim, bias=False) if latent_dim not in (None, D) else nn.Identity()
+        self.apply(init_linear)
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.zeros_(self.mask_token)
+
+    def layers(self, img, mask=None, drop=None):
+        """Yields the tokens (B, 1+N, D) after every block, before the final norm.
+
+        mask  (B, N) True = the patch is hidden (iBOT): its embedding is replaced by a learned token
+        drop  a StochasticDepth, or any function of a block's number that gives what its two branches keep
+        """
+        x = self.patch_embed(img)                                                       # (B, D, h, w)
+        h, w = x.shape[-2:]
+        x = x.flatten(2).transpose(1, 2)                                                # (B, N, D)
+        if mask is not None:
+            x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
+        cls = self.cls_token + 0 * self.mask_token                                      # 0 * : DDP wants every parameter used
+        x = torch.cat([cls.to(x.dtype).expand(len(x), -1, -1), x], 1)                   # (B, 1+N, D)
+        rope = self.rope_embed(h, w, prefix=1)
+        for i, block in enumerate(self.blocks):
+            x = block(x, rope, drop(i) if drop else (None, None))
+            yield x
+
+    def forward(self, img, mask=None, drop=None):
+        """-> class token (B, D), patches (B, N, D), after the final norm and before the bottleneck"""
+        *_, x = self.layers(img, mask, drop)
+        x = self.norm(x)
+        return x[:, 0], x[:, 1:]
+
+
+def init_linear(m):
+    """trunc-normal 0.02, zero bias (released code); convolutions keep torch's default"""
+    if isinstance(m, nn.Linear):
+        nn.init.trunc_normal_(m.weight, std=0.02)
+        if m.bias is not None:
+            nn.init.zeros_(m.bias)
