@@ -77,6 +77,7 @@ class Shapes:
     side, so it is always shrunk, never enlarged, and as sharp as what validation shows.
     """
     classes = list(shapes.KINDS)
+    templates = [f"{'an' if colour == 'orange' else 'a'} {colour} {{}}" for colour in shapes.COLOURS]      # for zero-shot prompts
 
     def __init__(self, spec, split, seed, side):
         self.spec, self.endless = spec, split == "train"

@@ -6,7 +6,8 @@
     torchrun --nproc-per-node 8 -- dit.py ...       the same on many processes (-- keeps torchrun from taking --n for its own)
 
 Symbols: x0 noise, x1 data (normalised latent), xt = t x1 + (1-t) x0, so t = 0 is noise and t = 1 is data; y class; c condition.
-B batch, C latent channels, H = W latent side, N = (H/p)^2 tokens, D width, h = D/heads. Facts: LightningDiT (Yao et al. 2025), DiT (Peebles & Xie 2023).
+B batch, C latent channels, H = W latent side, N = (H/p)^2 tokens, D width, h = D/heads.
+Follows LightningDiT (Yao et al. 2025), which is DiT (Peebles & Xie 2023) with RoPE, RMSNorm, SwiGLU, velocity and cosine losses.
 """
 import argparse
 import bisect
@@ -134,55 +135,34 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), *self.adaLN_modulation(c).chunk(2, dim=1)))
 
 
-class TimeEmbedder(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
-
-    def forward(self, t):
-        """t (B,) in [0, 1], as it is (DiT counts to 1000, LightningDiT does not) -> (B, D)"""
-        angle = t[:, None].float() * torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)
-        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))
-
-
-class PatchEmbedder(nn.Module):
-    def __init__(self, channels, width, patch):
-        super().__init__()
-        self.proj = nn.Conv2d(channels, width, patch, patch)
-
-    def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)
-
-
-class LabelEmbedder(nn.Module):
-    def __init__(self, rows, width):
-        super().__init__()
-        self.embedding_table = nn.Embedding(rows, width)
-
-    def forward(self, y):
-        return self.embedding_table(y)
+def waves(t):
+    """t (B,) in [0, 1], as it is (DiT counts to 1000, LightningDiT does not) -> its 128 cosines and 128 sines (B, 256)"""
+    angle = t[:, None].float() * torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
 class LightningDiT(nn.Module):
     """Velocity field v(xt, t, y). Field names, state-dict keys and initialisation are LightningDiT's.
 
-    The last row of the label table means "no class". Labels are dropped to it by the training loop, which knows the step, so forward is a pure function.
+    The last row of the label table means "no class". The training loop, which knows the step, drops labels to it; forward is a pure function.
     """
 
-    def __init__(self, input_size=16, patch_size=1, in_channels=64, hidden_size=768, depth=12, num_heads=12, mlp_ratio=4.0, class_dropout_prob=0.1, num_classes=1000,
-                 learn_sigma=False, use_qknorm=False, use_swiglu=True, use_rope=True, use_rmsnorm=True, wo_shift=False, use_checkpoint=False):
+    def __init__(self, input_size=16, patch_size=1, in_channels=64, hidden_size=768, depth=12, num_heads=12, mlp_ratio=4.0,
+                 class_dropout_prob=0.1, num_classes=1000, learn_sigma=False, use_qknorm=False, use_swiglu=True, use_rope=True,
+                 use_rmsnorm=True, wo_shift=False, use_checkpoint=False):
         super().__init__()
         if learn_sigma or wo_shift or not use_swiglu:
-            raise ValueError("learn_sigma, wo_shift and a plain MLP are in no shipped LightningDiT config; this one wants learn_sigma=False, wo_shift=False, use_swiglu=True")
+            raise ValueError(f"found learn_sigma={learn_sigma}, wo_shift={wo_shift}, use_swiglu={use_swiglu}; wanted False, False, True (VTP's)")
         if hidden_size % (4 * num_heads) or input_size % patch_size:
-            raise ValueError(f"hidden_size {hidden_size} must be a multiple of 4 * num_heads = {4 * num_heads}, and input_size {input_size} one of patch_size {patch_size}")
+            raise ValueError(f"hidden_size {hidden_size} must be a multiple of 4 * num_heads = {4 * num_heads}, "
+                             f"and input_size {input_size} one of patch_size {patch_size}")
         side = input_size // patch_size
         norm = partial(RMSNorm, eps=1e-6) if use_rmsnorm else partial(nn.LayerNorm, eps=1e-6, elementwise_affine=False)
-        self.input_size, self.patch_size, self.in_channels, self.num_classes, self.use_checkpoint = input_size, patch_size, in_channels, num_classes, use_checkpoint
+        self.input_size, self.patch_size, self.use_checkpoint = input_size, patch_size, use_checkpoint
         self.pos_embed = nn.Parameter(sincos_table(hidden_size, side), requires_grad=False)
-        self.x_embedder = PatchEmbedder(in_channels, hidden_size, patch_size)
-        self.t_embedder = TimeEmbedder(hidden_size)
-        self.y_embedder = LabelEmbedder(num_classes + (class_dropout_prob > 0), hidden_size)
+        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(in_channels, hidden_size, patch_size, patch_size)})
+        self.t_embedder = nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(256, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))})
+        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(num_classes + (class_dropout_prob > 0), hidden_size)})
         self.feat_rope = Rotary(hidden_size // num_heads, side) if use_rope else nn.Identity()
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio, use_qknorm, norm) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size ** 2 * in_channels, norm)
@@ -194,21 +174,22 @@ class LightningDiT(nn.Module):
             if isinstance(m, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(m.weight.flatten(1))
                 nn.init.zeros_(m.bias)
-        for weight in (self.y_embedder.embedding_table.weight, self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight):
-            nn.init.normal_(weight, std=0.02)
+        for m in (self.y_embedder["embedding_table"], *self.t_embedder["mlp"][::2]):
+            nn.init.normal_(m.weight, std=0.02)
         for linear in [self.final_layer.linear] + [m.adaLN_modulation[1] for m in (*self.blocks, self.final_layer)]:
             nn.init.zeros_(linear.weight)
 
     def forward(self, x, t, y):
         """x (B, C, H, W), t (B,) in [0, 1], y (B,) in 0..num_classes -> velocity (B, C, H, W)"""
         p, side = self.patch_size, self.input_size // self.patch_size
-        x = self.x_embedder(x) + self.pos_embed                            # (B, N, D)
-        c = self.t_embedder(t) + self.y_embedder(y)                        # (B, D)
+        through = partial(checkpoint, use_reentrant=False) if self.use_checkpoint and self.training else lambda f, *inputs: f(*inputs)
+        x = self.x_embedder["proj"](x).flatten(2).transpose(1, 2) + self.pos_embed         # (B, N, D)
+        c = self.t_embedder["mlp"](waves(t)) + self.y_embedder["embedding_table"](y)       # (B, D)
         for block in self.blocks:
-            x = checkpoint(block, x, c, self.feat_rope, use_reentrant=False) if self.use_checkpoint and self.training else block(x, c, self.feat_rope)
-        x = self.final_layer(x, c)                                         # (B, N, p p C)
-        x = x.unflatten(1, (side, side)).unflatten(3, (p, p, -1))          # (B, row, col, p, q, C)
-        return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)        # (B, C, H, W)
+            x = through(block, x, c, self.feat_rope)
+        x = self.final_layer(x, c)                                                         # (B, N, p p C)
+        x = x.unflatten(1, (side, side)).unflatten(3, (p, p, -1))                          # (B, row, col, p, q, C)
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)                        # (B, C, H, W)
 
     def forward_with_cfg(self, x, t, y, cfg_scale, cfg_interval=None, cfg_interval_start=None, channels=3):
         """Classifier-free guidance u + scale (c - u), and c alone before cfg_interval_start if cfg_interval is on.
@@ -291,12 +272,11 @@ class Latents:
         row = int(i) - (self.ends[shard - 1] if shard else 0)
         return self.files[shard].get_slice("latents_flip" if flip else "latents")[row:row + 1][0]
 
-    def info(self, name, of="dit.py latents"):
-        """A file that stands beside the shards, or a sentence"""
-        path = self.folder / name
-        if not path.exists():
-            raise SystemExit(f"{path} is missing; {of} writes it beside the shards")
-        return path
+    def beside(self, name):
+        """Path of a file that stands beside the shards, or a sentence"""
+        if not (self.folder / name).exists():
+            raise SystemExit(f"{self.folder / name} is missing; python dit.py latents RUN writes it beside the shards")
+        return self.folder / name
 
 
 def latent_stats(latents, seed):
@@ -330,7 +310,8 @@ class Batches:
         rng = draws(a.seed, 1, step, i)
         flip, drop, z = rng.random() < 0.5, rng.random() < a.label_drop, rng.standard_normal(dtype=np.float32)
         x0 = torch.from_numpy(rng.standard_normal(self.latents.shape, dtype=np.float32))
-        return self.latents.read(index, flip), x0, torch.tensor(z), torch.tensor(self.null) if drop else self.latents.labels[index]
+        y = torch.tensor(self.null) if drop else self.latents.labels[index]
+        return self.latents.read(index, flip), x0, torch.tensor(z), y
 
 
 # ------------------------------------------------------------------------------------------------ command: latents
@@ -386,10 +367,11 @@ def latents(args):
         stats = latent_stats(done, args.seed)
         torch.save(stats, out / "latents_stats.pt")
         (out / "classes.json").write_text(json.dumps(list(source.classes)) + "\n")
-        about = dict(tokenizer=os.path.relpath(args.run, out), encoder=encoder, data=spec, split=args.split, image=side, n=len(done), shape=done.shape)
+        about = dict(tokenizer=os.path.relpath(args.run, out), encoder=encoder, data=spec, split=args.split, image=side, shape=done.shape)
         (out / "latents.json").write_text(json.dumps(about, indent=2) + "\n")
-        say(f"{len(done)} images of {args.split} ({len(source.classes)} classes), {side} px, ADM centre crop, fp32 -> {out}: latents {done.shape}, also mirrored\n"
-            f"mean {stats['mean'].min():.3f} .. {stats['mean'].max():.3f}, std {stats['std'].min():.3f} .. {stats['std'].max():.3f} over channels")
+        mean, std = stats["mean"], stats["std"]
+        say(f"{len(done)} images, {len(source.classes)} classes, {side} px, ADM centre crop, fp32 -> {out}: latents {done.shape}, mirrored too\n"
+            f"mean {mean.min():.3f} .. {mean.max():.3f}, std {std.min():.3f} .. {std.max():.3f} over channels")
 
 
 def write_shard(out, shard, held, device):
@@ -422,13 +404,15 @@ def ema_decay(step, fixed):
 def train(args):
     here = start(args.device)
     data = Latents(args.latents)
-    stats = torch.load(data.info("latents_stats.pt"), weights_only=True)
-    classes, about = (json.loads(data.info(name).read_text()) for name in ("classes.json", "latents.json"))
+    stats = torch.load(data.beside("latents_stats.pt"), weights_only=True)
+    classes, about = (json.loads(data.beside(name).read_text()) for name in ("classes.json", "latents.json"))
     C, H, W = data.shape
     if H != W:
         raise SystemExit(f"latents are {H}x{W}, but LightningDiT wants a square")
     if args.batch % world() or min(args.batch, args.steps, args.log_every, args.save_every) < 1:
-        raise SystemExit(f"--batch {args.batch} must be a multiple of the {world()} processes; it, --steps, --log-every and --save-every must be at least 1")
+        raise SystemExit(f"--batch {args.batch} must be a multiple of {world()} processes; --batch, --steps, --log-every, --save-every at least 1")
+    if not 0 <= args.label_drop <= 1 or args.ema is not None and not 0 <= args.ema < 1:
+        raise SystemExit(f"--label-drop {args.label_drop} --ema {args.ema}: wanted a share between 0 and 1, and a decay from 0 up to but not 1")
     if data.labels.min() < 0 or data.labels.max() >= len(classes):
         raise SystemExit(f"labels run from {data.labels.min()} to {data.labels.max()}, but classes.json names {len(classes)} classes")
     if stats["mean"].shape != (1, C, 1, 1):
@@ -439,20 +423,19 @@ def train(args):
     fields = dict(input_size=H, patch_size=1, in_channels=C, num_classes=len(classes), class_dropout_prob=args.label_drop, **SIZES[args.size])
     model = LightningDiT(**fields).to(here)
     ema = copy.deepcopy(model).requires_grad_(False)
-    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, betas=(0.9, 0.95), weight_decay=0, fused=here.type != "mps")
-    first = 0
-    if run.state:
-        first = run.state["step"]
-        for name, part in ("model", model), ("ema", ema), ("opt", opt):
-            part.load_state_dict(run.state[name])
-    config = dict(model=fields, tokenizer=os.path.relpath(data.folder / about["tokenizer"], args.out), encoder=about["encoder"], image=about["image"],
-                  stats="latents_stats.pt", multiplier=1.0, classes="classes.json")
-    say(f"LightningDiT-{args.size}: {sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.1f} M parameters, {H * W} tokens of {C} channels, "
-        f"{len(data)} latents of {len(classes)} classes; steps {first} to {args.steps} at {args.batch} ({args.steps * args.batch / len(data):.1f} epochs)")
+    weights = [p for p in model.parameters() if p.requires_grad]
+    opt = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.95), weight_decay=0, fused=here.type != "mps")
+    parts = {"model": model, "ema": ema, "opt": opt}
+    first = run.state["step"] if run.state else 0
+    for name, part in parts.items() if run.state else ():
+        part.load_state_dict(run.state[name])
+    config = dict(model=fields, tokenizer=os.path.relpath(data.folder / about["tokenizer"], args.out), encoder=about["encoder"], multiplier=1.0)
+    say(f"LightningDiT-{args.size}: {sum(p.numel() for p in weights) / 1e6:.1f} M parameters, {H * W} tokens of {C} channels, {len(data)} latents of "
+        f"{len(classes)} classes; steps {first} to {args.steps} at {args.batch} ({args.steps * args.batch / len(data):.1f} epochs)")
 
     def keep(step):
         """A checkpoint to go on from, and beside it all that `sample` needs."""
-        run.save(step, {"model": model.state_dict(), "ema": ema.state_dict(), "opt": opt.state_dict()})
+        run.save(step, {name: part.state_dict() for name, part in parts.items()})
         if rank() == 0:
             write_aside(run.folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
             write_aside(run.folder / "model.safetensors", lambda path: save_file(ema.state_dict(), path, metadata={"step": str(step)}))
@@ -462,7 +445,7 @@ def train(args):
     net = DistributedDataParallel(model, device_ids=[here.index] if here.type == "cuda" else None) if world() > 1 else model
     batches = DataLoader(Batches(data, stats, args, null=len(classes)), sampler=range(first, args.steps), batch_size=None, num_workers=args.workers,
                          multiprocessing_context="fork" if args.workers else None, pin_memory=here.type == "cuda")
-    bar = tqdm(batches, initial=first, total=args.steps, desc="dit", unit="step", disable=rank() > 0)
+    bar = tqdm(batches, initial=first, total=args.steps, desc="dit", unit="step", disable=rank() > 0, dynamic_ncols=True)
     run.finish_on_signals()
     clock, seen = time.perf_counter(), 0
     for step, batch in enumerate(bar, start=first):
@@ -477,19 +460,21 @@ def train(args):
         ema_(ema, model, ema_decay(step, args.ema))
         step, seen = step + 1, seen + args.batch
         stopping = total(torch.tensor(float(run.stopping), device=here)) > 0     # one rank's signal stops all at the same step
-        if step % args.log_every == 0 or step == args.steps:
+        log, save = step % args.log_every == 0 or step == args.steps, step % args.save_every == 0 or step == args.steps or stopping
+        if log or save:
             mean = total(torch.stack([mse.mean(), cos.mean()]).detach()) / world()
-            norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-            run.log(step, loss=mean.sum(), mse=mean[0], cos=mean[1], grad_norm=norm, lr=opt.param_groups[0]["lr"], images_per_s=seen / (time.perf_counter() - clock))
-            bar.set_postfix(mse=f"{mean[0]:.3f}", cos=f"{mean[1]:.3f}")
             if not mean.isfinite().all():
-                raise SystemExit(f"the loss is {mean.sum():.3g} at step {step}; the last checkpoint is from before: try a smaller --lr, --warmup, or --precision fp32")
+                raise SystemExit(f"the loss is {mean.sum():.3g} at step {step}; earlier checkpoints are kept: try a smaller --lr, or --warmup")
+        if log:
+            run.log(step, loss=mean.sum(), mse=mean[0], cos=mean[1], grad_norm=torch.nn.utils.get_total_norm([p.grad for p in weights]),
+                    lr=opt.param_groups[0]["lr"], images_per_s=seen / (time.perf_counter() - clock))
+            bar.set_postfix(mse=f"{mean[0]:.3f}", cos=f"{mean[1]:.3f}")
             clock, seen = time.perf_counter(), 0
-        if step % args.save_every == 0 or step == args.steps or stopping:
+        if save:
             keep(step)
-        if stopping and step < args.steps:
-            say(f"stopped at step {step} on request; the same command goes on from here")
+        if stopping:
             break
+    say(f"{args.out}: {'stopped on a signal, saved; the same command goes on' if run.stopping else f'done; now python dit.py sample {args.out}'}")
 
 
 # ------------------------------------------------------------------------------------------------ command: sample
@@ -516,10 +501,13 @@ def sample(args):
     wanted = [int(c) for c in args.classes.split(",")] if args.classes else list(range(len(names)))
     bad = [c for c in wanted if not 0 <= c < len(names)]
     if bad:
-        raise SystemExit(f"--classes {','.join(map(str, bad))}: this model knows 0 .. {len(names) - 1} ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})")
+        known = ", ".join(names[:10] + ["..."] * (len(names) > 10))
+        raise SystemExit(f"--classes {','.join(map(str, bad))}: this model knows 0 .. {len(names) - 1} ({known})")
     n = args.per_class * len(wanted) if args.per_class is not None else args.n
     if n < 1 or args.batch < 1 or args.points < 2 or args.shift < 0:
-        raise SystemExit(f"{n} samples, --batch {args.batch}, --points {args.points}, --shift {args.shift}: wanted at least 1, 1, 2 points (one step) and 0")
+        raise SystemExit(f"{n} samples, --batch {args.batch}, --points {args.points}, --shift {args.shift}: wanted at least 1, 1, 2 and 0")
+    if args.cfg != 1 and config["model"]["class_dropout_prob"] == 0:
+        raise SystemExit(f"--cfg {args.cfg} needs a model that also knows no class, but this one was trained with --label-drop 0; use --cfg 1")
     tokenizer = args.tokenizer or os.path.normpath(Path(args.run) / config["tokenizer"])
     vtp, encoder = load_tokenizer(tokenizer, here)
     if encoder != config["encoder"]:
@@ -547,7 +535,8 @@ def sample(args):
                 if args.cfg == 1:
                     return model(x, t, y).float()
                 pair = torch.cat([y, torch.full_like(y, len(names))])
-                return model.forward_with_cfg(torch.cat([x, x]), torch.cat([t, t]), pair, args.cfg, args.cfg_start > 0, args.cfg_start, channels)[:len(x)].float()
+                both = model.forward_with_cfg(torch.cat([x, x]), torch.cat([t, t]), pair, args.cfg, args.cfg_start > 0, args.cfg_start, channels)
+                return both[:len(x)].float()
 
         z = euler(velocity, x, grid) * std / config["multiplier"] + mean
         pixels = (denormalize(vtp.get_latents_decoded_images(z)) * 255).clamp(0, 255).to(torch.uint8)      # truncated, as VTP does
@@ -559,7 +548,8 @@ def sample(args):
     if rank() == 0:
         protocol = (f"{n} samples of {args.run}: EMA weights of step {step}, Euler with {args.points - 1} steps, shift {args.shift}, guidance "
                     + ("off" if args.cfg == 1 else f"{args.cfg} from t {args.cfg_start} on {args.cfg_channels} channels")
-                    + f", labels {args.labels} over {len(wanted)} classes, seed {args.seed}, {args.precision}, decoded by {tokenizer} in fp32, 8 bit by truncation")
+                    + f", labels {args.labels} over {len(wanted)} classes, seed {args.seed}, {args.precision}, "
+                    + f"decoded by {tokenizer} in fp32, 8 bit by truncation")
         images = np.stack([np.asarray(Image.open(out / "png" / f"{j:06d}.png")) for j in range(n)])
         np.savez(out / "samples.npz", arr_0=images, labels=np.array(labels))
         (out / "labels.json").write_text(json.dumps({"protocol": protocol, "classes": names, "labels": labels}) + "\n")
@@ -585,7 +575,7 @@ def class_grid(images, labels, names, rows=16, columns=10, margin=110):
 
 class Defaults(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 def parse(argv=None):
@@ -610,14 +600,14 @@ def parse(argv=None):
     p.add_argument("latents", help="folder that `dit.py latents` wrote")
     p.add_argument("--out", required=True, help="folder of this run; if it holds a checkpoint, training goes on from it")
     p.add_argument("--size", choices=SIZES, default="B", help="B is the paper's yardstick (Sec. 4.1), XL LightningDiT's; nano is ours, for a CPU")
-    p.add_argument("--steps", type=int, default=100_000, help="VTP: 100000 = 80 epochs of ImageNet at batch 1024; nano on shapes: 1000 show something")
+    p.add_argument("--steps", type=int, default=100_000, help="VTP: 100000 = 80 epochs of ImageNet at batch 1024; nano: a few thousand")
     p.add_argument("--batch", type=int, default=1024, help="latents per step over ALL processes (LightningDiT: 1024); 64 suits a CPU")
-    p.add_argument("--lr", type=float, default=2e-4, help="AdamW, constant, betas 0.9 and 0.95, no weight decay, no clipping (LightningDiT); nano bears 1e-3")
+    p.add_argument("--lr", type=float, default=2e-4, help="AdamW, constant, betas 0.9, 0.95, no weight decay or clipping (LightningDiT); nano: 2e-3 (ours)")
     p.add_argument("--warmup", type=int, default=0, help="steps of linear warm-up (LightningDiT: 0)")
     p.add_argument("--lognorm-mu", type=float, default=-0.5, help="time draw: VTP -0.5 for its S and B tokenizers, -0.75 for L; LightningDiT 0")
     p.add_argument("--lognorm-sigma", type=float, default=1.25, help="time draw: VTP 1.25 for S and B, 1.0 for L; LightningDiT 1")
     p.add_argument("--label-drop", type=float, default=0.1, help="share of samples whose class is hidden, for guidance (DiT: 0.1)")
-    p.add_argument("--ema", type=float, help="decay of the averaged weights (LightningDiT: 0.9999); default, ours: min(0.9999, (1+step)/(10+step)), fit for any length")
+    p.add_argument("--ema", type=float, help="decay of the averaged weights (LightningDiT: 0.9999); default, ours: min(0.9999, (1+step)/(10+step))")
     p.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of matrix products; weights stay fp32 (LightningDiT: bf16)")
     p.add_argument("--seed", type=int, default=0, help="with the step number it decides everything (VTP: 0)")
     p.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints (VTP: 20000)")
@@ -628,16 +618,16 @@ def parse(argv=None):
 
     p = add("sample", "Noise -> latents by Euler steps -> pictures by the tokenizer's decoder. Sample j depends on (seed, j) only.")
     p.add_argument("run", help="folder that `dit.py train` wrote; its EMA weights are used")
-    p.add_argument("--tokenizer", help="folder whose decoder paints; default: the one that made the latents (a stage-2 decoder of the same encoder fits too)")
+    p.add_argument("--tokenizer", help="folder whose decoder paints; default: that of the latents; a stage-2 one of the same encoder fits too")
     p.add_argument("--n", type=int, default=50, help="how many pictures; VTP measures FID on 10000 or 50000")
     p.add_argument("--per-class", type=int, help="so many of each class, instead of --n")
     p.add_argument("--classes", help="numbers like 0,3,7; default: all")
     p.add_argument("--labels", choices=["balanced", "random"], default="balanced", help="classes in turn (ours), or drawn (LightningDiT, VTP)")
-    p.add_argument("--points", type=int, default=250, help="grid points of Euler's method, one more than its steps (LightningDiT, VTP: 250); 50 is a good draft")
+    p.add_argument("--points", type=int, default=250, help="points in time, one more than Euler's steps (LightningDiT, VTP: 250); 50 drafts")
     p.add_argument("--shift", type=float, default=0.075, help="crowds the points near noise: VTP 0.075, LightningDiT 0.3, none 0")
     p.add_argument("--cfg", type=float, default=1.0, help="guidance scale: VTP 1.0 = off; LightningDiT 6.7 on 3 channels")
     p.add_argument("--cfg-start", type=float, default=0.0, help="no guidance before this t: VTP 0, LightningDiT 0.125")
-    p.add_argument("--cfg-channels", default="3", choices=["3", "all"], help="guided channels: LightningDiT guides the first 3 only; all is the textbook, at scales near 2")
+    p.add_argument("--cfg-channels", default="3", choices=["3", "all"], help="LightningDiT guides only the first 3; all is the textbook way")
     p.add_argument("--seed", type=int, default=0, help="of noise and random labels")
     p.add_argument("--batch", type=int, default=50, help="pictures at once on this process; changes speed and memory only")
     p.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the DiT's matrix products; decoding is fp32")

@@ -151,7 +151,7 @@ def frechet_distance(mu1, cov1, mu2, cov2):
     mu (F,), cov (F, F), tensors or numpy arrays  ->  float. With S = R R^T, tr (S1 S2)^(1/2) is the sum of the singular values of R1^T R2:
     real whatever the ranks, so fewer samples than dimensions are no trouble here (for the meaning of the number they are).
     """
-    mu1, cov1, mu2, cov2 = (torch.as_tensor(x).double().cpu() for x in (mu1, cov1, mu2, cov2))
+    mu1, cov1, mu2, cov2 = (torch.as_tensor(x).cpu().double() for x in (mu1, cov1, mu2, cov2))
     overlap = torch.linalg.svdvals(root(cov1).T @ root(cov2)).sum()
     return max(((mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * overlap).item(), 0.0)
 
@@ -206,8 +206,8 @@ def train_judge(images, labels, n_classes, val_images, val_labels, steps=2400, b
                 seed=0, device="cpu", precision="fp32", progress=True):
     """Train a Judge on the real pictures of a data set -> (judge in eval mode, its accuracy on the validation pictures).
 
-    images uint8 (n, 3, S, S), labels (n,), in memory        mirror  off where left and right mean something
-    All numbers are ours: AdamW with a one-cycle learning rate, weight decay 0.05, label smoothing 0.1. Same seed, same judge.
+    images uint8 (n, 3, S, S), labels (n,), in memory        mirror  off where left and right mean something        precision  "fp32" or "bf16"
+    All numbers are ours: AdamW with a one-cycle learning rate, weight decay 0.05, label smoothing 0.1. Same seed and precision, same judge.
     """
     device = torch.device(device)
     with torch.random.fork_rng(devices=[]):

@@ -11,6 +11,7 @@ B images    Bs images of the self-supervised subset    V local crops    N = h*w 
 E CLIP space    K prototypes    T text tokens    M masked patches
 """
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -119,7 +120,7 @@ class VTPModel(nn.Module):
                 nn.init.normal_(self.text_projection.weight if c.text_proj_bias else self.text_projection, std=W ** -0.5)
             nn.init.normal_(self.token_embedding.weight, std=0.02)
             shape = [1] if c.nonscalar_logit_scale else []
-            scale = torch.tensor(1 / 0.07).log().item() if c.init_logit_scale is None else c.init_logit_scale      # CLIP: 14.3
+            scale = math.log(1 / 0.07) if c.init_logit_scale is None else c.init_logit_scale      # CLIP: 14.3
             self.logit_scale = nn.Parameter(torch.full(shape, scale))
             self.logit_bias = None if c.init_logit_bias is None else nn.Parameter(torch.full(shape, float(c.init_logit_bias)))
 

@@ -63,7 +63,7 @@ def linear_probe(train_x, train_y, test_x, test_y, n_classes, strengths=(1, 1e-1
 def fit(x, y, n_classes, l2, start=None, steps=200):
     """Minimise mean cross-entropy + l2/2 |W|^2.   x (n, E)  ->  (E + 1, C): weights, and the bias as the last row (not penalised)"""
     W = (x.new_zeros(x.shape[1] + 1, n_classes) if start is None else start.clone()).requires_grad_()
-    solver = torch.optim.LBFGS([W], max_iter=steps, tolerance_grad=1e-6, tolerance_change=1e-10, line_search_fn="strong_wolfe")
+    solver = torch.optim.LBFGS([W], max_iter=steps, tolerance_grad=1e-5, tolerance_change=1e-10, line_search_fn="strong_wolfe")
 
     def loss():
         solver.zero_grad()

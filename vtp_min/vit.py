@@ -78,7 +78,7 @@ class Attention(nn.Module):
 
     def forward(self, x, rope):
         B, N, D = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.heads, -1).permute(2, 0, 3, 1, 4)      # each (B, H, N, c)
+        q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)      # each (B, H, N, c); B may be 0
         q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
         x = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)             # softmax(q k' / sqrt c) v
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
@@ -136,7 +136,7 @@ def residual(x, branch, kept):
     """x + branch(x); with stochastic depth the branch runs on the kept rows only, scaled up so that its mean stays."""
     if kept is None:
         return x + branch(x)
-    rows, scale = kept
+    rows, scale = kept[0].to(x.device), kept[1]
     return x.index_add(0, rows, branch(x[rows]).to(x.dtype), alpha=scale)
 
 
