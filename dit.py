@@ -459,7 +459,7 @@ def train(args):
         opt.step()
         ema_(ema, model, ema_decay(step, args.ema))
         step, seen = step + 1, seen + args.batch
-        stopping = total(torch.tensor(float(run.stopping), device=here)) > 0     # one rank's signal stops all at the same step
+        stopping = run.stop_requested(here)
         log, save = step % args.log_every == 0 or step == args.steps, step % args.save_every == 0 or step == args.steps or stopping
         if log or save:
             mean = total(torch.stack([mse.mean(), cos.mean()]).detach()) / world()

@@ -12,6 +12,7 @@ import math
 import resource
 import sys
 import time
+from contextlib import nullcontext
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -51,6 +52,7 @@ def main(args):
                                    "fp16" if device.type == "cuda" else "bf16" if device.type == "cpu" and args.size != "nano" else "fp32")
     clip, ssl, rec = args.w_clip > 0, args.w_ssl > 0, args.w_rec > 0
     settings = {k: v for k, v in vars(args).items()} | {"precision": precision, "device": str(device)}
+    args.warmup = max(args.steps // 10, 1) if args.warmup is None else args.warmup     # not a setting: --steps may change when a run goes on
 
     # ---- the models
     torch.manual_seed(args.seed)
@@ -102,35 +104,16 @@ def main(args):
         temp = ramp(step, 0.04, 0.07, 0.3 * args.steps)                                 # DINOv2: 30 of 100 epochs
         set_(opt, lr, wd, freeze_head=step < args.steps // 100)                         # DINOv2: 1 of 100 epochs
         drop = stochastic_depth(args, step, batch)
-        counter = FlopCounterMode(display=False) if flops is None else None
-        if counter:
-            counter.__enter__()
 
         # ================================================================ the method
-        with autocast(device, precision):
-            out = ddp(batch, drop)                                                      # one forward: DDP syncs gradients once
-            if ssl:
-                t_cls, t_patch = teacher(batch["crops"], batch["mask"])
-        terms = {}
-        if clip:                                                                        # what the words say
-            contrast = siglip_loss if args.clip_loss == "siglip" else clip_loss
-            terms["clip"] = contrast(out["img"], out["txt"], out["scale"], out["bias"])
-        if ssl:                                                                         # what stays when the view changes
-            if args.teacher == "sinkhorn":
-                targets = sinkhorn(t_cls.flatten(0, 1), temp).view_as(t_cls), sinkhorn(t_patch, temp)
-            else:
-                targets = centered_softmax(t_cls.float(), center["cls"], temp), centered_softmax(t_patch.float(), center["patch"], temp)
-                center = {"cls": moved_center(center["cls"], t_cls.float().flatten(0, 1)), "patch": moved_center(center["patch"], t_patch.float())}
-            terms["dino"] = dino_loss(out["cls"], targets[0])
-            terms["ibot"] = ibot_loss(out["patch"], targets[1], batch["mask_weight"], n_crops=2 * batch["crops"].shape[1])
-            terms["koleo"] = sum(koleo_loss(crop.float()) for crop in out["tokens"])
-        if rec:                                                                         # what the eye sees
-            l1, lpips = rec_loss(out["pixels"].float(), batch["image"][batch["rec"]], perceptual)
-            terms["rec"] = l1 + lpips
-        loss = (args.w_clip * terms.get("clip", 0) + args.w_rec * terms.get("rec", 0)
-                + args.w_ssl * (terms.get("dino", 0) + terms.get("ibot", 0) + args.w_koleo * terms.get("koleo", 0)))
-        opt.zero_grad()
-        scaler.scale(loss).backward()
+        with FlopCounterMode(display=False) if flops is None else nullcontext() as counter:
+            with autocast(device, precision):
+                out = ddp(batch, drop)                                                  # one forward: DDP syncs gradients once
+                seen = teacher(batch["crops"], batch["mask"]) if ssl else None          # what the teacher makes of the whole crops
+            targets, center = balanced(args.teacher, seen, temp, center) if ssl else (None, center)
+            loss, terms = objective(args, out, batch, targets, perceptual)
+            opt.zero_grad()
+            scaler.scale(loss).backward()
         scaler.unscale_(opt)
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip_grad)
         scaler.step(opt)
@@ -142,13 +125,11 @@ def main(args):
                 teacher.follow(student, cosine(step, args.ema, 1.0, args.steps))        # DINO: momentum rises to 1
         # ================================================================
 
-        if counter:
-            counter.__exit__(None, None, None)
-            flops = counter.get_total_flops()
+        flops = flops or counter.get_total_flops()                                      # of one step: matrix products, forward and backward
         done = step + 1
         if done % args.log_every == 0 or done in (1, args.steps):
             seconds = time.perf_counter() - clock
-            gauges = {"teacher_entropy": entropy(targets[0]), "spread": spread(out["tokens"][0])} if ssl else {}
+            gauges = {"teacher_entropy": entropy(targets["cls"]), "spread": spread(out["tokens"][0])} if ssl else {}
             values = {k: mean_over_ranks(v) for k, v in ({"loss": loss} | terms | gauges).items()}
             values |= {"perceptual": args.perceptual} if rec else {}
             values |= {"logit_scale": model.logit_scale.exp().item()} if clip else {}
@@ -157,18 +138,45 @@ def main(args):
             bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in values.items() if k in ("loss", "clip", "dino", "ibot", "rec")))
         bar.update()
         clock = time.perf_counter()
-        if done % args.save_every == 0 or done == args.steps or run.stopping:
+        stopping = run.stop_requested(device)
+        if done % args.save_every == 0 or done == args.steps or stopping:
             run.save(done, {"student": student.state_dict(), "opt": opt.state_dict(), "scaler": scaler.state_dict(),
                             "teacher": teacher.state_dict() if ssl else {}, "center": center})
             if rank() == 0:
                 model.save_pretrained(args.out)
             clock = time.perf_counter()
-        if run.stopping:
+        if stopping:
             break
     bar.close()
     say(f"{args.out}: {'stopped on a signal, saved; the same command goes on' if run.stopping else 'done'}. "
         f"Peak memory {peak_memory(device):.2f} GB. Next: python eval.py report {args.out}")
     stop()
+
+
+def objective(args, out, batch, targets, perceptual):
+    """The sum of VTP Sec. 3.5, and its terms: what the student answered (`out`, see Student), against captions, teacher and pixels"""
+    terms = {}
+    if "img" in out:                                                                    # what the words say
+        contrast = siglip_loss if args.clip_loss == "siglip" else clip_loss
+        terms["clip"] = contrast(out["img"], out["txt"], out["scale"], out["bias"])
+    if "cls" in out:                                                                    # what stays when the view changes
+        terms["dino"] = dino_loss(out["cls"], targets["cls"])
+        terms["ibot"] = ibot_loss(out["patch"], targets["patch"], batch["mask_weight"], n_crops=2 * batch["crops"].shape[1])
+        terms["koleo"] = sum(koleo_loss(crop.float()) for crop in out["tokens"])
+    if "pixels" in out:                                                                 # what the eye sees
+        terms["rec"] = sum(rec_loss(out["pixels"].float(), batch["image"][batch["rec"]], perceptual))
+    weights = {"clip": args.w_clip, "dino": args.w_ssl, "ibot": args.w_ssl, "koleo": args.w_ssl * args.w_koleo, "rec": args.w_rec}
+    return sum(weights[k] * term for k, term in terms.items()), terms
+
+
+def balanced(how, seen, temp, center):
+    """The teacher's logits -> targets {'cls' (2, Bs, K), 'patch' (M, K)}, and the centers for the next step"""
+    if how == "sinkhorn":
+        cls, patch = seen
+        return {"cls": sinkhorn(cls.flatten(0, 1), temp).view_as(cls), "patch": sinkhorn(patch, temp)}, center
+    logits = {"cls": seen[0].float(), "patch": seen[1].float()}
+    return ({k: centered_softmax(x, center[k], temp) for k, x in logits.items()},
+            {k: moved_center(center[k], x.flatten(0, -2)) for k, x in logits.items()})
 
 
 # ---------------------------------------------------------------- schedules
@@ -325,15 +333,17 @@ def arguments():
         if getattr(args, name) is None:
             setattr(args, name, values[args.size != "nano"])
     if args.image % args.patch:
-        p.error(f"--image {args.image} is no multiple of --patch {args.patch}; try --image {args.image // args.patch * args.patch}")
+        p.error(f"--image {args.image} is no multiple of --patch {args.patch}; try --image {max(args.image // args.patch, 1) * args.patch}")
     args.local_image = args.local_image or max(round(args.image * 96 / 224 / args.patch), 1) * args.patch
     if args.local_image % args.patch:
         p.error(f"--local-image {args.local_image} is no multiple of --patch {args.patch}")
-    args.warmup = max(args.steps // 10, 1) if args.warmup is None else args.warmup
     if max(args.w_clip, args.w_ssl, args.w_rec) <= 0 or min(args.w_clip, args.w_ssl, args.w_rec) < 0:
         p.error("all of --w-clip, --w-ssl, --w-rec must be 0 or more, and one above 0: nothing would be learned")
     return args
 
 
 if __name__ == "__main__":
-    main(arguments())
+    try:
+        main(arguments())
+    except (ValueError, FileNotFoundError) as problem:
+        raise SystemExit(f"train.py: {problem}") from problem

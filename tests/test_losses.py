@@ -258,8 +258,11 @@ def test_lpips_stays_in_eval_mode_whatever_its_parent_does(squeeze):
 
 
 def test_lpips_undoes_imagenet_s_normalisation():
+    class Brightness(nn.Module):
+        def forward(self, a, b):
+            return a
     seen = Perceptual("squeeze", random_trunk=True)
-    seen.lpips = lambda a, b: torch.stack([a.amin(), a.amax()])[None] if a is not b else None
+    seen.lpips = Brightness()
     white = (torch.ones(1, 3, 4, 4) - seen.mean) / seen.std
     black = -seen.mean / seen.std * torch.ones(1, 3, 4, 4)
     assert torch.isclose(seen(white, black), torch.tensor(1.0)) and torch.isclose(seen(black, white), torch.tensor(-1.0))

@@ -104,7 +104,8 @@ def moved_center(center, logits, momentum=0.9):
     mean instead, so that a rank with few masked patches counts as much as one with many.)
     """
     rows = total(torch.tensor(float(len(logits)), device=logits.device, dtype=logits.dtype))
-    return momentum * center + (1 - momentum) * total(logits.sum(0)) / rows
+    mean = total(logits.sum(0)) / rows.clamp_min(1)
+    return torch.where(rows > 0, momentum * center + (1 - momentum) * mean, center)          # nothing was hidden: it stays
 
 
 @torch.no_grad()

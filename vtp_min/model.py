@@ -252,6 +252,8 @@ class Student(nn.Module):
     def __init__(self, model, head=None):
         super().__init__()
         self.model, self.dino_head = model, head
+        if model.config.vision_bottleneck_ae_only and not model.config.train_reconstruction:
+            model.trunk.feature_bottleneck.requires_grad_(False)                 # nothing reads it, and DDP waits for every gradient
 
     def forward(self, batch, drop):
         """batch: data.Steps' dict, images as normalised floats      drop: {'clip', 'rec', 'ssl', 'local': StochasticDepth or None}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from .dist import rank, say
+from .dist import rank, say, total
 
 FREE = {"steps", "workers", "device", "micro", "log_every", "save_every", "out", "fresh"}   # may change when a run goes on
 TIMING = {"seconds", "images_per_s", "share_of_peak", "data_wait"}                                        # may differ between equal runs
@@ -49,6 +49,8 @@ class Run:
                     return torch.load(path, map_location="cpu", weights_only=True)
                 except Exception as problem:
                     say(f"{path} is damaged ({type(problem).__name__}: {problem}); trying the one before")
+        if (self.folder / "last.pt").exists() or (self.folder / "previous.pt").exists():
+            raise ValueError(f"no checkpoint in {self.folder} can be read; bring back a whole last.pt, take another --out, or start over with --fresh")
 
     def _refuse_other_settings(self, old):
         differ = [k for k in sorted(old.keys() | self.settings.keys()) if k not in FREE and old.get(k) != self.settings.get(k)]
@@ -79,8 +81,12 @@ class Run:
             with open(self.folder / "log.jsonl", "a") as f:
                 f.write(json.dumps({"step": step} | {k: plain(v) for k, v in values.items()}) + "\n")
 
+    def stop_requested(self, device):
+        """Has any rank been signalled? All ranks ask in the same step, so all leave together."""
+        return bool(total(torch.tensor(float(self.stopping), device=device)))
+
     def finish_on_signals(self):
-        """SIGTERM, SIGINT and SIGUSR1 set self.stopping: the loop finishes its step, saves, and leaves."""
+        """SIGTERM, SIGINT and SIGUSR1 are remembered: the loop finishes its step, saves, and leaves."""
         def handler(number, frame):
             self.stopping = True
         for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):

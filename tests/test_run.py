@@ -1,0 +1,183 @@
+"""A run folder: what is saved is whole, what goes on is the same run, and anything else is refused by name."""
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+
+from vtp_min import run as rooms
+from vtp_min.run import FREE, Run, autocast, matmul_peak, metric, plain, write_aside
+
+SETTINGS = {"size": "nano", "lr": 1e-3, "betas": (0.9, 0.98), "steps": 10, "workers": 0, "device": "cpu"}
+
+
+def weights(n):
+    return {"w": torch.full((3,), float(n))}
+
+
+def three_checkpoints(folder):
+    run = Run(folder, SETTINGS)
+    for step in (1, 2, 3):
+        run.log(step, loss=1 / step)
+        run.save(step, weights(step))
+    return run
+
+
+def steps_of(folder):
+    return [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+# ---------------------------------------------------------------- saving
+def test_a_new_folder_holds_no_state_and_states_its_settings(tmp_path):
+    run = Run(tmp_path / "a" / "b", SETTINGS)
+    assert run.state is None and json.loads((tmp_path / "a" / "b" / "run.json").read_text()) == SETTINGS | {"betas": [0.9, 0.98]}
+
+
+def test_what_was_saved_comes_back_bit_for_bit(tmp_path):
+    three_checkpoints(tmp_path)
+    state = Run(tmp_path, SETTINGS).state
+    assert state["step"] == 3 and torch.equal(state["w"], weights(3)["w"])
+
+
+def test_the_last_two_checkpoints_are_kept_and_no_scrap_lies_around(tmp_path):
+    three_checkpoints(tmp_path)
+    assert [torch.load(tmp_path / name)["step"] for name in ("last.pt", "previous.pt")] == [3, 2]
+    assert {p.name for p in tmp_path.iterdir()} == {"last.pt", "previous.pt", "log.jsonl", "run.json"}
+
+
+def test_a_file_is_the_old_one_or_the_new_one_never_half(tmp_path):
+    path = tmp_path / "file"
+    write_aside(path, lambda aside: aside.write_text("old"))
+    def die(aside):
+        aside.write_text("half of the ne")
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        write_aside(path, die)
+    assert path.read_text() == "old"
+
+
+def test_a_kill_at_any_moment_of_saving_leaves_a_checkpoint_to_go_on_from(tmp_path, monkeypatch):
+    """Saving renames twice; whichever call is the last one, a whole checkpoint of step 3 or 4 is found."""
+    class Killed(BaseException):
+        pass
+    replace = os.replace
+    for fatal in range(4):
+        folder = tmp_path / str(fatal)
+        run, calls = three_checkpoints(folder), iter(range(9))
+        def counted(a, b):
+            if next(calls) == fatal:
+                raise Killed
+            replace(a, b)
+        monkeypatch.setattr(rooms.os, "replace", counted)
+        if fatal < 2:
+            with pytest.raises(Killed):
+                run.save(4, weights(4))
+        else:
+            run.save(4, weights(4))
+        monkeypatch.undo()
+        state = Run(folder, SETTINGS).state
+        assert state["step"] == (3 if fatal < 2 else 4) and torch.equal(state["w"], weights(state["step"])["w"])
+
+
+# ---------------------------------------------------------------- going on
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_serves(tmp_path, capsys):
+    three_checkpoints(tmp_path)
+    whole = (tmp_path / "last.pt").read_bytes()
+    for damaged in (b"", b"nonsense", whole[:len(whole) // 2]):
+        (tmp_path / "last.pt").write_bytes(damaged)
+        run = Run(tmp_path, SETTINGS)
+        assert run.state["step"] == 2 and torch.equal(run.state["w"], weights(2)["w"])
+        said = capsys.readouterr().out
+        assert "last.pt is damaged" in said and "step 2" in said
+
+
+def test_when_no_checkpoint_can_be_read_nothing_is_thrown_away(tmp_path):
+    three_checkpoints(tmp_path)
+    for name in ("last.pt", "previous.pt"):
+        (tmp_path / name).write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match="no checkpoint.*--fresh"):
+        Run(tmp_path, SETTINGS)
+    assert steps_of(tmp_path) == [1, 2, 3]
+
+
+def test_log_lines_beyond_the_checkpoint_and_half_written_ones_are_dropped(tmp_path):
+    run = three_checkpoints(tmp_path)
+    run.log(4, loss=0.25)
+    with open(tmp_path / "log.jsonl", "a") as f:
+        f.write('{"step": 5, "lo')                                                     # the kill came here
+    assert Run(tmp_path, SETTINGS).state["step"] == 3 and steps_of(tmp_path) == [1, 2, 3]
+
+
+def test_a_log_without_a_checkpoint_starts_over(tmp_path):
+    Run(tmp_path, SETTINGS).log(1, loss=1.0)
+    Run(tmp_path, SETTINGS)
+    assert steps_of(tmp_path) == []
+
+
+def test_other_settings_are_refused_by_name_with_both_values(tmp_path):
+    three_checkpoints(tmp_path)
+    with pytest.raises(ValueError, match=r"lr: was 0\.001, now 0\.002.*--fresh"):
+        Run(tmp_path, SETTINGS | {"lr": 2e-3})
+    with pytest.raises(ValueError, match="size: was 'nano', now 'S'"):
+        Run(tmp_path, SETTINGS | {"size": "S"})
+    with pytest.raises(ValueError, match="new: was None, now 1"):
+        Run(tmp_path, SETTINGS | {"new": 1})
+
+
+def test_what_does_not_touch_the_mathematics_may_change(tmp_path):
+    three_checkpoints(tmp_path)
+    other = SETTINGS | {name: "other" for name in FREE}
+    assert Run(tmp_path, other).state["step"] == 3
+    assert {"steps", "workers", "device", "micro", "save_every", "log_every"} <= FREE
+
+
+def test_fresh_forgets_checkpoints_and_log_even_with_other_settings(tmp_path):
+    three_checkpoints(tmp_path)
+    (tmp_path / "mine.txt").write_text("not ours to delete")
+    assert Run(tmp_path, SETTINGS | {"size": "S"}, fresh=True).state is None
+    assert {p.name for p in tmp_path.iterdir()} == {"run.json", "mine.txt"}
+
+
+# ---------------------------------------------------------------- log, metrics, signals
+def test_the_log_is_plain_json_with_a_name_for_what_is_not_finite(tmp_path):
+    Run(tmp_path, SETTINGS).log(7, loss=torch.tensor(0.123456789), clip=math.nan, rec=math.inf, perceptual="none", bad=0)
+    line, = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert json.loads(line, parse_constant=pytest.fail) == {"step": 7, "loss": 0.123457, "clip": "nan", "rec": "inf", "perceptual": "none", "bad": 0}
+
+
+def test_plain_rounds_to_six_digits_and_leaves_whole_numbers_alone():
+    assert plain(1234567.89) == 1234570.0 and plain(12345678) == 12345678 and plain(torch.tensor(3)) == 3
+
+
+def test_a_metric_is_printed_and_kept_with_its_protocol(tmp_path, capsys):
+    metric(tmp_path / "new", "psnr", 31.25, "adm crop, 64 images", step=7)
+    metric(tmp_path / "new", "fid", torch.tensor(12.5), "2048 samples")
+    rows = [json.loads(line) for line in (tmp_path / "new" / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [{"name": "psnr", "value": 31.25, "protocol": "adm crop, 64 images", "step": 7}, {"name": "fid", "value": 12.5, "protocol": "2048 samples"}]
+    assert "31.25" in capsys.readouterr().out
+
+
+def test_a_signal_asks_the_loop_to_stop_and_kills_nothing(tmp_path):
+    run, before = Run(tmp_path, SETTINGS), {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        run.finish_on_signals()
+        for s in before:
+            run.stopping = False
+            os.kill(os.getpid(), s)
+            assert run.stopping
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def test_autocast_narrows_matrix_products_alone():
+    a = torch.randn(4, 4)
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        with autocast(torch.device("cpu"), precision):
+            assert (a @ a).dtype == dtype and (a + a).dtype == torch.float32
+
+
+def test_the_machine_s_peak_is_measured_not_assumed():
+    assert 1e7 < matmul_peak(torch.device("cpu"), "fp32", n=64, seconds=0.02) < 1e15
