@@ -45,11 +45,16 @@ DEFAULTS = {   # flag: (nano, S/B/L). nano's are ours; the others' source stands
     "ema": (0.98, 0.994),          # borrowed from DINOv2's ViT-L recipe; short runs need a faster teacher
 }
 
+# The FLOP counter takes some operators apart, which rounds differently: the first step after resuming would not be the step it is elsewhere
+AS_IT_IS = {torch.ops.aten.silu_backward: lambda *shapes, out_shape=None: 0}
+
 
 def main(args):
     device = start(args.device)
     precision = args.precision or ("bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else
                                    "fp16" if device.type == "cuda" else "bf16" if device.type == "cpu" and args.size != "nano" else "fp32")
+    if precision == "fp16" and device.type == "cpu":
+        raise ValueError("--precision fp16 is for GPUs; on a CPU take bf16 or fp32")
     clip, ssl, rec = args.w_clip > 0, args.w_ssl > 0, args.w_rec > 0
     settings = {k: v for k, v in vars(args).items()} | {"precision": precision, "device": str(device)}
     args.warmup = max(args.steps // 10, 1) if args.warmup is None else args.warmup     # not a setting: --steps may change when a run goes on
@@ -64,7 +69,7 @@ def main(args):
     student = Student(model, head).to(device)
     teacher = Teacher(student).to(device) if ssl else None
     perceptual = Perceptual(args.perceptual).to(device) if rec and args.perceptual != "none" else None
-    opt = torch.optim.AdamW(param_groups(student), betas=(0.9, 0.98), eps=1e-6)        # borrowed from OpenCLIP
+    opt = torch.optim.AdamW(param_groups(student), betas=(0.9, 0.98), eps=1e-6, fused=device.type != "mps")    # borrowed from OpenCLIP
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     center = {"cls": torch.zeros(args.prototypes, device=device), "patch": torch.zeros(args.prototypes, device=device)}
 
@@ -106,7 +111,7 @@ def main(args):
         drop = stochastic_depth(args, step, batch)
 
         # ================================================================ the method
-        with FlopCounterMode(display=False) if flops is None else nullcontext() as counter:
+        with FlopCounterMode(display=False, custom_mapping=AS_IT_IS) if flops is None else nullcontext() as counter:
             with autocast(device, precision):
                 out = ddp(batch, drop)                                                  # one forward: DDP syncs gradients once
                 seen = teacher(batch["crops"], batch["mask"]) if ssl else None          # what the teacher makes of the whole crops
@@ -332,6 +337,9 @@ def arguments():
     for name, values in DEFAULTS.items():
         if getattr(args, name) is None:
             setattr(args, name, values[args.size != "nano"])
+    for name in ("image", "patch", "latent_dim", "steps", "batch", "batch_ssl", "batch_rec", "prototypes", "log_every", "save_every"):
+        if getattr(args, name) < 1:
+            p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: wanted 1 or more")
     if args.image % args.patch:
         p.error(f"--image {args.image} is no multiple of --patch {args.patch}; try --image {max(args.image // args.patch, 1) * args.patch}")
     args.local_image = args.local_image or max(round(args.image * 96 / 224 / args.patch), 1) * args.patch

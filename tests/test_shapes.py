@@ -8,6 +8,7 @@ from vtp_min.shapes import COLOURS, GROUNDS, KINDS, OTHER_IS, OUTLINES, TEXTURES
 from vtp_min.shapes import cover, draw, paint_ground, paint_thing, relation, scene
 
 SCENES = [scene(i) for i in range(3000)]
+ONES = [scene(i, objects=(1, 1)) for i in range(2000)]
 
 
 def fits(table):
@@ -112,10 +113,15 @@ def test_caption_and_label_name_the_main_thing_which_is_the_largest():
         _, words, label = draw(i, 8)
         ground, things, same = SCENES[i]
         assert words == same and KINDS[label] == things[0].kind == max(things, key=lambda t: t.r).kind
-        first = re.search(rf"({'|'.join(COLOURS)}) ({'|'.join(KINDS)})", words)
-        assert first.groups() == (things[0].colour, things[0].kind)
-        assert all(f"{t.colour} {t.kind}" in words for t in things)
-        assert f"{ground.tone} {ground.colour}" in words and words.count("background") == 1
+        assert re.search(rf"\b({'|'.join(KINDS)})\b", words)[1] == things[0].kind
+        assert all(t.kind in words for t in things)
+        assert words.count("background") == words.count(f"{ground.tone} {ground.colour}") <= 1
+
+
+def test_every_caption_names_the_kind_and_half_of_them_the_colour_and_the_ground():
+    words = [w for _, _, w in ONES]
+    named = [sum(f"{t.colour} {t.kind}" in w for (_, (t,), w) in ONES), sum("background" in w for w in words)]
+    assert all(abs(n / len(ONES) - 0.5) < 0.05 for n in named), named
 
 
 def test_a_relation_that_is_told_is_true():
@@ -125,8 +131,8 @@ def test_a_relation_that_is_told_is_true():
             where = relation(main, o)
             gap = {"left of": o.x - main.x, "right of": main.x - o.x, "above": o.y - main.y, "below": main.y - o.y}[where]
             assert gap > 0.7 * (main.r + o.r)
-            name = f"{o.colour} {o.kind}"
-            assert re.search(rf"\b{where} an? [a-z ]*{name}", words) or f"{name} {OTHER_IS[where]}" in words, words
+            name = o.kind
+            assert re.search(rf"\b{where} an? ([a-z]+ ){{0,3}}{name}", words) or f"{name} {OTHER_IS[where]}" in words, words
             told += 1
     assert told > 1000
 
@@ -154,13 +160,13 @@ def test_captions_are_grammatical():
         assert not re.search(r"\ba [aeiou]|\ban [^aeiou]|\ba an?\b|  |plain|[{}]| ,", words), words
         assert words == words.strip().lower() and len(re.findall(r"\b(large|small)\b", words)) <= 3
     assert any("an orange" in words for *_, words in SCENES)
-    assert len({words for *_, words in SCENES}) > 2500
+    assert len({words for *_, words in SCENES}) > 2000
 
 
 def test_large_and_small_are_said_only_of_large_and_small_things():
     for _, things, words in SCENES:
         for t in things:
-            size = re.search(rf"\b(large|small) ([a-z]+ )?{t.colour} {t.kind}", words)
+            size = re.search(rf"\b(large|small) ([a-z]+ ){{0,2}}{t.kind}", words)
             assert not size or (2 * t.r > 0.46 if size[1] == "large" else 2 * t.r < 0.33), words
 
 

@@ -123,9 +123,10 @@ def autocast(device, precision):
     return torch.autocast(device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
 
 
-def matmul_peak(device, precision, n=2048, seconds=0.3):
+def matmul_peak(device, precision, seconds=0.3):
     """The machine's own ceiling: FLOP/s of one large matrix product in this precision, measured now."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    n = 1024 if device.type == "cpu" else 8192
     a = torch.randn(n, n, device=device, dtype=dtype)
     wait = torch.cuda.synchronize if device.type == "cuda" else torch.mps.synchronize if device.type == "mps" else lambda: None
     a @ a

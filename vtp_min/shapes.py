@@ -20,7 +20,9 @@ GROUNDS = ["plain", "gradient", "cloudy", "striped", "dotted", "checkered"]
 LARGE, SMALL = 0.46, 0.33                               # diameters beyond which a caption may say so
 MARGIN = 0.02                                           # what things leave free between each other and before the border
 TILT = 0.2                                              # radians; a square stays a square
-TEMPLATES = ["{things} on {ground}", "{things} against {ground}", "{things}, drawn on {ground}", "a picture of {things} on {ground}",
+MENTIONED = 0.5                                         # of what else there is to say, captions say this much: the kind matters most
+ALONE = ["{things}", "a picture of {things}", "there is {things}", "a drawing of {things}"]
+ON_GROUND = ["{things} on {ground}", "{things} against {ground}", "{things}, drawn on {ground}", "a picture of {things} on {ground}",
              "there is {things} on {ground}", "a drawing of {things} in front of {ground}", "on {ground} there is {things}"]
 OTHER_IS = {"left of": "to its right", "right of": "to its left", "above": "below it", "below": "above it"}
 
@@ -170,9 +172,9 @@ def said(*words):
 
 
 def describe(rng, thing):
-    """'a large striped red heart'; the size is mentioned three times in four, and only when it is remarkable"""
+    """'a heart', 'a red heart', 'a large striped red heart': as people do, it names the kind and leaves out some of the rest"""
     size = "large" if 2 * thing.r > LARGE else "small" if 2 * thing.r < SMALL else "plain"
-    return said(size if rng.random() < 0.75 else "plain", thing.texture, thing.colour, thing.kind)
+    return said(*(word if rng.random() < MENTIONED else "plain" for word in (size, thing.texture, thing.colour)), thing.kind)
 
 
 def relation(one, other):
@@ -192,7 +194,8 @@ def caption(rng, ground, things):
         tail = " and ".join(f"{what} {OTHER_IS[where]}" for where, what in told)                  # with a star below it and a ring ...
         tail = tail and "with " + tail
     words = said(ground.tone, ground.colour, ground.texture, "background")
-    return pick(rng, TEMPLATES).format(things=f"{describe(rng, main)} {tail}".strip(), ground=words)
+    templates = ON_GROUND if rng.random() < MENTIONED else ALONE
+    return pick(rng, templates).format(things=f"{describe(rng, main)} {tail}".strip(), ground=words)
 
 
 # --- the whole
