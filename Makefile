@@ -11,11 +11,11 @@ SHAPES = shapes:objects=1,size=0.6-0.9
 demo: .venv/ready
 	$(PY) train.py --out $(RUN) --data $(SHAPES) --perceptual none
 	$(PY) eval.py zeroshot $(RUN) --limit 1000
-	$(PY) eval.py probe $(RUN) --train-limit 2000 --limit 1000
+	$(PY) eval.py probe $(RUN) --train-limit 5000 --limit 1000
 	$(PY) eval.py recon $(RUN) --limit 1000 --perceptual none
-	$(PY) dit.py latents $(RUN) --n 8000
-	$(PY) dit.py train $(RUN)/latents --out $(RUN)/dit --size nano --steps 1000 --batch 64 --lr 1e-3 --warmup 50
-	$(PY) dit.py sample $(RUN)/dit --per-class 20 --points 50 --cfg 2 --cfg-channels all
+	$(PY) dit.py latents $(RUN) --n 12000 --fresh
+	$(PY) dit.py train $(RUN)/latents --out $(RUN)/dit --size nano --steps 3000 --batch 64 --lr 1e-3 --warmup 50 --precision bf16
+	$(PY) dit.py sample $(RUN)/dit --per-class 20 --points 50 --cfg 3 --cfg-channels all
 	$(PY) eval.py fid $(RUN)/dit/samples --run $(RUN) --features classifier --few --limit 1000 --train-limit 5000 --judge-steps 600
 	$(PY) eval.py report $(RUN)
 

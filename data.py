@@ -468,7 +468,7 @@ class Steps:
             except Exception as problem:                                  # a damaged file makes decoders raise whatever they like
                 bad.append(f"{self.source.name(index)} ({type(problem).__name__}: {problem})")
                 index = int(lots(SPARE, self.seed, step, row, attempt).integers(len(self.source)))
-        raise RuntimeError(f"ten samples in a row could not be read, last {bad[-1]}; is {self.source.spec} still there?")
+        raise ValueError(f"ten samples in a row could not be read, last {bad[-1]}; is {self.source.spec} still there?")
 
 
 @lru_cache(maxsize=2)

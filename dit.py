@@ -418,7 +418,7 @@ def train(args):
     if stats["mean"].shape != (1, C, 1, 1):
         raise SystemExit(f"latents have {C} channels, but latents_stats.pt is of shape {tuple(stats['mean'].shape)}; encode anew with --fresh")
 
-    run = Run(args.out, vars(args), args.fresh)
+    run = Run(args.out, vars(args) | {"encoder": about["encoder"]}, args.fresh)
     torch.manual_seed(args.seed)
     fields = dict(input_size=H, patch_size=1, in_channels=C, num_classes=len(classes), class_dropout_prob=args.label_drop, **SIZES[args.size])
     model = LightningDiT(**fields).to(here)

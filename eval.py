@@ -176,8 +176,7 @@ def judge_of(args, train, val, side, device):
         say(f"{path} was trained on something else ({kept}); training it anew")
     x, y = real_pictures(train, side, args, args.train_limit)
     vx, vy = real_pictures(val, side, args, args.limit)
-    mirror = not train.spec.startswith("shapes")                     # a mirrored photograph is a photograph; an arrow has a direction
-    judge, accuracy = train_judge(x, y, C, vx, vy, steps=args.judge_steps, mirror=mirror, device=device)
+    judge, accuracy = train_judge(x, y, C, vx, vy, steps=args.judge_steps, device=device)
     safetensors.torch.save_file({k: v.contiguous() for k, v in judge.state_dict().items()}, path, wanted | {"accuracy": str(accuracy)})
     return judge, accuracy
 

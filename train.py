@@ -1,6 +1,6 @@
 """Stage 1 of VTP: one ViT learns words, views and pixels at once.   VTP Sec. 3.5, 3.6
 
-    loss = w_clip * clip + w_ssl * (dino + ibot + 0.1 koleo) + w_rec * (L1 + LPIPS)
+    loss = w_clip * clip + w_ssl * (dino + ibot + 0.1 koleo) + w_rec * (L1 + LPIPS)        koleo: of both global crops
 
     python train.py                                    nano on the built-in shapes, on a laptop
     torchrun --nproc-per-node 8 train.py --size L --data DIR --out runs/L
@@ -9,6 +9,7 @@ Leaves a run folder (vtp_min/run.py): weights, checkpoint, log. The same command
 """
 import argparse
 import math
+import os
 import resource
 import sys
 import time
@@ -25,25 +26,30 @@ from vtp_min.dist import rank, say, start, stop, total, world
 from vtp_min.losses import (Perceptual, centered_softmax, clip_loss, dino_loss, ibot_loss, koleo_loss, moved_center, rec_loss,
                             siglip_loss, sinkhorn)
 from vtp_min.model import SIZES, DINOHead, Student, Teacher, VTPConfig, VTPModel
-from vtp_min.run import Run, autocast, matmul_peak
+from vtp_min.run import Run, autocast, choose_precision, matmul_peak
 from vtp_min.vit import StochasticDepth
 
-DEFAULTS = {   # flag: (nano, S/B/L). nano's are ours; the others' source stands behind them
-    "image": (64, 256),            # paper Sec. 4.2
-    "patch": (8, 16),              # paper: f16
-    "latent_dim": (16, 64),        # paper: d64
-    "steps": (600, 70_000),        # ours: 1.1 billion samples (paper Sec. 4.5) at batch 16k
-    "batch": (64, 16_384),         # paper Sec. 4.1: B_clip = 16k
-    "batch_ssl": (32, 4_096),      # paper Sec. 4.1: B_ssl = 4k
-    "batch_rec": (64, 2_048),      # paper Sec. 4.1: B_rec = 2k
-    "locals": (2, 8),              # borrowed from DINOv2
-    "prototypes": (1_024, 65_536),       # borrowed from DINOv2; likewise the head's next two
-    "head_hidden": (256, 2_048),
-    "head_bottleneck": (64, 256),
-    "drop_ssl": (0.0, 0.3),        # borrowed from DINOv2
-    "lr": (1e-3, 5e-4),            # borrowed from OpenCLIP
-    "ema": (0.98, 0.994),          # borrowed from DINOv2's ViT-L recipe; short runs need a faster teacher
+DEFAULTS = {   # flag: (nano, S/B/L, where the second comes from). nano's are ours, for a CPU and its built-in pictures
+    "image": (48, 256, "paper Sec. 4.2"),
+    "patch": (12, 16, "paper: f16"),
+    "latent_dim": (64, 64, "paper: d64"),
+    "steps": (1_100, 67_000, "paper Sec. 4.5: 1.1 billion samples, in batches of 16k"),
+    "batch": (64, 16_384, "paper Sec. 4.1: B_clip = 16k"),
+    "batch_ssl": (32, 4_096, "paper Sec. 4.1: B_ssl = 4k"),
+    "batch_rec": (64, 2_048, "paper Sec. 4.1: B_rec = 2k"),
+    "locals": (2, 8, "borrowed from DINOv2"),
+    "prototypes": (256, 65_536, "borrowed from DINOv2's default recipe"),
+    "head_hidden": (256, 2_048, "borrowed from DINOv2"),
+    "head_bottleneck": (64, 256, "borrowed from DINOv2's default recipe"),
+    "drop_ssl": (0.0, 0.3, "borrowed from DINOv2's default recipe"),
+    "lr": (5e-4, 5e-4, "borrowed from OpenCLIP"),
+    "ema": (0.98, 0.994, "borrowed from DINOv2's ViT-L recipe; short runs need a faster teacher"),
 }
+BETAS, EPS = (0.9, 0.98), 1e-6            # AdamW: OpenCLIP's for ViTs
+DECAY = 0.04, 0.2                         # weight decay, first and last step, cosine: DINOv2's ViT-L recipe (0.2 is OpenCLIP's too)
+TEMPERATURE = 0.04, 0.07, 0.3             # of the teacher, from and to, reached after this share of the run: DINOv2's default recipe
+HEAD_RESTS = 0.01                         # share of the run during which the DINO head's last layer does not move: DINOv2's default recipe
+LR_FLOOR = 1e-6                           # where the cosine ends: DINOv2. Its layer-wise rates (0.9 a block, 0.2 for the patch embedding) are left out
 
 # The FLOP counter takes some operators apart, which rounds differently: the first step after resuming would not be the step it is elsewhere
 AS_IT_IS = {torch.ops.aten.silu_backward: lambda *shapes, out_shape=None: 0}
@@ -51,12 +57,11 @@ AS_IT_IS = {torch.ops.aten.silu_backward: lambda *shapes, out_shape=None: 0}
 
 def main(args):
     device = start(args.device)
-    precision = args.precision or ("bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else
-                                   "fp16" if device.type == "cuda" else "bf16" if device.type == "cpu" and args.size != "nano" else "fp32")
+    precision = args.precision or choose_precision(device, args.size)
     if precision == "fp16" and device.type == "cpu":
         raise ValueError("--precision fp16 is for GPUs; on a CPU take bf16 or fp32")
     clip, ssl, rec = args.w_clip > 0, args.w_ssl > 0, args.w_rec > 0
-    settings = {k: v for k, v in vars(args).items()} | {"precision": precision, "device": str(device)}
+    settings = dict(vars(args))
     args.warmup = max(args.steps // 10, 1) if args.warmup is None else args.warmup     # not a setting: --steps may change when a run goes on
 
     # ---- the models
@@ -69,7 +74,7 @@ def main(args):
     student = Student(model, head).to(device)
     teacher = Teacher(student).to(device) if ssl else None
     perceptual = Perceptual(args.perceptual).to(device) if rec and args.perceptual != "none" else None
-    opt = torch.optim.AdamW(param_groups(student), betas=(0.9, 0.98), eps=1e-6, fused=device.type != "mps")    # borrowed from OpenCLIP
+    opt = torch.optim.AdamW(param_groups(student), betas=BETAS, eps=EPS, fused=device.type != "mps")
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     center = {"cls": torch.zeros(args.prototypes, device=device), "patch": torch.zeros(args.prototypes, device=device)}
 
@@ -83,31 +88,33 @@ def main(args):
     # ---- the run, new or gone on with
     run = Run(args.out, settings, args.fresh)
     run.finish_on_signals()
-    first = 0
+    first, bad, named = 0, 0, set()                                                     # bad: unreadable samples so far, on this rank
     if run.state:
-        first = run.state["step"]
+        first, bad = run.state["step"], run.state["bad"] if rank() == 0 else 0
         student.load_state_dict(run.state["student"])
         opt.load_state_dict(run.state["opt"])
         scaler.load_state_dict(run.state["scaler"])
         if ssl:
             teacher.load_state_dict(run.state["teacher"])
             center = {k: v.to(device) for k, v in run.state["center"].items()}
+        run.state = None                                                                # free its memory
     introduce(args, model, head, source, device, precision, clip, ssl, rec)
     ddp = student
     if world() > 1:
         ddp = DistributedDataParallel(student, [device] if device.type == "cuda" else None, broadcast_buffers=False)
     ddp.train()
-    peak, flops, bad = matmul_peak(device, precision), None, set()
+    peak, flops = matmul_peak(device, precision), None
 
     bar = tqdm(total=args.steps, initial=first, desc="train", unit="step", disable=rank() > 0, dynamic_ncols=True)
-    clock = time.perf_counter()
+    clock = asked = time.perf_counter()
+    waited, taken = 0.0, 0                                                              # seconds for data, steps: since the last line of the log
     for step, batch in zip(range(first, args.steps), batches(data, first, args.steps, args.workers)):
-        waited = time.perf_counter() - clock
-        bad.update(report_bad(batch["bad"], bad))
+        waited += time.perf_counter() - asked
+        bad += report_bad(batch["bad"], named)
         batch = to_device(batch, device)
-        lr, wd = warmup_cosine(step, args.lr, args.warmup, args.steps), cosine(step, 0.04, 0.2, args.steps)   # wd: DINOv2, ViT-L
-        temp = ramp(step, 0.04, 0.07, 0.3 * args.steps)                                 # DINOv2: 30 of 100 epochs
-        set_(opt, lr, wd, freeze_head=step < args.steps // 100)                         # DINOv2: 1 of 100 epochs
+        lr, wd = warmup_cosine(step, args.lr, args.warmup, args.steps), cosine(step, *DECAY, args.steps)
+        temp = ramp(step, *TEMPERATURE[:2], TEMPERATURE[2] * args.steps)
+        set_lr_and_decay(opt, lr, wd, head_rests=step < HEAD_RESTS * args.steps - 1)
         drop = stochastic_depth(args, step, batch)
 
         # ================================================================ the method
@@ -131,27 +138,32 @@ def main(args):
         # ================================================================
 
         flops = flops or counter.get_total_flops()                                      # of one step: matrix products, forward and backward
-        done = step + 1
-        if done % args.log_every == 0 or done in (1, args.steps):
-            seconds = time.perf_counter() - clock
+        done, taken, stopping = step + 1, taken + 1, run.stop_requested(device)
+        log, save = done % args.log_every == 0 or done in (1, args.steps), done % args.save_every == 0 or done == args.steps or stopping
+        if log or save:
+            all_bad = int(total(torch.tensor(bad, device=device)))
             gauges = {"teacher_entropy": entropy(targets["cls"]), "spread": spread(out["tokens"][0])} if ssl else {}
             values = {k: mean_over_ranks(v) for k, v in ({"loss": loss} | terms | gauges).items()}
+            if not math.isfinite(values["loss"]):
+                raise ValueError(f"the loss is {values['loss']} at step {done}; earlier checkpoints are kept: try a smaller --lr, a longer --warmup, or --precision fp32")
+        if log:
+            seconds = (time.perf_counter() - clock) / taken                             # of a step, on average since the last line
             values |= {"perceptual": args.perceptual} if rec else {}
             values |= {"logit_scale": model.logit_scale.exp().item()} if clip else {}
-            run.log(done, **values, lr=lr, weight_decay=wd, grad_norm=norm, bad=len(bad),
-                    images_per_s=args.batch / seconds, share_of_peak=flops / seconds / peak, data_wait=waited / seconds)
+            run.log(done, **values, lr=lr, weight_decay=wd, grad_norm=norm, bad=all_bad,
+                    images_per_s=args.batch / seconds, share_of_peak=flops / seconds / peak, data_wait=waited / taken / seconds)
             bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in values.items() if k in ("loss", "clip", "dino", "ibot", "rec")))
         bar.update()
-        clock = time.perf_counter()
-        stopping = run.stop_requested(device)
-        if done % args.save_every == 0 or done == args.steps or stopping:
+        if save:
             run.save(done, {"student": student.state_dict(), "opt": opt.state_dict(), "scaler": scaler.state_dict(),
-                            "teacher": teacher.state_dict() if ssl else {}, "center": center})
+                            "teacher": teacher.state_dict() if ssl else {}, "center": center, "bad": all_bad})
             if rank() == 0:
                 model.save_pretrained(args.out)
-            clock = time.perf_counter()
         if stopping:
             break
+        if log or save:
+            clock, waited, taken = time.perf_counter(), 0.0, 0
+        asked = time.perf_counter()
     bar.close()
     say(f"{args.out}: {'stopped on a signal, saved; the same command goes on' if run.stopping else 'done'}. "
         f"Peak memory {peak_memory(device):.2f} GB. Next: python eval.py report {args.out}")
@@ -195,14 +207,14 @@ def ramp(step, a, b, steps):
     return a + (b - a) * min(step / max(steps, 1), 1)
 
 
-def warmup_cosine(step, lr, warmup, steps, floor=1e-6):
+def warmup_cosine(step, lr, warmup, steps, floor=LR_FLOOR):
     """Linear to lr in `warmup` steps (OpenCLIP: the first step already moves), then half a cosine down to `floor` (DINOv2's)"""
     return lr * (step + 1) / warmup if step < warmup else cosine(step - warmup, lr, min(floor, lr), steps - warmup)
 
 
 def param_groups(student):
-    """No weight decay for vectors (biases, norms, scales) and position tables: the rule of OpenCLIP, and of DINOv2.
-    The head's last layer stands apart, because it rests at first."""
+    """No weight decay for vectors (biases, norms, LayerScale, log-scale) and position tables, as OpenCLIP and DINOv2; class and
+    mask token and the head's gains do decay, as in DINOv2. The head's last layer stands apart, because it rests at first."""
     groups = {}
     for name, p in student.named_parameters():
         key = (p.ndim > 1 and "positional" not in name, "last_layer" in name)
@@ -210,22 +222,23 @@ def param_groups(student):
     return [{"params": ps, "decay": decay, "last": last} for (decay, last), ps in groups.items()]
 
 
-def set_(opt, lr, wd, freeze_head):
+def set_lr_and_decay(opt, lr, wd, head_rests):
     for g in opt.param_groups:
-        g["lr"] = 0.0 if g["last"] and freeze_head else lr
+        g["lr"] = 0.0 if g["last"] and head_rests else lr
         g["weight_decay"] = wd if g["decay"] else 0.0
 
 
 def stochastic_depth(args, step, batch):
     """One draw an objective over the rows of the global batch that it uses. DINO's global and local crops are drawn apart."""
     def draw(rate, rows, n, objective, crops=1):
-        number = rows // (args.batch // n)                                              # 0..n-1 within the subset
+        number = rows // (args.batch // n)                                              # a subset is every (batch/n)-th row: its rank, 0..n-1
         number = (number + n * torch.arange(crops)[:, None]).flatten()                  # all first crops, then all second, ...
         return StochasticDepth(rate, number, crops * n, args.seed, step, objective) if rate else None
     drop = dict.fromkeys(("clip", "rec", "ssl", "local"))
     if "image" in batch:
-        drop["clip"] = drop["rec"] = draw(args.drop_clip, batch["rows_image"], args.batch if args.w_clip else args.batch_rec, 0)
-        if "rec" in batch and args.drop_rec != args.drop_clip:
+        rate, n = (args.drop_clip, args.batch) if args.w_clip else (args.drop_rec, args.batch_rec)
+        drop["clip"] = drop["rec"] = draw(rate, batch["rows_image"], n, 0)
+        if "rec" in batch and args.drop_rec != rate:
             drop["rec"] = draw(args.drop_rec, batch["rows_image"][batch["rec"].cpu()], args.batch_rec, 1)
     if "crops" in batch:
         drop["ssl"] = draw(args.drop_ssl, batch["rows_ssl"], args.batch_ssl, 2, crops=2)
@@ -242,12 +255,13 @@ def to_device(batch, device):
     return out | {k: normalize(out[k]) for k in ("image", "crops", "locals") if k in out}
 
 
-def report_bad(names, known):
-    """Say each unreadable sample once, on the rank that met it."""
-    new = [n for n in names if n not in known]
-    for n in new:
-        print(f"skipped {n}: cannot be read; another sample took its place", file=sys.stderr, flush=True)
-    return new
+def report_bad(names, named):
+    """Name each unreadable sample once, on the rank that met it -> how many there were"""
+    for name in names:
+        if name not in named:
+            print(f"skipped {name}: another sample takes its place", file=sys.stderr, flush=True)
+    named.update(names)
+    return len(names)
 
 
 def mean_over_ranks(x):
@@ -267,7 +281,9 @@ def spread(x):
 
 def peak_memory(device):
     """GB, of this process"""
-    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)      # bytes on macOS, else KiB
 
 
 def introduce(args, model, head, source, device, precision, clip, ssl, rec):
@@ -280,7 +296,7 @@ def introduce(args, model, head, source, device, precision, clip, ssl, rec):
     say(f"model        {args.size}: trunk {count(model.trunk):.2f}M, decoder {count(getattr(model, 'pixel_decoder', None)):.2f}M, "
         f"text {text:.2f}M, DINO head {count(head):.2f}M parameters; latents {args.latent_dim} x {grid} x {grid}")
     say(f"data         {source.spec}   batch {args.batch} (clip), {args.batch_ssl} (ssl), {args.batch_rec} (rec) over {world()} process(es)")
-    say(f"machine      {device}, {precision} (bf16 where the hardware has it; fp32 for nano on a CPU, where it is no slower), "
+    say(f"machine      {device}, {precision}{'' if args.precision else ' (chosen: bf16 where the hardware multiplies it, fp16 on older GPUs, else fp32)'}, "
         f"{torch.get_num_threads()} threads")
     if ssl and args.batch_ssl < 16:
         say(f"note         {args.batch_ssl} images are few for KoLeo and for the teacher's balance over {args.prototypes} prototypes; their terms are noisy")
@@ -291,8 +307,8 @@ def arguments():
     def flag(name, type, advice, default=None, **more):
         p.add_argument(name, type=type, default=default, help=advice + ("" if default in (None, "") else f" (default {default})"), **more)
     def sized(name, type, advice):
-        nano, paper = DEFAULTS[name.strip("-").replace("-", "_")]
-        flag(name, type, f"{advice} (default {nano} for nano, else {paper})")
+        nano, paper, source = DEFAULTS[name.strip("-").replace("-", "_")]
+        flag(name, type, f"{advice} (default {paper}, {source}; nano {nano}, ours)")
     flag("--out", str, "run folder; one that holds a checkpoint is gone on with", "runs/vtp")
     p.add_argument("--fresh", action="store_true", help="start over in --out")
     flag("--data", str, "shapes, shapes:objects=1,size=0.6-0.9, a folder of class folders, or tar shards 'x-{000..099}.tar'", "shapes")
@@ -326,7 +342,7 @@ def arguments():
     sized("--ema", float, "teacher momentum at the start; rises to 1 by a cosine")
     flag("--clip-grad", float, "largest gradient norm; borrowed from DINOv2, there per part", 3.0)
     flag("--seed", int, "same seed, same machine: same run", 0)
-    flag("--workers", int, "processes that prepare data; changes nothing but speed", 0 if torch.get_num_threads() < 3 else 4)
+    flag("--workers", int, "processes that prepare data; changes nothing but speed", 4 if (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 4 else 0)
     flag("--device", str, "cpu, cuda or mps (default the best present)")
     flag("--precision", str, "fp32, bf16 or fp16 autocast (default by device and size, and said)", choices=["fp32", "bf16", "fp16"])
     flag("--log-every", int, "steps between lines of log.jsonl", 10)
@@ -334,9 +350,9 @@ def arguments():
     args = p.parse_args()
     if args.size not in SIZES:
         p.error(f"--size {args.size} is unknown; choose one of {', '.join(SIZES)}")
-    for name, values in DEFAULTS.items():
+    for name, (nano, paper, _) in DEFAULTS.items():
         if getattr(args, name) is None:
-            setattr(args, name, values[args.size != "nano"])
+            setattr(args, name, nano if args.size == "nano" else paper)
     for name in ("image", "patch", "latent_dim", "steps", "batch", "batch_ssl", "batch_rec", "prototypes", "log_every", "save_every"):
         if getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: wanted 1 or more")

@@ -18,13 +18,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from train import cosine, entropy, param_groups, ramp, set_, spread, stochastic_depth, warmup_cosine
+from train import cosine, entropy, param_groups, ramp, set_lr_and_decay, spread, stochastic_depth, warmup_cosine
 from vtp_min import VTPConfig, VTPModel
 from vtp_min.model import DINOHead, Student
 from vtp_min.run import TIMING
 
 ROOT = Path(__file__).parents[1]
-TINY = ("--image 16 --patch 8 --batch 8 --batch-ssl 4 --batch-rec 4 --locals 1 --prototypes 32 --head-hidden 32 --perceptual none "
+TINY = ("--image 16 --patch 8 --batch 8 --batch-ssl 4 --batch-rec 4 --locals 1 --prototypes 32 --head-hidden 32 --perceptual none --precision fp32 "
         "--log-every 1 --device cpu --workers 0").split()
 
 
@@ -99,7 +99,7 @@ def test_the_run_folder_holds_the_student_in_the_official_layout(whole):
     assert state["step"] == 4 and torch.load(whole / "previous.pt")["step"] == 2
     assert all(torch.equal(v, state["student"]["model." + k]) for k, v in saved.items())
     model = VTPModel.from_pretrained(whole)
-    assert model.get_reconstruction_latents(torch.zeros(1, 3, 16, 16)).shape == (1, 16, 2, 2)
+    assert model.get_reconstruction_latents(torch.zeros(1, 3, 16, 16)).shape == (1, 64, 2, 2)
     assert not torch.equal(state["teacher"]["trunk.cls_token"], state["student"]["model.trunk.cls_token"])      # the teacher lags behind
 
 
@@ -124,7 +124,7 @@ def test_a_longer_run_may_go_on_from_a_shorter_one(whole, out):
 
 
 def test_other_settings_are_refused_by_name(whole, capsys):
-    with pytest.raises(SystemExit, match=r"train.py: .*lr: was 0.001, now 0.5.*--fresh"):
+    with pytest.raises(SystemExit, match=r"train.py: .*lr: was 0.0005, now 0.5.*--fresh"):
         here(whole, "--steps", 4, "--lr", 0.5)
 
 
@@ -270,10 +270,10 @@ def test_weight_decay_is_split_as_openclip_splits_it(golden, student):
 
 def test_the_last_layer_rests_while_all_else_learns(student):
     opt = torch.optim.AdamW(param_groups(student))
-    set_(opt, lr=0.1, wd=0.04, freeze_head=True)
+    set_lr_and_decay(opt, lr=0.1, wd=0.04, head_rests=True)
     assert {(g["last"], g["lr"]) for g in opt.param_groups} == {(True, 0.0), (False, 0.1)}
     assert {(g["decay"], g["weight_decay"]) for g in opt.param_groups} == {(True, 0.04), (False, 0.0)}
-    set_(opt, lr=0.1, wd=0.04, freeze_head=False)
+    set_lr_and_decay(opt, lr=0.1, wd=0.04, head_rests=False)
     assert {g["lr"] for g in opt.param_groups} == {0.1}
 
 

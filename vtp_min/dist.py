@@ -22,6 +22,8 @@ def start(device=None):
     """
     name = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     here = torch.device(name)
+    if here.type == "cuda" and not torch.cuda.is_available() or here.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"--device {name}, but this machine (or this build of PyTorch) has none; try --device cpu")
     if here.type == "cuda":
         here = torch.device("cuda", here.index if here.index is not None else int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(here)
@@ -47,7 +49,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.contiguous()
+        grad = grad.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad)
         return grad.chunk(world())[rank()]
 

@@ -202,6 +202,7 @@ def disturb(x, mirror):
     return x.masked_fill((near[:, 0, :, None] & near[:, 1, None, :])[:, None], 127.5)
 
 
+@torch.enable_grad()
 def train_judge(images, labels, n_classes, val_images, val_labels, steps=2400, batch=64, lr=3e-3, mirror=True,
                 seed=0, device="cpu", precision="fp32", progress=True):
     """Train a Judge on the real pictures of a data set -> (judge in eval mode, its accuracy on the validation pictures).

@@ -128,7 +128,7 @@ def sinkhorn(logits, temp, iterations=3):
 def rec_loss(pixels, target, perceptual=None):
     """L1 + LPIPS between a picture and its reconstruction, both (B, 3, H, W) ImageNet-normalised.   VTP Sec. 3.2
 
-    -> L1, perceptual term (0 without one). The paper adds them without saying how they weigh; ours weigh alike, as in VQGAN.
+    -> L1, perceptual term (0 without one). The paper does not say how they weigh: ours weigh 1 and 1.
     """
     l1 = (pixels - target).abs().mean()
     return l1, perceptual(pixels, target) if perceptual else l1.new_zeros(())
@@ -158,5 +158,7 @@ class Perceptual(nn.Module):
         return super().train(False)                                           # the heads hold Dropout: never in train mode
 
     def forward(self, pixels, target):
+        if min(pixels.shape[-2:]) < 32:
+            raise ValueError(f"pictures of {pixels.shape[-1]}x{pixels.shape[-2]} are too small for LPIPS; take 32 pixels or more, or --perceptual none")
         a, b = ((x * self.std + self.mean) * 2 - 1 for x in (pixels, target)) # LPIPS wants [-1, 1]
         return self.lpips(a.float(), b.float()).mean()

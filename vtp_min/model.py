@@ -10,6 +10,7 @@ Student, Teacher      what training adds: one forward for all objectives; a slow
 B images    Bs images of the self-supervised subset    V local crops    N = h*w patches    D width    d latent channels
 E CLIP space    K prototypes    T text tokens    M masked patches
 """
+import copy
 import json
 import math
 from dataclasses import asdict, dataclass, fields
@@ -25,7 +26,7 @@ from .run import write_aside
 from .text import TextTransformer, pool
 from .vit import VisionTransformer, init_linear
 
-SIZES = {   # trunk; S, B, L as in the paper (ViT-S/B/L), with its text tower. nano is ours, for a CPU.
+SIZES = {   # ViT-S/B/L (paper) at their usual widths; the paper's text tower, with OpenCLIP's 12 heads. nano is ours, for a CPU.
     "nano": dict(D=192, depth=4, heads=3, text=128, text_depth=2, text_heads=4),
     "S":    dict(D=384, depth=12, heads=6, text=768, text_depth=12, text_heads=12),
     "B":    dict(D=768, depth=12, heads=12, text=768, text_depth=12, text_heads=12),
@@ -193,7 +194,7 @@ class VTPModel(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"model_type": "vtp", "architectures": ["VTPModel"], "dtype": "float32", **asdict(self.config)}, indent=2)
-        tensors = {k: v.contiguous() for k, v in self.state_dict().items()}
+        tensors = {k: v.bfloat16() if k.endswith("periods") else v.contiguous() for k, v in self.state_dict().items()}
         write_aside(folder / "config.json", lambda path: path.write_text(text + "\n"))
         write_aside(folder / "model.safetensors", lambda path: safetensors.torch.save_file(tensors, path, {"format": "pt"}))
 
@@ -298,11 +299,9 @@ class Teacher(nn.Module):
     def __init__(self, student):
         super().__init__()
         c = student.model.config
-        whole = VTPModel(c)
-        self.trunk, self.dino_head = whole.trunk, DINOHead(student.model.feature_dim, *head_shape(student.dino_head))
-        self.proj = whole.visual_proj if c.train_clip else None
+        self.trunk, self.dino_head = copy.deepcopy(student.model.trunk), copy.deepcopy(student.dino_head)
+        self.proj = copy.deepcopy(student.model.visual_proj) if c.train_clip else None       # no loss reads it; the released code averages it too
         self.ae_only = c.vision_bottleneck_ae_only
-        self.follow(student, 0.0)
         self.requires_grad_(False)
         self.eval()
 
@@ -324,8 +323,3 @@ class Teacher(nn.Module):
         for mine, theirs in pairs:
             for t, s in zip(mine.parameters(), theirs.parameters()):
                 t.copy_(t * m + s * (1 - m))
-
-
-def head_shape(head):
-    """-> K, hidden, bottleneck of a DINOHead"""
-    return len(head.last_layer.weight_v), head.mlp[0].out_features, head.mlp[-1].out_features

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from .dist import rank, say, total
+from .dist import rank, say, total, world
 
-FREE = {"steps", "workers", "device", "micro", "log_every", "save_every", "out", "fresh"}   # may change when a run goes on
+FREE = {"steps", "workers", "device", "log_every", "save_every", "out", "fresh", "val_data"}   # may change when a run goes on
 TIMING = {"seconds", "images_per_s", "share_of_peak", "data_wait"}                                        # may differ between equal runs
 
 
@@ -30,7 +30,7 @@ class Run:
         self.folder, self.settings = Path(folder), json.loads(json.dumps(settings))
         self.stopping = False
         if fresh and rank() == 0:
-            for name in ("last.pt", "previous.pt", "log.jsonl", "metrics.jsonl", "run.json"):
+            for name in ("last.pt", "previous.pt", "log.jsonl", "metrics.jsonl", "run.json", "config.json", "model.safetensors"):
                 (self.folder / name).unlink(missing_ok=True)
         self.state = None if fresh else self._newest()
         if self.state:
@@ -83,7 +83,7 @@ class Run:
 
     def stop_requested(self, device):
         """Has any rank been signalled? All ranks ask in the same step, so all leave together."""
-        return bool(total(torch.tensor(float(self.stopping), device=device)))
+        return bool(total(torch.tensor(float(self.stopping), device=device))) if world() > 1 else self.stopping
 
     def finish_on_signals(self):
         """SIGTERM, SIGINT and SIGUSR1 are remembered: the loop finishes its step, saves, and leaves."""
@@ -114,6 +114,19 @@ def write_aside(path, write):
     with open(aside, "rb+") as f:
         os.fsync(f.fileno())
     os.replace(aside, path)
+
+
+def choose_precision(device, size):
+    """bf16 where the hardware multiplies it faster, else fp16 on old GPUs, else fp32. -> name
+
+    A CPU has it with AVX512-BF16 or AMX.
+    """
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.type == "cpu":
+        can = torch.cpu.get_capabilities()
+        return "bf16" if can.get("avx512_bf16") or can.get("amx_bf16") else "fp32"
+    return "fp32"
 
 
 def autocast(device, precision):

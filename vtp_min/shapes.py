@@ -20,7 +20,7 @@ GROUNDS = ["plain", "gradient", "cloudy", "striped", "dotted", "checkered"]
 LARGE, SMALL = 0.46, 0.33                               # diameters beyond which a caption may say so
 MARGIN = 0.02                                           # what things leave free between each other and before the border
 TILT = 0.2                                              # radians; a square stays a square
-MENTIONED = 0.5                                         # of what else there is to say, captions say this much: the kind matters most
+MENTIONED = 0.25                                        # of what else there is to say, captions say this much: the kind matters most
 ALONE = ["{things}", "a picture of {things}", "there is {things}", "a drawing of {things}"]
 ON_GROUND = ["{things} on {ground}", "{things} against {ground}", "{things}, drawn on {ground}", "a picture of {things} on {ground}",
              "there is {things} on {ground}", "a drawing of {things} in front of {ground}", "on {ground} there is {things}"]

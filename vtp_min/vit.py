@@ -1,4 +1,4 @@
-"""The vision transformer: pixels -> tokens.   VTP Sec. 3.1; its architecture is DINOv3's (official README)
+"""The vision transformer: pixels -> tokens.   VTP Sec. 3.1; its architecture is that of DINOv3 ([26] in the paper)
 
     patchify -> [class token, patches] -> depth x (attention + feed-forward) -> norm -> class token (B, D), patches (B, N, D)
 
@@ -105,8 +105,11 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-FFNS = {"mlp": Mlp} | {f"swiglu{'' if align == 8 else align}": lambda D, ratio, align=align: SwiGLU(D, ratio, align)
-                       for align in (8, 32, 64, 128)}
+FFNS = {"mlp": Mlp,
+        "swiglu": lambda D, ratio: SwiGLU(D, ratio, 8),
+        "swiglu32": lambda D, ratio: SwiGLU(D, ratio, 32),
+        "swiglu64": lambda D, ratio: SwiGLU(D, ratio, 64),
+        "swiglu128": lambda D, ratio: SwiGLU(D, ratio, 128)}
 
 
 # ---------------------------------------------------------------- a block
@@ -145,10 +148,10 @@ class StochasticDepth:
 
     The draw follows from `key` = (seed, step, objective), block and branch alone and is made over the GLOBAL batch: any
     number of processes or micro-batches, and any recomputation, keeps the same samples.
-    rate  share dropped      rows (B,) the numbers of this process's samples in the global batch of `total`
+    rate  share dropped      rows  the numbers of this process's samples among the `total` of the global batch
     """
     def __init__(self, rate, rows, total, *key):
-        self.n, self.rows, self.total, self.key = max(int(total * (1 - rate)), 1), np.asarray(rows), total, key
+        self.keep, self.rows, self.total, self.key = max(int(total * (1 - rate)), 1), np.asarray(rows), total, key
 
     def __call__(self, block):
         """-> for attention and feed-forward of this block: (rows of this process's batch, scale)"""
@@ -156,8 +159,8 @@ class StochasticDepth:
 
     def draw(self, block, branch):
         kept = np.zeros(self.total, bool)
-        kept[np.random.default_rng((*self.key, block, branch)).permutation(self.total)[:self.n]] = True
-        return torch.from_numpy(kept[self.rows].nonzero()[0]), self.total / self.n
+        kept[np.random.default_rng((*self.key, block, branch)).permutation(self.total)[:self.keep]] = True
+        return torch.from_numpy(kept[self.rows].nonzero()[0]), self.total / self.keep
 
 
 # ---------------------------------------------------------------- the trunk
@@ -197,9 +200,9 @@ class VisionTransformer(nn.Module):
         h, w = x.shape[-2:]
         x = x.flatten(2).transpose(1, 2)                                                # (B, N, D)
         if mask is not None:
-            x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
+            x = torch.where(mask[..., None], self.mask_token, x)
         cls = self.cls_token + 0 * self.mask_token                                      # 0 * : DDP wants every parameter used
-        x = torch.cat([cls.to(x.dtype).expand(len(x), -1, -1), x], 1)                   # (B, 1+N, D)
+        x = torch.cat([cls.expand(len(x), -1, -1), x], 1)                               # (B, 1+N, D)   float32 under autocast too
         rope = self.rope_embed(h, w, prefix=1)
         for i, block in enumerate(self.blocks):
             x = block(x, rope, drop(i) if drop else (None, None))
