@@ -42,12 +42,13 @@ DEFAULTS = {   # flag: (nano, S/B/L, where the second comes from). nano's are ou
     "head_hidden": (256, 2_048, "borrowed from DINOv2"),
     "head_bottleneck": (64, 256, "borrowed from DINOv2's default recipe"),
     "drop_ssl": (0.0, 0.3, "borrowed from DINOv2's default recipe"),
+    "teacher_temp": (0.04, 0.07, "borrowed from DINOv2; in a short run a soft teacher stays near ln K"),
     "lr": (5e-4, 5e-4, "borrowed from OpenCLIP"),
     "ema": (0.98, 0.994, "borrowed from DINOv2's ViT-L recipe; short runs need a faster teacher"),
 }
 BETAS, EPS = (0.9, 0.98), 1e-6            # AdamW: OpenCLIP's for ViTs
 DECAY = 0.04, 0.2                         # weight decay, first and last step, cosine: DINOv2's ViT-L recipe (0.2 is OpenCLIP's too)
-TEMPERATURE = 0.04, 0.07, 0.3             # of the teacher, from and to, reached after this share of the run: DINOv2's default recipe
+TEMPERATURE = 0.04, 0.3                   # of the teacher at first; share of the run in which it rises to --teacher-temp: DINOv2's default recipe
 HEAD_RESTS = 0.01                         # share of the run during which the DINO head's last layer does not move: DINOv2's default recipe
 LR_FLOOR = 1e-6                           # where the cosine ends: DINOv2. Its layer-wise rates (0.9 a block, 0.2 for the patch embedding) are left out
 
@@ -113,7 +114,7 @@ def main(args):
         bad += report_bad(batch["bad"], named)
         batch = to_device(batch, device)
         lr, wd = warmup_cosine(step, args.lr, args.warmup, args.steps), cosine(step, *DECAY, args.steps)
-        temp = ramp(step, *TEMPERATURE[:2], TEMPERATURE[2] * args.steps)
+        temp = ramp(step, TEMPERATURE[0], args.teacher_temp, TEMPERATURE[1] * args.steps)
         set_lr_and_decay(opt, lr, wd, head_rests=step < HEAD_RESTS * args.steps - 1)
         drop = stochastic_depth(args, step, batch)
 
@@ -329,6 +330,7 @@ def arguments():
     flag("--perceptual", str, "LPIPS net; its trunk must have been fetched. none: L1 alone, which the log repeats", "vgg", choices=["vgg", "alex", "squeeze", "none"])
     flag("--clip-loss", str, "clip: softmax over the batch (paper); siglip: each pair on its own", "clip", choices=["clip", "siglip"])
     flag("--teacher", str, "how the teacher's targets are balanced: sinkhorn (DINOv2 ViT-L/g, DINOv3) or centering (DINO)", "sinkhorn", choices=["sinkhorn", "centering"])
+    sized("--teacher-temp", float, "temperature of the teacher's softmax, reached after 0.3 of the run from 0.04; lower is sharper")
     sized("--locals", int, "local crops an image")
     flag("--local-image", int, "side of local crops (default 96/224 of --image as DINOv2, in whole patches)")
     sized("--prototypes", int, "K of the DINO head")

@@ -3,7 +3,7 @@
 #   DATA=path/to/imagenet64-10 bash study/imagenet64-10.sh
 set -eu
 RUN=${RUN:-runs/imagenet64-10} PY=${PY:-.venv/bin/python}
-$PY train.py --out $RUN --data "$DATA" --image 64 --patch 16 --batch 100 --batch-ssl 50 --batch-rec 100 --steps 1500 --perceptual none
+$PY train.py --out $RUN --data "$DATA" --image 64 --patch 16 --batch 100 --batch-ssl 50 --batch-rec 100 --steps 1500 --teacher-temp 0.07 --perceptual none
 $PY eval.py zeroshot $RUN
 $PY eval.py probe $RUN
 $PY eval.py recon $RUN --perceptual none
