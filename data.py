@@ -6,8 +6,8 @@
     batches    Steps(...)[step] -> this rank's share of one step        eval_batches(source) -> every picture once, in order
 
 Whatever is random comes from a generator keyed by its purpose, the seed, the step and the row: a batch follows from the seed,
-the step and the batch sizes alone, not from workers, ranks or what was trained before. B_ssl and B_rec are subsets of the batch
-(VTP Sec. 3.6).        `python data.py --data SPEC` draws a sheet of what training sees.
+the step and the batch sizes alone, not from workers, ranks or what was trained before. B_ssl and B_rec are every k-th row of the
+batch: VTP Sec. 3.6 draws them at random, and so are these, since the batch is shuffled.        `python data.py --data SPEC` draws a sheet of what training sees.
 """
 import argparse
 import glob

@@ -58,11 +58,11 @@ AS_IT_IS = {torch.ops.aten.silu_backward: lambda *shapes, out_shape=None: 0}
 
 def main(args):
     device = start(args.device)
-    precision = args.precision or choose_precision(device, args.size)
+    precision = args.precision or choose_precision(device)
     if precision == "fp16" and device.type == "cpu":
         raise ValueError("--precision fp16 is for GPUs; on a CPU take bf16 or fp32")
     clip, ssl, rec = args.w_clip > 0, args.w_ssl > 0, args.w_rec > 0
-    settings = dict(vars(args))
+    settings = vars(args) | {"machine": f"{device}, {precision}"}
     args.warmup = max(args.steps // 10, 1) if args.warmup is None else args.warmup     # not a setting: --steps may change when a run goes on
 
     # ---- the models
@@ -343,7 +343,7 @@ def arguments():
     flag("--warmup", int, "steps of linear warm-up (default a tenth of the run, as DINOv2)")
     sized("--ema", float, "teacher momentum at the start; rises to 1 by a cosine")
     flag("--clip-grad", float, "largest gradient norm; borrowed from DINOv2, there per part", 3.0)
-    flag("--seed", int, "same seed, same machine: same run", 0)
+    flag("--seed", int, "same seed, same machine: the same run (to the bit on a CPU)", 0)
     flag("--workers", int, "processes that prepare data; changes nothing but speed", 4 if (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 4 else 0)
     flag("--device", str, "cpu, cuda or mps (default the best present)")
     flag("--precision", str, "fp32, bf16 or fp16 autocast (default by device and size, and said)", choices=["fp32", "bf16", "fp16"])

@@ -9,7 +9,7 @@ from PIL import Image
 
 run, out = Path(sys.argv[1]), sys.argv[2]
 left = [Image.open(run / "report" / f"{name}.png").convert("RGB") for name in ("reconstructions", "features")]
-right = Image.open(run / "report" / "samples.png").convert("RGB")
+right = Image.open(run / "dit" / "samples" / "grid.png").convert("RGB")
 width = 760
 left = [x.resize((width, round(x.height * width / x.width)), Image.LANCZOS) for x in left]
 height = sum(x.height for x in left)

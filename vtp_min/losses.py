@@ -1,4 +1,4 @@
-"""Losses of VTP: one function a term, tensors in, one scalar out. No model, no config.
+"""Losses of VTP: one function a term, tensors in, a scalar out (rec_loss: two). No model, no config.
 
     words      clip_loss, siglip_loss      a caption belongs to its picture                     VTP Sec. 3.4
     views      dino_loss                   two crops of one picture are one thing               VTP Sec. 3.3, self-distillation

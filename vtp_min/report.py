@@ -160,7 +160,7 @@ def facts(seen, settings, log):
         pairs |= {"trained on": s["data"], "steps": f"{log[-1]['step'] if log else 0:,} of {s['steps']:,}",
                   "weights of the losses": ", ".join(f"{name} {w:g}" for name, (w, _) in on.items()),
                   "images a step": ", ".join(f"{name} {n:,}" for name, (_, n) in on.items()),
-                  "machine": f"{s['device']}, {s['precision']}" + (f", {np.median(speed):,.0f} images a second" if speed else ""),
+                  "machine": s["machine"] + (f", {np.median(speed):,.0f} images a second" if speed else ""),
                   "learning rate, seed": f"{s['lr']:g}, {s['seed']}"}
     return "<dl>" + "".join(f"<div><dt>{name}<dd>{esc(value)}</div>" for name, value in pairs.items()) + "</dl>"
 

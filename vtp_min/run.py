@@ -16,7 +16,7 @@ import torch
 
 from .dist import rank, say, total, world
 
-FREE = {"steps", "workers", "device", "log_every", "save_every", "out", "fresh", "val_data"}   # may change when a run goes on
+FREE = {"steps", "workers", "device", "log_every", "save_every", "out", "fresh", "val_data", "machine"}   # may change when a run goes on
 TIMING = {"seconds", "images_per_s", "share_of_peak", "data_wait"}                                        # may differ between equal runs
 
 
@@ -116,10 +116,10 @@ def write_aside(path, write):
     os.replace(aside, path)
 
 
-def choose_precision(device, size):
-    """bf16 where the hardware multiplies it faster, else fp16 on old GPUs, else fp32. -> name
+def choose_precision(device):
+    """bf16 where the hardware multiplies it, else fp16 on GPUs, else fp32 -> its name
 
-    A CPU has it with AVX512-BF16 or AMX.
+    A CPU has bf16 with AVX512-BF16 or AMX: even nano's trunk then takes 0.74 of the time of fp32 (192 wide, 64 tokens, 2 cores).
     """
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
