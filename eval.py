@@ -129,7 +129,7 @@ def recon(args, device):
     values = {k: torch.cat(v) for k, v in values.items()}
     protocol = f"{len(values['PSNR'])} pictures of {source.spec} val, ADM crop {side} px, encoder and decoder fp32, mean over pictures"
     for k, v in values.items():
-        metric(args.run, k, v.double().mean().item(), protocol + (f", {args.perceptual}" if k == "LPIPS" else ""))
+        metric(args.run, k, v.cpu().double().mean().item(), protocol + (f", {args.perceptual}" if k == "LPIPS" else ""))
     if not lpips:
         say("LPIPS is not measured (--perceptual none)")
 

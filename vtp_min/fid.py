@@ -239,7 +239,7 @@ def psnr(a, b):
 
     The official protocol computes it on 255 a and 255 b with peak 255: the same number.
     """
-    return -10 * (a.double() - b.double()).square().mean((1, 2, 3)).log10()
+    return -10 * (a.float() - b.float()).square().mean((1, 2, 3)).log10()
 
 
 def ssim(a, b):

@@ -34,7 +34,7 @@ def zero_shot(img, W, labels, topk=(1, 5)):
     """
     logits = 100 * F.normalize(img.float(), dim=-1) @ W                   # (n, C); 100 is the protocol's, not the learned scale
     ranks = logits.topk(min(max(topk), W.shape[1])).indices               # (n, k) best first
-    return {f"top{k}": (ranks[:, :k] == labels[:, None]).any(1).double().mean().item() for k in topk if k < W.shape[1]}
+    return {f"top{k}": (ranks[:, :k] == labels[:, None]).any(1).float().mean().item() for k in topk if k < W.shape[1]}
 
 
 def linear_probe(train_x, train_y, test_x, test_y, n_classes, strengths=(1, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5), seed=0):
@@ -77,7 +77,7 @@ def fit(x, y, n_classes, l2, start=None, steps=200):
 
 
 def share_right(W, x, y):
-    return ((x @ W[:-1] + W[-1]).argmax(1) == y).double().mean().item()
+    return ((x @ W[:-1] + W[-1]).argmax(1) == y).float().mean().item()
 
 
 @torch.no_grad()

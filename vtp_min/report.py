@@ -110,7 +110,7 @@ def pca_rgb(x):
 
     Each is stretched so that 2 % of the patches lie beyond either end; its largest coordinate is positive, which fixes the sign.
     """
-    flat = x.double().flatten(0, 2)
+    flat = x.cpu().double().flatten(0, 2)
     flat = flat - flat.mean(0)                                               # (n*h*w, C)
     values, axes = torch.linalg.eigh(flat.T @ flat)                          # ascending
     axes = axes[:, -3:].flip(1)                                              # (C, 3)
