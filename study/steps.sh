@@ -3,6 +3,5 @@
 #   DATA=path/to/pictures (class folders) bash study/steps.sh
 set -eu
 OUT=${OUT:-runs/steps} PY=${PY:-.venv/bin/python}
-for SIZE in S L; do
-  $PY train.py --size $SIZE --out $OUT/$SIZE --fresh --data "$DATA" --batch 2 --batch-ssl 2 --batch-rec 2 --steps 2 --log-every 1 --perceptual none
-done
+$PY train.py --size S --out $OUT/S --fresh --data "$DATA" --batch 2 --batch-ssl 2 --batch-rec 2 --steps 2 --log-every 1 --perceptual none
+$PY train.py --size L --out $OUT/L --fresh --data "$DATA" --batch 2 --batch-ssl 2 --batch-rec 2 --steps 2 --log-every 1 --perceptual none

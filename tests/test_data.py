@@ -321,7 +321,7 @@ def test_a_damaged_picture_is_replaced_named_and_the_same_on_every_machine(tmp_p
 def test_a_source_that_has_gone_stops_training_with_a_sentence(tmp_path):
     source = open_data(folder(tmp_path))
     source.root = tmp_path / "gone"
-    with pytest.raises(RuntimeError, match="ten samples in a row"):
+    with pytest.raises(ValueError, match="ten samples in a row"):
         steps(source)[0]
 
 
@@ -346,7 +346,7 @@ def test_evaluation_sees_every_picture_once_in_order_and_a_limit_still_sees_ever
 
 
 def test_the_sheet_shows_a_row_a_sample(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["data.py", "--rows", "2", "--image", "32", "--local-image", "16", "--out", str(tmp_path / "sheet.png")])
+    monkeypatch.setattr("sys.argv", ["data.py", "--rows", "2", "--image", "32", "--local-image", "16", "--patch", "8", "--out", str(tmp_path / "sheet.png")])
     data.main()
     page = Image.open(tmp_path / "sheet.png")
     assert page.width > page.height and "ms a sample" in capsys.readouterr().out

@@ -263,8 +263,8 @@ def test_lpips_undoes_imagenet_s_normalisation():
             return a
     seen = Perceptual("squeeze", random_trunk=True)
     seen.lpips = Brightness()
-    white = (torch.ones(1, 3, 4, 4) - seen.mean) / seen.std
-    black = -seen.mean / seen.std * torch.ones(1, 3, 4, 4)
+    white = (torch.ones(1, 3, 32, 32) - seen.mean) / seen.std
+    black = -seen.mean / seen.std * torch.ones(1, 3, 32, 32)
     assert torch.isclose(seen(white, black), torch.tensor(1.0)) and torch.isclose(seen(black, white), torch.tensor(-1.0))
 
 

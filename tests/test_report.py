@@ -27,7 +27,7 @@ def make_run(folder, clip=1, ssl=1, rec=0.1, data="shapes", val_data=None, **mor
     """A run folder as train.py leaves it, but untrained"""
     make_model(clip, ssl, rec).save_pretrained(folder)
     settings = dict(w_clip=clip, w_ssl=ssl, w_rec=rec, data=data, val_data=val_data, size="nano", batch=16, batch_ssl=8, batch_rec=8, steps=40, lr=1e-3, seed=0,
-                    device="cpu", precision="fp32", prototypes=1024, perceptual="none", clip_loss="clip", clip_grad=3.0) | more
+                    machine="cpu, fp32", prototypes=1024, perceptual="none", clip_loss="clip", clip_grad=3.0) | more
     log = [{"step": s, "loss": 9 - s / 9, "grad_norm": 3.0, "lr": 1e-3, "perceptual": "none", "images_per_s": 50.0}
            | ({"clip": 2.7} if clip else {}) | ({"dino": "nan", "ibot": 3.4, "teacher_entropy": 6.0, "spread": 0.9} if ssl else {}) for s in range(1, 9)]
     (folder / "run.json").write_text(json.dumps(settings))

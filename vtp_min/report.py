@@ -1,7 +1,7 @@
 """A run folder -> one page to look at and to project: what was asked, how it went, and what the model now sees.
 
     RUN/report.html    complete in itself: pictures inside, no scripts, no links        RUN/report/*.png    the same pictures, for slides
-Its words and looks stand in assets/report.html; here is what they are about, one function a chapter. Everything is read
+Its words and looks stand in report.html beside it; here is what they are about, one function a chapter. Everything is read
 from the run folder or computed now, on validation pictures. A chapter that this run cannot have says why.
 
 n pictures    N = h*w patches    D width    H heads of c channels    d latent channels    E CLIP space
@@ -30,7 +30,7 @@ from .model import VTPModel
 from .probes import zero_shot_classifier
 from .vit import rotate
 
-PAGE = Path(__file__).parent / "assets" / "report.html"
+PAGE = Path(__file__).parent / "report.html"
 GALLERY = 256                                                                # pictures among which neighbours and captions are sought
 BLUE, ORANGE, GREEN = "#2f5fd0", "#d9772b", "#2c9a58"
 NO_CURVE = {"step", "seconds", "weight_decay", "bad", "images_per_s", "share_of_peak", "data_wait"}
