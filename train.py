@@ -2,7 +2,7 @@
 
     loss = w_clip * clip + w_ssl * (dino + ibot + 0.1 koleo) + w_rec * (L1 + LPIPS)        koleo: of both global crops
 
-    python train.py                                    nano on the built-in shapes, on a laptop
+    python train.py --perceptual none                  nano on the built-in shapes, on a laptop (none: without LPIPS, whose weights are fetched once)
     torchrun --nproc-per-node 8 train.py --size L --data DIR --out runs/L
 AE, CLIP+AE, SSL+AE and all three differ by their weights alone: --w-clip 0, --w-ssl 0.
 Leaves a run folder (vtp_min/run.py): weights, checkpoint, log. The same command goes on where it stopped.

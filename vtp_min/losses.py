@@ -142,7 +142,10 @@ class Perceptual(nn.Module):
     """
     def __init__(self, net, random_trunk=False):
         super().__init__()
-        path = None if random_trunk else find(net)
+        try:
+            path = None if random_trunk else find(net)
+        except FileNotFoundError as problem:
+            raise FileNotFoundError(f"{problem}; or do without LPIPS: --perceptual none") from None
         import lpips                                                          # slow to import, needed only here
         self.lpips = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)      # built without a download ...
         if path:                                                              # ... then given its trunk: slices of torchvision's net
