@@ -125,7 +125,7 @@ def recon(args, device):
         values["PSNR"].append(psnr(a, b))
         values["SSIM"].append(ssim(a, b))
         if lpips:
-            values["LPIPS"].append(lpips(normalize(a * 255), normalize(b * 255))[None].expand(len(a)))
+            values["LPIPS"].append(lpips(normalize(a * 255), normalize(b * 255))[None].expand(len(a)))      # clamped first, back to its scale
     values = {k: torch.cat(v) for k, v in values.items()}
     protocol = f"{len(values['PSNR'])} pictures of {source.spec} val, ADM crop {side} px, encoder and decoder fp32, mean over pictures"
     for k, v in values.items():

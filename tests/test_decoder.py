@@ -8,7 +8,7 @@ from vtp_min.decoder import PixelDecoder
 
 def tiny(**fields):
     torch.manual_seed(0)
-    return PixelDecoder(**dict(latent_dim=6, E=16, depth=1, heads=2, upscale=4) | fields).eval()
+    return PixelDecoder(**dict(latent_dim=6, D=16, depth=1, heads=2, upscale=4) | fields).eval()
 
 
 @pytest.mark.parametrize("upscale", [4, 16])
@@ -47,7 +47,7 @@ def test_nothing_clamps_the_picture():
 
 
 def test_eight_latents_learn_to_paint_eight_pictures():
-    decoder, z, img = tiny(E=48), torch.randn(8, 6, 1, 1), torch.rand(8, 3, 4, 4)
+    decoder, z, img = tiny(D=48), torch.randn(8, 6, 1, 1), torch.rand(8, 3, 4, 4)
     opt = torch.optim.Adam(decoder.parameters(), 1e-2)
     for _ in range(120):
         loss = (decoder(z) - img).abs().mean()

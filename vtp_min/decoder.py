@@ -1,6 +1,6 @@
 """The pixel decoder: latent grid -> picture.   VTP Sec. 3.2
 
-It lifts d latent channels to E, refines them with transformer blocks, and a last pixel shuffle lays each token's
+It lifts d latent channels to its own width D, refines them with transformer blocks, and a last pixel shuffle lays each token's
 3*u*u values out as a u x u square of RGB.
 
 z (B, d, h, w) -> img (B, 3, h*u, w*u), ImageNet-normalised, not clamped
@@ -13,15 +13,15 @@ from .vit import NORMS, Block, RoPE, init_linear
 
 
 class PixelDecoder(nn.Module):
-    def __init__(self, latent_dim, E, depth, heads, ffn="swiglu", norm="layernorm", qk_norm=False, layer_scale=None,
+    def __init__(self, latent_dim, D, depth, heads, ffn="swiglu", norm="layernorm", qk_norm=False, layer_scale=None,
                  upscale=16, rope_dtype=torch.float32):
         super().__init__()
         self.upscale = upscale
-        self.proj_in = nn.Conv2d(latent_dim, E, 1)
-        self.rope_embed = RoPE(E // heads, rope_dtype)
-        self.blocks = nn.ModuleList(Block(E, heads, 4.0, ffn, norm, qk_norm, layer_scale) for _ in range(depth))
-        self.norm = NORMS[norm](E)
-        self.proj_out = nn.Conv2d(E, 3 * upscale ** 2, 1)
+        self.proj_in = nn.Conv2d(latent_dim, D, 1)
+        self.rope_embed = RoPE(D // heads, rope_dtype)
+        self.blocks = nn.ModuleList(Block(D, heads, 4.0, ffn, norm, qk_norm, layer_scale) for _ in range(depth))
+        self.norm = NORMS[norm](D)
+        self.proj_out = nn.Conv2d(D, 3 * upscale ** 2, 1)
         self.apply(init_linear)
         for conv in (self.proj_in, self.proj_out):
             nn.init.trunc_normal_(conv.weight, std=0.02)
@@ -29,10 +29,10 @@ class PixelDecoder(nn.Module):
 
     def forward(self, z):
         h, w = z.shape[-2:]
-        x = self.proj_in(z).flatten(2).transpose(1, 2)              # (B, N, E)
+        x = self.proj_in(z).flatten(2).transpose(1, 2)              # (B, N, D)
         x = x.to(self.proj_in.weight.dtype)                         # the residual stream stays float32 under autocast
         rope = self.rope_embed(h, w)
         for block in self.blocks:
             x = block(x, rope)
-        x = self.norm(x).transpose(1, 2).unflatten(2, (h, w))       # (B, E, h, w)
+        x = self.norm(x).transpose(1, 2).unflatten(2, (h, w))       # (B, D, h, w)
         return F.pixel_shuffle(self.proj_out(x), self.upscale)      # (B, 3, h*u, w*u)

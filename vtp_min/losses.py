@@ -9,7 +9,7 @@ The teacher's targets come from `sinkhorn` or `centered_softmax`. What looks at 
 rank returns the loss of its own rows, and the mean over ranks (which is what DDP makes of the gradients) is the loss of
 one process holding the whole batch.
 
-B rows on this rank    E CLIP space    K prototypes    V local crops    M masked patches on this rank
+B rows on this rank, `all` those of every rank    E CLIP space    K prototypes    V local crops    M masked patches on this rank
 """
 import torch
 import torch.nn.functional as F
@@ -31,8 +31,8 @@ def clip_loss(img, txt, scale, bias=None):
     img, txt (B, E) unit length      scale () = exp(learned log-temperature)      bias () or None, added to all logits
     """
     here = torch.arange(len(img), device=img.device) + rank() * len(img)     # where my rows stand in the whole batch
-    to_txt = scale * img @ gather(txt).T                                     # (B, W*B) my images against every caption
-    to_img = scale * txt @ gather(img).T                                     # (B, W*B) my captions against every image
+    to_txt = scale * img @ gather(txt).T                                     # (B, all) my images against every caption
+    to_img = scale * txt @ gather(img).T                                     # (B, all) my captions against every image
     if bias is not None:
         to_txt, to_img = to_txt + bias, to_img + bias
     return (F.cross_entropy(to_txt, here) + F.cross_entropy(to_img, here)) / 2
@@ -43,7 +43,7 @@ def siglip_loss(img, txt, scale, bias):
 
     img, txt (B, E) unit length      scale, bias () learned; they start at 10 and -10
     """
-    logits = scale * img @ gather(txt).T + bias                              # (B, W*B)
+    logits = scale * img @ gather(txt).T + bias                              # (B, all)
     here = torch.arange(len(img), device=img.device)
     sign = torch.full_like(logits, -1.0)
     sign[here, here + rank() * len(img)] = 1.0                               # +1 my own caption, -1 all others
@@ -79,7 +79,7 @@ def koleo_loss(x):
     x (B, D) class tokens before the head. Neighbours are sought over all ranks (DINOv2 looks at one rank only).
     """
     x = F.normalize(x, dim=-1, eps=1e-8)
-    everyone = gather(x)                                                     # (W*B, D)
+    everyone = gather(x)                                                     # (all, D)
     with torch.no_grad():
         alike = x @ everyone.T
         here = torch.arange(len(x), device=x.device)
