@@ -90,10 +90,43 @@ def test_contrastive_losses_and_gradients_after_ddp_are_the_reference_s_and_one_
     for name, theirs in (("clip", "clip_local1_grad1"), ("siglip", "siglip_gather")):
         for r, found in enumerate(ranks):
             assert agree(found[name]["loss"], g[f"f64/{theirs}/rank{r}/loss"], 1e-10)
-            for p in ("Wi", "Wt", "logit_scale"):
+            for p in ("Wi", "Wt", "logit_scale", *["logit_bias"] * (name == "siglip")):          # CLIP's softmax is blind to a bias
                 assert agree(found[name][p], g[f"f64/{theirs}/ddp/grad_{p}"], 1e-8) and agree(found[name][p], g[f"f64/global_{name}/grad_{p}"], 1e-8)
         mean = (ranks[0][name]["loss"] + ranks[1][name]["loss"]) / 2
         assert agree(mean, g[f"f64/global_{name}/loss"], 1e-10)
+
+
+def restated(g, local, with_grad):
+    """OpenCLIP's four ways to spread CLIP's loss over two ranks, on one process -> gradients after DDP's average
+
+    local      a rank compares its own rows with all (local_loss), or all rows with all
+    with_grad  the gathered rows carry gradient (gather_with_grad); without it only the rank's own do, and with `local` none of them
+    """
+    encoders, loss = Encoders(g), 0
+    img, txt, scale, _ = encoders(torch.tensor(g["x_image"]), torch.tensor(g["x_text"]))
+    for r in range(2):
+        mine = torch.arange(8) // 4 == r
+        alive = torch.full((8, 1), with_grad) | (mine & (not local))[:, None]
+        all_img, all_txt = (torch.where(alive, x, x.detach()) for x in (img, txt))
+        my_img, my_txt = (img[mine], txt[mine]) if local else (all_img, all_txt)
+        here = torch.arange(8)[mine] if local else torch.arange(8)
+        loss = loss + (F.cross_entropy(scale * my_img @ all_txt.T, here) + F.cross_entropy(scale * my_txt @ all_img.T, here)) / 2
+    (loss / 2).backward()
+    return {k: p.grad for k, p in encoders.named_parameters()}
+
+
+def test_the_other_ways_to_spread_clip_over_ranks_are_half_as_strong_or_point_elsewhere(ranks, golden):
+    g = np.load(golden / "clip_two_process.npz")
+    ways = {(local, with_grad): restated(g, local, with_grad) for local in (True, False) for with_grad in (True, False)}
+    for (local, with_grad), grads in ways.items():
+        for p in ("Wi", "Wt", "logit_scale"):
+            assert agree(grads[p], g[f"f64/clip_local{local:d}_grad{with_grad:d}/ddp/grad_{p}"], 1e-8), (local, with_grad, p)
+            assert p != "logit_scale" or agree(grads[p], g["f64/global_clip/grad_logit_scale"], 1e-8)     # every way is right here
+    for p in ("Wi", "Wt"):
+        whole, ours = torch.tensor(g[f"f64/global_clip/grad_{p}"]), ranks[0]["contrast"][str(golden)]["clip"][p]
+        assert agree(ours, whole, 1e-8) and agree(ways[True, True][p], whole, 1e-8) and agree(ways[False, True][p], whole, 1e-8)
+        assert agree(2 * ways[False, False][p], whole, 1e-8)                                              # exactly 1 / world of it
+        assert F.cosine_similarity(ways[True, False][p].flatten(), whole.flatten(), dim=0) < 0.99         # another direction
 
 
 # ---------------------------------------------------------------- the teacher's targets
@@ -104,7 +137,7 @@ def targets(rank_, folder):
         logits, center = g[f"{kind}_logits"], torch.zeros(40)
         out[f"{kind}_sinkhorn"] = sinkhorn(logits, 0.05)
         for n in (1, 2):
-            center = out[f"{kind}_center_{n}"] = moved_center(center, logits)
+            center = out[f"{kind}_center_{n}"] = moved_center(center, [logits])
     out["none here"] = sinkhorn(g["patch_logits"][:0] if rank_ else g["patch_logits"], 0.05)
     return out
 
@@ -118,7 +151,7 @@ def test_sinkhorn_and_centres_are_those_of_the_pooled_batch(ranks, golden):
         assert agree(torch.cat([r[f"{kind}_sinkhorn"] for r in ranks]), sinkhorn(pooled, 0.05), 2e-6)
         center = torch.zeros(40)
         for n in (1, 2):
-            center = moved_center(center, pooled)
+            center = moved_center(center, [pooled])
             for r in range(2):
                 assert agree(ranks[r][f"{kind}_center_{n}"], center, 2e-6)
                 assert kind == "patch" or agree(center, g[f"rank{r}/cls_center_{n}"], 2e-5)
@@ -149,7 +182,7 @@ def step(rank_, world_=2):
     ddp = DistributedDataParallel(student) if world_ > 1 else student                                  # kept until backward is through
     out = ddp(batch, stochastic_depth(FLAGS, 7, batch))
     target = sinkhorn(out["cls"][:2].detach().flatten(0, 1), 0.05).view(2, n, K)
-    hidden = centered_softmax(out["patch"].detach(), moved_center(torch.zeros(K).double(), out["patch"].detach()), 0.05)
+    hidden = centered_softmax(out["patch"].detach(), moved_center(torch.zeros(K).double(), [out["patch"].detach()]), 0.05)
     loss = (clip_loss(out["img"], out["txt"], out["scale"]) + dino_loss(out["cls"], target) + ibot_loss(out["patch"], hidden, weight, 2 * n)
             + sum(map(koleo_loss, out["tokens"])) + (out["pixels"] - image[rec]).abs().mean())
     loss.backward()

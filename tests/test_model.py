@@ -95,34 +95,41 @@ def ssl_student(folder, rope_dtype):
     return student, state
 
 
+def ssl_teacher(student, state):
+    teacher = Teacher(student)
+    teacher.load_state_dict({k.removeprefix("teacher_"): v for k, v in state.items() if k.startswith("teacher_")})
+    return teacher
+
+
+def ssl_outputs(student, state, io):
+    """Every stored name -> ours: the student's outputs, without and with stochastic depth (the reference's draws), and the teacher's"""
+    def named(kind, out):
+        yield from {f"{kind}_global_cls_tokens_after_head": out["cls"][:2].flatten(0, 1), f"{kind}_local_cls_tokens_after_head": out["cls"][2:].flatten(0, 1),
+                    f"{kind}_global_masked_patch_tokens_after_head": out["patch"], f"{kind}_global_cls_tokens": out["tokens"].flatten(0, 1)}.items()
+
+    def drawn(which):                                                                      # handed to our blocks
+        return lambda i: [(torch.from_numpy(io[f"drop.block{i}.{branch}.{which}.index"]), float(io[f"drop.block{i}.{branch}.{which}.scale"]))
+                          for branch in ("attn", "ffn")]
+
+    crops, locals, mask = (torch.from_numpy(io[k]) for k in ("global_crops", "local_crops", "masks"))
+    batch = {"crops": crops.unflatten(0, (2, -1)), "locals": locals.unflatten(0, (4, -1)), "mask": mask.unflatten(0, (2, -1))}
+    yield from named("student.student", student(batch, {"ssl": None, "local": None}))
+    yield from named("drop.student.student", student(batch, {"ssl": drawn("global"), "local": drawn("local")}))
+    out = ssl_teacher(student, state)(batch["crops"], batch["mask"])
+    yield "teacher.teacher_cls_tokens_after_head", out["cls"].flip(0).flatten(0, 1)        # theirs are swapped
+    yield "teacher.masked_teacher_patch_tokens_after_head", out["patch"]
+
+
 @pytest.mark.parametrize("rope_dtype", ["bfloat16", "float32"])
 def test_student_and_teacher_give_the_released_training_code_s_outputs(golden, rope_dtype):
     student, state = ssl_student(golden / "vtp_ssl", rope_dtype)
-    io = np.load(golden / "vtp_ssl" / "io.npz")
-    crops, locals, mask = (torch.from_numpy(io[k]) for k in ("global_crops", "local_crops", "masks"))
-    batch = {"crops": crops.unflatten(0, (2, -1)), "locals": locals.unflatten(0, (4, -1)), "mask": mask.unflatten(0, (2, -1))}
-    prefix = "rope_fp32." if rope_dtype == "float32" else ""
-
-    def check(kind, **found):
-        for key, x in found.items():
-            off = np.abs(io[f"{prefix}{kind}{key}"] - x.numpy())
-            assert off.max() < (5e-6 if prefix else 2e-3) and off.mean() < 1e-4, (kind, key, off.max())
-
-    def check_student(out, kind):
-        check(kind, student_global_cls_tokens_after_head=out["cls"][:2].flatten(0, 1), student_local_cls_tokens_after_head=out["cls"][2:].flatten(0, 1),
-              student_global_masked_patch_tokens_after_head=out["patch"], student_global_cls_tokens=out["tokens"].flatten(0, 1))
-
-    check_student(student(batch, {"ssl": None, "local": None}), "student.")
-    if f"{prefix}drop.student.student_global_cls_tokens" in io:                            # the reference's own draws, handed to our blocks
-        def drawn(which):
-            return lambda i: [(torch.from_numpy(io[f"drop.block{i}.{branch}.{which}.index"]), float(io[f"drop.block{i}.{branch}.{which}.scale"]))
-                              for branch in ("attn", "ffn")]
-        check_student(student(batch, {"ssl": drawn("global"), "local": drawn("local")}), "drop.student.")
-    if any(k.startswith("teacher_") for k in state):
-        teacher = Teacher(student)
-        teacher.load_state_dict({k.removeprefix("teacher_"): v for k, v in state.items() if k.startswith("teacher_")})
-        cls, patch = teacher(batch["crops"], batch["mask"])
-        check("teacher.", teacher_cls_tokens_after_head=cls.flip(0).flatten(0, 1), masked_teacher_patch_tokens_after_head=patch)   # theirs are swapped
+    io, met, prefix = np.load(golden / "vtp_ssl" / "io.npz"), set(), "rope_fp32." if rope_dtype == "float32" else ""
+    for key, x in ssl_outputs(student, state, io):
+        off = np.abs(io[prefix + key] - x.numpy())
+        assert off.max() < (5e-6 if prefix else 2e-3) and off.mean() < 1e-4, (key, off.max())
+        met.add(prefix + key)
+    stored = {k for k in io.files if k.startswith((f"{prefix}student.", f"{prefix}teacher.", f"{prefix}drop.student."))}
+    assert stored and stored <= met
 
 
 def test_head_and_clip_of_the_released_training_code_are_met(golden):
@@ -135,11 +142,8 @@ def test_head_and_clip_of_the_released_training_code_are_met(golden):
 
 
 def test_the_moving_average_is_the_released_code_s_bit_for_bit(golden):
-    if not (golden / "vtp_ssl" / "ema.json").exists():
-        pytest.skip("needs the teacher's weights: one of the full golden sets only")
     student, state = ssl_student(golden / "vtp_ssl", "bfloat16")
-    teacher, wanted = Teacher(student), json.loads((golden / "vtp_ssl" / "ema.json").read_text())
-    teacher.load_state_dict({k.removeprefix("teacher_"): v for k, v in state.items() if k.startswith("teacher_")})
+    teacher, wanted = ssl_teacher(student, state), json.loads((golden / "vtp_ssl" / "ema.json").read_text())
     teacher.follow(student, wanted["momentum"])
     for name, p in teacher.named_parameters():
         assert hashlib.sha256(p.numpy().tobytes()).hexdigest() == wanted["tensors"]["teacher_" + name]["sha256_f32le"], name
@@ -195,6 +199,33 @@ def test_methods_that_should_agree_agree():
     assert len(both) == 2 and torch.equal(both[1], second[0])
 
 
+def test_intermediate_layers_come_in_the_order_of_the_blocks_and_must_exist():
+    model, img = tiny(vision_depth=3), torch.randn(1, 3, 16, 24)
+    pairs = model.get_intermediate_layers_feature(img, n=[2, 0], return_class_token=True)
+    alone = model.get_intermediate_layers_feature(img, n=(0, 2))
+    assert torch.equal(pairs[0][0], alone[0]) and torch.equal(pairs[1][0], alone[1]) and torch.equal(pairs[1][1], model.get_last_layer_feature(img)["cls_token"])
+    raw, = model.get_intermediate_layers_feature(img, norm=False)
+    assert torch.equal(model.trunk.norm(raw), alone[1]) and not torch.equal(raw, alone[1])
+    for n in (0, 4, -1, [3], [-1], []):
+        with pytest.raises(ValueError, match="the trunk has 3 blocks; wanted 1 to 3"):
+            model.get_intermediate_layers_feature(img, n)
+
+
+def test_two_models_can_be_built_from_one_config():
+    """(The released training code takes fields out of the config that it is given: its second model fails.)"""
+    config = VTPConfig(**TINY)
+    assert VTPModel(config).state_dict().keys() == VTPModel(config).state_dict().keys() and config == VTPConfig(**TINY)
+
+
+def test_a_model_says_which_part_it_has_not():
+    model, img = tiny(train_clip=False, train_reconstruction=False), torch.randn(1, 3, 16, 16)
+    for ask, sentence in ((lambda: model.get_latents_decoded_images(img), "no pixel decoder: it was made with train_reconstruction false"),
+                          (lambda: model.get_clip_image_feature(img), "no CLIP side: it was made with train_clip false"),
+                          (lambda: model.get_clip_text_feature(torch.ones(1, 10, dtype=torch.long)), "no text tower")):
+        with pytest.raises(ValueError, match=sentence):
+            ask()
+
+
 def test_latents_are_laid_out_as_the_picture():
     model, img = tiny(vision_depth=1), torch.zeros(1, 3, 16, 24)
     model.trunk.blocks[0].attn.proj.weight.zero_()                                          # patches do not look at each other
@@ -210,7 +241,7 @@ def test_a_latent_as_wide_as_the_trunk_needs_no_bottleneck():
 
 
 def test_clip_may_read_through_the_bottleneck_and_from_the_mean_patch():
-    model, img = tiny(vision_bottleneck_ae_only=False, vision_clip_feat="avgpool"), torch.randn(2, 3, 16, 16)
+    model, img = tiny(vision_bottleneck_ae_only=False, vision_clip_feat="pooled"), torch.randn(2, 3, 16, 16)
     patches = model.get_last_layer_feature(img, use_bottleneck=True)["patch_tokens"]
     assert model.feature_dim == 6 and torch.allclose(model.get_clip_image_feature(img), model.visual_proj(patches.mean(1)), atol=1e-6)
 
@@ -238,13 +269,17 @@ def test_periods_lie_on_disk_in_bfloat16_as_in_official_files(tmp_path):
     assert periods == {"trunk.rope_embed.periods": torch.bfloat16, "pixel_decoder.rope_embed.periods": torch.bfloat16}
 
 
-def test_an_official_file_saved_by_us_is_the_same_file(golden, tmp_path):
+@pytest.mark.parametrize("name", ["vtp_a", "vtp_b", "vtp_p8"])
+def test_an_official_file_saved_by_us_is_the_same_file(golden, name, tmp_path):
     """Same keys, types, bits. (Their config.json says more about the library that wrote it; ours adds upscale and rope_dtype.)"""
-    VTPModel.from_pretrained(golden / "vtp_p8").save_pretrained(tmp_path)
-    theirs, ours = (safetensors.torch.load_file(folder / "model.safetensors") for folder in (golden / "vtp_p8", tmp_path))
+    if not (golden / name).exists():
+        pytest.skip(f"{name} is one of the full golden sets only")
+    VTPModel.from_pretrained(str(golden / name)).save_pretrained(str(tmp_path))
+    theirs, ours = (safetensors.torch.load_file(folder / "model.safetensors") for folder in (golden / name, tmp_path))
     assert theirs.keys() == ours.keys() and all(v.dtype == ours[k].dtype and torch.equal(v, ours[k]) for k, v in theirs.items())
-    theirs, ours = (json.loads((folder / "config.json").read_text()) for folder in (golden / "vtp_p8", tmp_path))
-    assert theirs.keys() - ours.keys() == {"transformers_version"} and all(ours[k] == v for k, v in theirs.items() if k in ours)
+    theirs, ours = (json.loads((folder / "config.json").read_text()) for folder in (golden / name, tmp_path))
+    assert theirs.keys() - ours.keys() == {"transformers_version"} and ours.keys() - theirs.keys() == {"decoder_upscale", "rope_dtype"}
+    assert all(ours[k] == v for k, v in theirs.items() if k in ours)
     assert (ours["decoder_upscale"], ours["rope_dtype"]) == (16, "bfloat16")                # what the official class always does
 
 
@@ -255,6 +290,106 @@ def test_unknown_fields_of_config_json_are_ignored_and_rope_can_be_chosen(tmp_pa
     assert VTPModel.from_pretrained(tmp_path).trunk.rope_embed.dtype == torch.float32
     assert VTPModel.from_pretrained(tmp_path, rope_dtype=torch.bfloat16).pixel_decoder.rope_embed.dtype == torch.bfloat16
     assert VTPModel.from_pretrained(tmp_path, rope_dtype="bfloat16").config.rope_dtype == "bfloat16"
+
+
+def everything(model):
+    """All that a model can say of two pictures and two texts, as far as it has the parts"""
+    g = torch.Generator().manual_seed(1)
+    img, text = torch.randn(2, 3, 16, 24, generator=g), torch.randint(1, 64, (2, 10), generator=g)
+    out = [*model.get_last_layer_feature(img).values(), *model.get_intermediate_layers_feature(img, n=2), z := model.get_reconstruction_latents(img)]
+    out += [model.get_latents_decoded_images(z)] if model.config.train_reconstruction else []
+    out += [model.get_clip_image_feature(img), model.get_clip_text_feature(text)] if model.config.train_clip else []
+    return out + ([model.get_clip_logits(img, text)[0]] if model.config.train_clip and model.config.text_pool_type != "none" else [])
+
+
+FIELDS = [{f"{part}_ffn_layer": ffn} for part in ("vision", "decoder") for ffn in ("mlp", "swiglu", "swiglu32", "swiglu64", "swiglu128")]
+FIELDS += [{f"{part}_norm_layer": norm} for part in ("vision", "decoder") for norm in ("layernorm", "layernormbf16", "rmsnorm")]
+FIELDS += [{f"{part}_init_values": value} for part in ("vision", "decoder") for value in (0.1, 1)] + [{"text_ls_init_value": 0.1}]
+FIELDS += [{"vision_use_qk_norm": v, "decoder_use_qk_norm": d} for v in (False, True) for d in (False, True)]
+FIELDS += [{"vision_bottleneck_ae_only": a, "vision_clip_feat": f, "vision_feature_bottleneck": d}
+           for a in (False, True) for f in ("cls", "pooled") for d in (6, 32, None)]
+FIELDS += [{"text_pool_type": p, "text_proj_type": t, "text_proj_bias": b}
+           for p in ("argmax", "first", "last", "none") for t, b in (("none", True), ("mlp", False), ("linear", True))]
+FIELDS += [{"text_quick_gelu": True}, {"text_no_causal_mask": True}, {"text_output_tokens": True, "text_pad_id": 3, "image_size": 7},
+           {"text_mlp_ratio": 2, "vision_mlp_ratio": 3}, {"decoder_upscale": 16}, {"rope_dtype": "bfloat16"}]
+FIELDS += [{"init_logit_bias": -10.0}, {"init_logit_bias": 0, "init_logit_scale": 0.0},
+           {"nonscalar_logit_scale": True, "init_logit_bias": -10.0, "init_logit_scale": 1.5}]
+FIELDS += [{"train_clip": False}, {"train_reconstruction": False}, {"train_clip": False, "train_reconstruction": False}]
+
+
+@pytest.mark.parametrize("fields", FIELDS, ids=lambda fields: "-".join(f"{k}={v}" for k, v in fields.items()))
+def test_every_field_works_and_survives_the_disk_to_the_bit(fields, tmp_path):
+    model = tiny(**fields)
+    for p in model.parameters():
+        p.add_(0.1 * torch.randn_like(p))                                                   # no zeros or ones that could hide a missing tensor
+    model.save_pretrained(tmp_path)
+    back = VTPModel.from_pretrained(tmp_path)
+    before, after = everything(model), everything(back)
+    assert back.config == model.config and len(before) == len(after) and all(map(torch.equal, before, after)) and all(x.isfinite().all() for x in before)
+
+
+@pytest.mark.parametrize("part, names", [("vision_init_values", "trunk"), ("decoder_init_values", "pixel_decoder"), ("text_ls_init_value", "text_transformer")])
+def test_layer_scale_of_zero_is_none_and_one_changes_nothing(part, names):
+    off, zero, one = tiny(), tiny(**{part: 0.0}), tiny(**{part: 1.0})
+    gammas = one.state_dict().keys() - off.state_dict().keys()
+    assert zero.state_dict().keys() == off.state_dict().keys() and gammas and all(k.startswith(names) and k.endswith("gamma") for k in gammas)
+    one.load_state_dict(off.state_dict(), strict=False)
+    assert all(map(torch.equal, everything(off), everything(one)))
+
+
+@pytest.mark.parametrize("fields, sentence", [
+    ({"vision_ffn_layer": "geglu"}, 'vision_ffn_layer is "geglu", wanted one of mlp, swiglu'), ({"decoder_ffn_layer": "none"}, "decoder_ffn_layer .* wanted one of"),
+    ({"vision_norm_layer": "batchnorm"}, "vision_norm_layer .* layernorm"), ({"decoder_norm_layer": None}, "decoder_norm_layer is null, wanted a name"),
+    ({"vision_num_heads": 3}, "vision_num_heads is 3, wanted a divisor of vision_embed_dim, which is 32"), ({"text_num_heads": 5}, "text_num_heads is 5"),
+    ({"decoder_num_heads": 16}, "decoder_num_heads is 16, wanted heads of 4, 8, 12"), ({"vision_depth": 0}, "vision_depth is 0, wanted a whole number above 0"),
+    ({"vision_depth": "12"}, 'vision_depth is "12", wanted a whole number'), ({"train_clip": "false"}, 'train_clip is "false", wanted true or false'),
+    ({"vision_depth": True}, "vision_depth is true, wanted a whole number"), ({"text_quick_gelu": 1}, "text_quick_gelu is 1, wanted true or false"),
+    ({"vision_feature_bottleneck": 0}, "vision_feature_bottleneck is 0, wanted .* or null"), ({"vision_clip_feat": "avgpool"}, "wanted cls or pooled"),
+    ({"text_embed_cls": True}, "text_embed_cls is true, wanted false"), ({"text_pool_type": "mean"}, "text_pool_type .* argmax, first, last, none"),
+    ({"rope_dtype": "float16"}, 'rope_dtype is "float16", wanted bfloat16'), ({"decoder_upscale": 0}, "decoder_upscale is 0"),
+    ({"vision_mlp_ratio": 0.0}, "vision_mlp_ratio is 0.0, wanted a number above 0"), ({"init_logit_scale": "log"}, "init_logit_scale .* a number or null")])
+def test_a_field_that_cannot_be_built_is_refused_by_name(fields, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        VTPConfig(**TINY | fields)
+
+
+def test_fields_of_absent_parts_are_not_judged():
+    assert VTPConfig(**TINY | {"train_clip": False, "text_num_heads": 5, "text_pool_type": "mean", "vision_clip_feat": "avgpool"})
+    assert VTPConfig(**TINY | {"train_reconstruction": False, "decoder_ffn_layer": "geglu", "decoder_num_heads": 5})
+
+
+def test_an_absent_field_takes_the_official_default(tmp_path):
+    tiny(train_clip=False).save_pretrained(tmp_path)
+    found = json.loads((tmp_path / "config.json").read_text())
+    for name in ("model_type", "vision_ffn_layer", "text_depth", "vision_mlp_ratio"):
+        del found[name]
+    (tmp_path / "config.json").write_text(json.dumps(found))
+    assert VTPModel.from_pretrained(tmp_path).config == VTPConfig(**TINY | {"train_clip": False, "text_depth": 12})
+
+
+def change(tensors):
+    """-> tensors with one taken away, two foreign ones, and one transposed"""
+    tensors = dict(tensors, stranger=torch.zeros(1), guest=torch.zeros(1)) | {"visual_proj.weight": tensors["visual_proj.weight"].T.contiguous()}
+    del tensors["trunk.cls_token"]
+    return tensors
+
+
+@pytest.mark.parametrize("file, content, sentence", [
+    ("config.json", "{not json", "is no JSON .* wanted the config.json of a VTP model"), ("config.json", "[1, 2]", "holds a list, wanted"),
+    ("config.json", '{"model_type": "clip"}', "holds model_type 'clip', wanted .* 'vtp'"), ("config.json", '{"vision_depth": -1}', "vision_depth is -1"),
+    ("model.safetensors", "rubbish", "model.safetensors is damaged .* copy or download it again"), ("model.safetensors", None, "model.safetensors is missing"),
+    ("model.safetensors", change, r"1 missing \(trunk.cls_token\); 2 not of this model \(.*(stranger|guest).*\); "
+                                  r"1 of another shape \(visual_proj.weight \[32, 24\], wanted \[24, 32\]\). Take both files from one model")])
+def test_a_folder_that_holds_something_else_is_refused_with_a_sentence(file, content, sentence, tmp_path):
+    tiny().save_pretrained(tmp_path)
+    if callable(content):
+        safetensors.torch.save_file(content(safetensors.torch.load_file(tmp_path / file)), tmp_path / file)
+    elif content is None:
+        (tmp_path / file).unlink()
+    else:
+        (tmp_path / file).write_text(content)
+    with pytest.raises(FileNotFoundError if content is None else ValueError, match=sentence):
+        VTPModel.from_pretrained(tmp_path)
 
 
 def test_a_folder_without_a_model_is_refused_with_what_was_wanted(tmp_path):
@@ -322,14 +457,14 @@ def test_one_forward_of_the_student_serves_all_objectives():
     assert {k: out[k].shape for k in shapes} == shapes and out["bias"] is None
     assert torch.allclose(out["pixels"], student.model.get_latents_decoded_images(student.model.get_reconstruction_latents(b["image"][[0, 2]])), atol=1e-5)
     assert torch.allclose(out["img"], student.model.get_clip_image_feature(b["image"], True), atol=1e-5)
-    cls, patch = teacher(b["crops"], b["mask"])
+    cls, patch = teacher(b["crops"], b["mask"]).values()
     assert cls.shape == (2, 2, 20) and patch.shape == (M, 20)
 
 
 def test_student_and_teacher_agree_on_a_picture_of_which_nothing_is_hidden():
     student, teacher = pair()
     b = batch() | {"mask": torch.zeros(2, 2, 16, dtype=torch.bool)}
-    assert torch.allclose(student(b, NO_DROP)["cls"][:2], teacher(b["crops"], b["mask"])[0], atol=1e-6)
+    assert torch.allclose(student(b, NO_DROP)["cls"][:2], teacher(b["crops"], b["mask"])["cls"], atol=1e-6)
 
 
 def test_turning_objectives_off_changes_nothing_for_the_others():

@@ -2,7 +2,10 @@
 import json
 import math
 import os
+import resource
 import signal
+from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,7 +88,9 @@ def test_a_kill_at_any_moment_of_saving_leaves_a_checkpoint_to_go_on_from(tmp_pa
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_serves(tmp_path, capsys):
     three_checkpoints(tmp_path)
     whole = (tmp_path / "last.pt").read_bytes()
-    for damaged in (b"", b"nonsense", whole[:len(whole) // 2]):
+    at = whole.index(torch.full((3,), 3.0).numpy().tobytes())
+    flipped = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:]                      # one bit of a weight: torch.load alone would not see it
+    for damaged in (b"", b"nonsense", whole[:len(whole) // 2], flipped):
         (tmp_path / "last.pt").write_bytes(damaged)
         run = Run(tmp_path, SETTINGS)
         assert run.state["step"] == 2 and torch.equal(run.state["w"], weights(2)["w"])
@@ -152,6 +157,9 @@ def test_plain_rounds_to_six_digits_and_leaves_whole_numbers_alone():
 
 
 def test_a_metric_is_printed_and_kept_with_its_protocol(tmp_path, capsys):
+    metric("nobody/some-model", "psnr", 31.25, "a Hub id is no folder")
+    assert "not kept: nobody/some-model" in capsys.readouterr().out and not Path("nobody").exists()
+    (tmp_path / "new").mkdir()
     metric(tmp_path / "new", "psnr", 31.25, "adm crop, 64 images", step=7)
     metric(tmp_path / "new", "fid", torch.tensor(12.5), "2048 samples")
     rows = [json.loads(line) for line in (tmp_path / "new" / "metrics.jsonl").read_text().splitlines()]
@@ -172,6 +180,79 @@ def test_a_signal_asks_the_loop_to_stop_and_kills_nothing(tmp_path):
             signal.signal(s, handler)
 
 
+# ---------------------------------------------------------------- the walk through the steps
+CPU, FLAGS = torch.device("cpu"), Namespace(steps=6, batch=4, log_every=2, save_every=3, max_bad=0.1)
+
+
+def walk(folder, do=lambda run, step: None, batches=None, args=FLAGS):
+    """A loop without a model: `do` is its body -> the run"""
+    run, before = Run(folder, SETTINGS), {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        for step, batch in run.walk(args, iter(batches or [{}] * (args.steps - run.first)), CPU, "fp32", lambda: weights(run.first)):
+            do(run, step)
+            run.sound(torch.tensor(float(step)), torch.tensor(1.0)) if run.in_a_row == 0 else None
+            run.note(loss=float(step)) if run.due else None
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+    return run
+
+
+def test_a_walk_logs_and_saves_when_due_and_goes_on_where_it_stopped(tmp_path):
+    seen = []
+    walk(tmp_path, lambda run, step: seen.append(step))
+    assert seen == list(range(6)) and steps_of(tmp_path) == [1, 2, 4, 6]                 # the first is always logged
+    assert [torch.load(tmp_path / name)["step"] for name in ("last.pt", "previous.pt")] == [6, 3]
+    walk(tmp_path, lambda run, step: seen.append(step), args=Namespace(**vars(FLAGS) | {"steps": 8}))
+    assert seen[6:] == [6, 7] and steps_of(tmp_path) == [1, 2, 4, 6, 8]
+
+
+def test_a_signal_ends_the_walk_after_the_step_it_met_with_a_checkpoint(tmp_path):
+    run = walk(tmp_path, lambda run, step: os.kill(os.getpid(), signal.SIGUSR1) if step == 3 else None)
+    assert run.leaving and torch.load(tmp_path / "last.pt")["step"] == 4
+
+
+def test_a_loss_or_gradient_that_is_not_finite_skips_the_step_and_many_end_the_run(tmp_path, capsys):
+    run, one, nan = Run(tmp_path, SETTINGS), torch.tensor(1.0), torch.tensor(math.nan)
+    assert run.sound(one, one) and not run.sound(nan, one) and not run.sound(one, nan / 0) and run.sound(one, one)
+    assert run.skipped == 2 and run.in_a_row == 0 and "a step is skipped: loss nan" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=f"{rooms.SKIPS} steps in a row.*--lr"):
+        for _ in range(rooms.SKIPS):
+            assert not run.sound(nan, nan)
+
+
+def test_unreadable_samples_are_named_once_counted_and_stop_the_run_above_the_stated_share(tmp_path, capsys):
+    few = [{"bad": ["a.jpg (OSError)"] * (step == 2)} for step in range(6)]
+    walk(tmp_path / "few", batches=few)
+    assert [json.loads(line)["bad"] for line in (tmp_path / "few" / "log.jsonl").read_text().splitlines()] == [0, 0, 1, 1]
+    many = [{"bad": [f"{step}{k}.jpg (OSError)" for k in range(4)] * 2} for step in range(6)]
+    with pytest.raises(ValueError, match=r"16 samples could not be read for 8 that were wanted, more than --max-bad 0.1"):
+        walk(tmp_path / "many", batches=many)
+    said = capsys.readouterr().err
+    assert said.count("skipped a.jpg") == 1 and said.count("skipped 01.jpg") == 1
+
+
+def test_a_full_disk_is_a_sentence_and_the_checkpoint_before_it_stays_whole(tmp_path):
+    three_checkpoints(tmp_path)
+    run, limits = Run(tmp_path, SETTINGS), resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))                   # no file may grow beyond 20 kB
+        with pytest.raises(ValueError, match=r"last.pt could not be written .*make room: the same command goes on"):
+            run.save(4, {"w": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert Run(tmp_path, SETTINGS).state["step"] == 3 and not list(tmp_path.glob("*.part"))
+
+
+def test_torchrun_s_restart_goes_on_though_the_first_start_was_fresh(tmp_path, monkeypatch):
+    three_checkpoints(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert Run(tmp_path, SETTINGS, fresh=True).state["step"] == 3
+
+
+# ---------------------------------------------------------------- the machine
 def test_autocast_narrows_matrix_products_alone():
     a = torch.randn(4, 4)
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):

@@ -68,6 +68,16 @@ def test_pool_takes_the_first_end_token_the_first_or_the_last():
     assert pool(x, text, "last").flatten().tolist() == [3, 7]
 
 
+def test_pool_none_gives_every_token():
+    x = torch.randn(2, 4, 3)
+    assert pool(x, torch.ones(2, 4, dtype=torch.long), "none") is x
+
+
+def test_a_text_longer_than_the_context_is_refused_with_what_cuts_it():
+    with pytest.raises(ValueError, match=r"11 tokens long, wanted at most 10; get_tokenizer\(context_length=10\)"):
+        tower().get_clip_text_feature(torch.ones(1, 11, dtype=torch.long))
+
+
 def test_the_tower_is_torch_s_transformer_encoder():
     torch.manual_seed(0)
     ours, x = TextTransformer(24, 2, 3), torch.randn(2, 7, 24)

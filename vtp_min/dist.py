@@ -4,6 +4,7 @@ A model never asks which rank it is on; data is told (rank, world); a loss may `
 a script may `start`, `stop` and `say`. Launch with plain python (one process) or torchrun (many).
 """
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,8 @@ def start(device=None):
 
     device  'cpu', 'cuda', 'mps' or None (the best one present)
     """
+    if hasattr(sys.stdout, "reconfigure"):                    # names and captions in letters that the terminal lacks (LANG=C) are spelled out
+        sys.stdout.reconfigure(errors="backslashreplace")
     name = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     here = torch.device(name)
     if here.type == "cuda" and not torch.cuda.is_available() or here.type == "mps" and not torch.backends.mps.is_available():
@@ -35,6 +38,12 @@ def start(device=None):
 def stop():
     if on():
         dist.destroy_process_group()
+
+
+def wait():
+    """Every rank stands here until all do."""
+    if on():
+        dist.barrier()
 
 
 class Gather(torch.autograd.Function):
@@ -71,3 +80,16 @@ def highest(x):
     if on():
         dist.all_reduce(x, dist.ReduceOp.MAX)
     return x
+
+
+@torch.no_grad()
+def collect(x):
+    """(n, ...) of each rank, n may differ -> the rows of all ranks in rank order, on every rank, without gradient"""
+    if not on():
+        return x
+    counts = [torch.empty(1, dtype=torch.long, device=x.device) for _ in range(world())]
+    dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
+    most = int(max(counts))
+    parts = [x.new_empty(most, *x.shape[1:]) for _ in counts]
+    dist.all_gather(parts, torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])]))
+    return torch.cat([part[:n] for part, n in zip(parts, counts)])

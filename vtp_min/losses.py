@@ -89,39 +89,50 @@ def koleo_loss(x):
     return -(distance + 1e-8).log().mean()
 
 
-# ---------------------------------------------------------------- the teacher's targets
+# ---------------------------------------------------------------- the teacher's targets: softmax((logits - center) / temp), and two ways to a center
 @torch.no_grad()
 def centered_softmax(logits, center, temp):
     """Sharpened and centred: no prototype may win everywhere.   DINO Eq. 1      logits (..., K), center (K,) -> probabilities"""
-    return F.softmax((logits - center) / temp, dim=-1)
+    return F.softmax((wide(logits) - center) / temp, dim=-1)
 
 
 @torch.no_grad()
-def moved_center(center, logits, momentum=0.9):
+def moved_center(center, pieces, momentum=0.9):
     """center <- 0.9 center + 0.1 mean logit, used from the next batch on.   DINO Eq. 4; momentum from DINOv2
 
-    logits (n, K). The mean is over the rows of all ranks together. (DINOv2's iBOT centre averages each rank's own
-    mean instead, so that a rank with few masked patches counts as much as one with many.)
+    pieces  the batch's logits, (n, K) at a time. The mean is over the rows of all pieces and ranks together. (DINOv2's iBOT
+    centre averages each rank's own mean instead, so that a rank with few masked patches counts as much as one with many.)
     """
-    rows = total(torch.tensor(float(len(logits)), device=logits.device, dtype=logits.dtype))
-    mean = total(logits.sum(0)) / rows.clamp_min(1)
-    return torch.where(rows > 0, momentum * center + (1 - momentum) * mean, center)          # nothing was hidden: it stays
+    s, rows = torch.zeros_like(center), torch.zeros_like(center[:1])
+    for logits in pieces:
+        s, rows = s + wide(logits).sum(0), rows + len(logits)
+    s, rows = total(s), total(rows)
+    return torch.where(rows > 0, momentum * center + (1 - momentum) * s / rows.clamp_min(1), center)     # nothing was hidden: it stays
 
 
 @torch.no_grad()
-def sinkhorn(logits, temp, iterations=3):
-    """Rows become probabilities while every prototype gets an equal share of the whole batch.   SwAV Sec. 3.1, DINOv2
+def sinkhorn_center(pieces, temp, iterations=3):
+    """The center under which every prototype gets an equal share of the whole batch.   SwAV Sec. 3.1, DINOv2
 
-    logits (n, K), n may differ between ranks -> (n, K), rows sum to 1
+    pieces  () -> the batch's logits, (n, K) at a time; asked for anew in each round, so that a large batch's never lie in memory together.
+    Sinkhorn-Knopp scales the rows and columns of q = exp(logits / temp) in turn. Rows can be scaled one by one at any time: all that
+    must be kept of it is the factor of each column, and exp(logits / temp) * factor is exp((logits - center) / temp).
     """
-    logits = wide(logits)
-    top = highest(logits.max() if len(logits) else logits.new_tensor(-torch.inf))
-    q = torch.exp((logits - top) / temp)          # DINOv2 leaves `- top` out and overflows above 88; a common factor cancels below
-    tiny = torch.finfo(q.dtype).tiny
+    top = highest(torch.stack([wide(x).max() if len(x) else wide(x).new_tensor(-torch.inf) for x in pieces()]).max())
+    columns = None                                                           # (K,)
     for _ in range(iterations):
-        q = q / total(q.sum(0)).clamp_min(tiny)                              # each prototype's column: one share
-        q = q / q.sum(1, keepdim=True).clamp_min(tiny)                       # each row: a probability
-    return q
+        shares = 0
+        for logits in pieces():
+            q = torch.exp((wide(logits) - top) / temp)     # DINOv2 leaves `- top` out and overflows above 88; a common factor cancels
+            shares = shares + (q.sum(0) if columns is None else (1 / (q @ columns)) @ q)      # each row a probability, each column its sum
+        shares = total(shares)
+        columns = shares.mean() / shares.clamp_min(torch.finfo(shares.dtype).tiny)          # a common factor again: it keeps their size at bay
+    return top - temp * columns.log()
+
+
+def sinkhorn(logits, temp, iterations=3):
+    """Rows become probabilities while every prototype gets an equal share of the whole batch: logits (n, K), n may differ between ranks"""
+    return centered_softmax(logits, sinkhorn_center(lambda: [logits], temp, iterations), temp)
 
 
 # ---------------------------------------------------------------- pixels

@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from .decoder import PixelDecoder
+from .losses import wide
 from .run import write_aside
-from .text import TextTransformer, pool
-from .vit import VisionTransformer, init_linear
+from .text import POOLS, TextTransformer, pool
+from .vit import FFNS, NORMS, VisionTransformer, init_linear
 
 SIZES = {   # ViT-S/B/L (paper) at their usual widths; the paper's text tower, with OpenCLIP's 12 heads. nano is ours, for a CPU.
     "nano": dict(D=192, depth=4, heads=3, text=128, text_depth=2, text_heads=4),
@@ -34,9 +35,17 @@ SIZES = {   # ViT-S/B/L (paper) at their usual widths; the paper's text tower, w
 }
 
 
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a name",
+         int | None: "a whole number or null", float | None: "a number or null"}
+
+
 @dataclass
 class VTPConfig:
-    """The fields of the official config.json, with its defaults; the last two are ours."""
+    """The fields of the official config.json, with its defaults; the last two are ours. What cannot be built is refused by name.
+
+    image_size, text_pad_id and text_output_tokens change nothing (as in the official model). An init value of null or 0 means no
+    LayerScale. A feature_bottleneck of null, or as wide as the trunk, is none.
+    """
     image_size: int = 256
     train_clip: bool = True
     train_reconstruction: bool = True
@@ -80,6 +89,37 @@ class VTPConfig:
     decoder_upscale: int = 16                # ours: pixels a latent becomes on each side; the official decoder always has 16
     rope_dtype: str = "bfloat16"             # ours: the official models were trained with bfloat16 RoPE
 
+    def __post_init__(self):
+        def want(field, fine, wanted):
+            if not fine:
+                raise ValueError(f"config field {field} is {json.dumps(getattr(self, field), default=str)}, wanted {wanted}")
+
+        for f in fields(self):
+            value = getattr(self, f.name)
+            fits = isinstance(value, f.type) or type(value) is int and isinstance(0.0, f.type)
+            want(f.name, fits and (type(value) is bool) == (f.type is bool), KINDS[f.type])                # Python takes true for 1
+        parts = ["vision"] + ["text"] * self.train_clip + ["decoder"] * self.train_reconstruction        # fields of absent parts are not read
+        for field in [f"{part}_{what}" for part in parts for what in ("embed_dim", "num_heads", "depth")] + ["vision_patch_size", "decoder_upscale"]:
+            want(field, getattr(self, field) > 0, "a whole number above 0")
+        for part in parts:
+            width, heads = getattr(self, f"{part}_embed_dim"), getattr(self, f"{part}_num_heads")
+            want(f"{part}_num_heads", width % heads == 0, f"a divisor of {part}_embed_dim, which is {width}")
+            if part != "text":
+                want(f"{part}_num_heads", width // heads % 4 == 0, f"heads of 4, 8, 12, ... channels: axial RoPE; {part}_embed_dim is {width}")
+                want(f"{part}_ffn_layer", getattr(self, f"{part}_ffn_layer") in FFNS, "one of " + ", ".join(FFNS))
+                want(f"{part}_norm_layer", getattr(self, f"{part}_norm_layer") in NORMS, "one of " + ", ".join(NORMS))
+        d = self.vision_feature_bottleneck
+        want("vision_feature_bottleneck", d is None or d > 0, "a whole number above 0, or null for none")
+        want("vision_mlp_ratio", self.vision_mlp_ratio > 0, "a number above 0")
+        want("rope_dtype", self.rope_dtype in ("bfloat16", "float32"), "bfloat16 (the official models) or float32 (ours)")
+        if self.train_clip:
+            want("vision_clip_feat", self.vision_clip_feat in ("cls", "pooled"), "cls or pooled")
+            want("text_context_length", self.text_context_length > 0, "a whole number above 0")
+            want("text_vocab_size", self.text_vocab_size > 0, "a whole number above 0")
+            want("text_mlp_ratio", self.text_mlp_ratio > 0, "a number above 0")
+            want("text_pool_type", self.text_pool_type in POOLS, "one of " + ", ".join(POOLS))
+            want("text_embed_cls", not self.text_embed_cls, "false: with true the official text tower crashes on every text")
+
     @classmethod
     def of_size(cls, size, image=256, patch=16, latent_dim=64, clip=True, rec=True, light_decoder=False):
         """The paper's models, and nano: QKNorm on (Sec. 4.1), decoder symmetric or the paper's light one: 4 ViT-L layers."""
@@ -102,7 +142,7 @@ class VTPModel(nn.Module):
         c = self.config = config
         rope = getattr(torch, c.rope_dtype)
         D, W = c.vision_embed_dim, c.text_embed_dim
-        d = c.vision_feature_bottleneck or D
+        d = D if c.vision_feature_bottleneck is None else c.vision_feature_bottleneck
         self.trunk = VisionTransformer(D, c.vision_depth, c.vision_num_heads, c.vision_patch_size, c.vision_mlp_ratio, c.vision_ffn_layer,
                                        c.vision_norm_layer, c.vision_use_qk_norm, c.vision_init_values, d, rope)
         self.feature_dim = D if c.vision_bottleneck_ae_only else d           # what the CLIP and DINO heads read
@@ -116,14 +156,18 @@ class VTPModel(nn.Module):
             self.text_transformer = TextTransformer(W, c.text_depth, c.text_num_heads, c.text_mlp_ratio, not c.text_no_causal_mask,
                                                     c.text_quick_gelu, c.text_ls_init_value)
             self.ln_final = nn.LayerNorm(W)
-            if c.text_proj_type != "none":
+            if c.text_proj_type != "none":                                   # any other name is "linear" (released code)
                 self.text_projection = nn.Linear(W, W) if c.text_proj_bias else nn.Parameter(torch.empty(W, W))
                 nn.init.normal_(self.text_projection.weight if c.text_proj_bias else self.text_projection, std=W ** -0.5)
             nn.init.normal_(self.token_embedding.weight, std=0.02)
             shape = [1] if c.nonscalar_logit_scale else []
-            scale = math.log(1 / 0.07) if c.init_logit_scale is None else c.init_logit_scale      # CLIP: 14.3
+            scale = math.log(1 / 0.07) if c.init_logit_scale is None else c.init_logit_scale      # CLIP: 14.3; the official code takes 0.0 for null
             self.logit_scale = nn.Parameter(torch.full(shape, scale))
             self.logit_bias = None if c.init_logit_bias is None else nn.Parameter(torch.full(shape, float(c.init_logit_bias)))
+
+    def want(self, field, part):
+        if not getattr(self.config, field):
+            raise ValueError(f"this model has no {part}: it was made with {field} false")
 
     # ------------------------------------------------------------ as an auto-encoder
     def get_reconstruction_latents(self, img):
@@ -137,11 +181,13 @@ class VTPModel(nn.Module):
 
     def get_latents_decoded_images(self, z):
         """(B, d, h, w) -> (B, 3, h*u, w*u), ImageNet-normalised, not clamped"""
+        self.want("train_reconstruction", "pixel decoder")
         return self.pixel_decoder(z)
 
     # ------------------------------------------------------------ as CLIP
     def project(self, cls, patches):
         """What CLIP reads of an image: the class token, or the mean patch -> (B, E), not normalised"""
+        self.want("train_clip", "CLIP side")
         x = cls if self.config.vision_clip_feat == "cls" else patches.mean(1)
         return self.visual_proj(x if self.config.vision_bottleneck_ae_only else self.trunk.feature_bottleneck(x))
 
@@ -151,11 +197,14 @@ class VTPModel(nn.Module):
         return F.normalize(x, dim=-1) if normalize else x
 
     def get_clip_text_feature(self, text, normalize=False):
-        """text (B, T) ids, T at most the context length -> (B, E)"""
+        """text (B, T) ids, T at most the context length (below it the official model crashes) -> (B, E), or (B, T, E) with pool type 'none'"""
+        self.want("train_clip", "text tower")
+        if text.shape[1] > len(self.positional_embedding):
+            raise ValueError(f"texts are {text.shape[1]} tokens long, wanted at most {len(self.positional_embedding)}; "
+                             f"get_tokenizer(context_length={len(self.positional_embedding)}) cuts them")
         x = self.token_embedding(text) + self.positional_embedding[:text.shape[1]]       # (B, T, W)
         x = self.ln_final(self.text_transformer(x))
-        if self.config.text_pool_type != "none":
-            x = pool(x, text, self.config.text_pool_type)                                # (B, W)
+        x = pool(x, text, self.config.text_pool_type)                                    # (B, W)
         if self.config.text_proj_type != "none":
             x = self.text_projection(x) if self.config.text_proj_bias else x @ self.text_projection
         return F.normalize(x, dim=-1) if normalize else x
@@ -174,15 +223,19 @@ class VTPModel(nn.Module):
         return {"cls_token": squeeze(cls), "patch_tokens": squeeze(patches)}
 
     def get_intermediate_layers_feature(self, img, n=1, reshape=False, return_class_token=False, norm=True):
-        """n  how many of the last blocks, or a list of block numbers -> one (patches, cls) pair a block, or patches alone
+        """n  how many of the last blocks, or a list of block numbers -> one (patches, cls) pair a block, or patches alone, in the blocks' order
 
         patches (B, N, D), or (B, D, h, w) with reshape; norm applies the final norm to every block's output
         """
-        layers = list(self.trunk.layers(img))
-        wanted = layers[-n:] if isinstance(n, int) else [layers[i] for i in n]
+        depth = len(self.trunk.blocks)
+        wanted = range(depth - n, depth) if isinstance(n, int) else n
+        if not wanted or not set(wanted) <= set(range(depth)):
+            raise ValueError(f"n is {n}, but the trunk has {depth} blocks; wanted 1 to {depth} of the last ones, or a list of numbers from 0 to {depth - 1}")
         h, w = (side // self.config.vision_patch_size for side in img.shape[-2:])
         out = []
-        for x in wanted:
+        for i, x in enumerate(self.trunk.layers(img)):
+            if i not in wanted:
+                continue
             x = self.trunk.norm(x) if norm else x
             patches = x[:, 1:].transpose(1, 2).unflatten(2, (h, w)) if reshape else x[:, 1:]
             out.append((patches, x[:, 0]) if return_class_token else patches)
@@ -193,7 +246,8 @@ class VTPModel(nn.Module):
         """config.json + model.safetensors, in the official layout. Each file is written aside and renamed."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"model_type": "vtp", "architectures": ["VTPModel"], "dtype": "float32", **asdict(self.config)}, indent=2)
+        dtype = str(self.trunk.cls_token.dtype).removeprefix("torch.")
+        text = json.dumps({"model_type": "vtp", "architectures": ["VTPModel"], "dtype": dtype, **asdict(self.config)}, indent=2)
         tensors = {k: v.bfloat16() if k.endswith("periods") else v.contiguous() for k, v in self.state_dict().items()}
         write_aside(folder / "config.json", lambda path: path.write_text(text + "\n"))
         write_aside(folder / "model.safetensors", lambda path: safetensors.torch.save_file(tensors, path, {"format": "pt"}))
@@ -206,13 +260,41 @@ class VTPModel(nn.Module):
         """
         if not Path(folder, "config.json").exists():
             folder = from_hub(folder)
-        found = json.loads(Path(folder, "config.json").read_text())
-        known = {k: v for k, v in found.items() if k in {f.name for f in fields(VTPConfig)}}     # Hugging Face adds fields of its own
+        found = read_config(Path(folder, "config.json"))
         if rope_dtype is not None:
-            known["rope_dtype"] = str(rope_dtype).removeprefix("torch.")
-        model = cls(VTPConfig(**known))
-        model.load_state_dict(safetensors.torch.load_file(Path(folder, "model.safetensors")))
+            found["rope_dtype"] = str(rope_dtype).removeprefix("torch.")
+        model = cls(VTPConfig(**found))
+        load_weights(model, Path(folder, "model.safetensors"))
         return model.eval()
+
+
+def read_config(path):
+    """-> the fields we know; those that Hugging Face adds are passed over, those that are absent keep their defaults"""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as problem:
+        raise ValueError(f"{path} is no JSON ({problem}); wanted the config.json of a VTP model") from None
+    if not isinstance(found, dict) or found.get("model_type", "vtp") != "vtp":
+        kind = f"model_type {found.get('model_type')!r}" if isinstance(found, dict) else f"a {type(found).__name__}"
+        raise ValueError(f"{path} holds {kind}, wanted the config.json of a VTP model: model_type 'vtp'")
+    return {k: v for k, v in found.items() if k in {f.name for f in fields(VTPConfig)}}
+
+
+def load_weights(model, path):
+    """Strict: every tensor of the file finds its place and none stays unfilled. (transformers 4.45 loses LayerScale's `gamma` unsaid.)"""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing; wanted the weights beside config.json")
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as problem:
+        raise ValueError(f"{path} is damaged ({problem}); copy or download it again") from None
+    there, wanted = ({k: list(v.shape) for k, v in state.items()} for state in (tensors, model.state_dict()))
+    wrong = {"missing": [k for k in wanted if k not in there], "not of this model": [k for k in there if k not in wanted],
+             "of another shape": [f"{k} {there[k]}, wanted {shape}" for k, shape in wanted.items() if there.get(k, shape) != shape]}
+    if any(wrong.values()):
+        faults = "; ".join(f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' * (len(keys) > 3)})" for what, keys in wrong.items() if keys)
+        raise ValueError(f"{path} does not fit the config.json beside it. Tensors {faults}. Take both files from one model.")
+    model.load_state_dict(tensors)
 
 
 def from_hub(name):
@@ -241,10 +323,17 @@ class DINOHead(nn.Module):
         self.last_layer.weight_g = nn.Parameter(torch.ones(K, 1))             # lengths: start at 1, trainable (released code)
         self.last_layer.weight_v = nn.Parameter(directions.detach().clone())
 
+    def point(self, x):
+        """(n, D) -> points of the unit sphere (n, bottleneck)"""
+        return F.normalize(self.mlp(x), dim=-1)
+
+    def compare(self, point):
+        """(n, bottleneck) -> logits (n, K)"""
+        return F.linear(point, F.normalize(self.last_layer.weight_v, dim=-1) * self.last_layer.weight_g)
+
     def forward(self, x):
         """(n, D) -> logits (n, K)"""
-        x = F.normalize(self.mlp(x), dim=-1)
-        return F.linear(x, F.normalize(self.last_layer.weight_v, dim=-1) * self.last_layer.weight_g)
+        return self.compare(self.point(x))
 
 
 class Student(nn.Module):
@@ -256,21 +345,22 @@ class Student(nn.Module):
         if model.config.vision_bottleneck_ae_only and not model.config.train_reconstruction:
             model.trunk.feature_bottleneck.requires_grad_(False)                 # nothing reads it, and DDP waits for every gradient
 
-    def forward(self, batch, drop):
+    def forward(self, batch, drop, heads=True):
         """batch: data.Steps' dict, images as normalised floats      drop: {'clip', 'rec', 'ssl', 'local': StochasticDepth or None}
 
         -> dict with, for the objectives that are on:
-           img, txt (B, E) unit length, scale (), bias () or None      pixels (Br, 3, H, W)
-           cls (2+V, Bs, K) logits, patch (M, K) logits, tokens (2, Bs, D) class tokens before the head
+           img, txt (B, E) unit length, scale (), bias () or None      tokens (2, Bs, D) class tokens of the global crops, before the head
+           cls (2+V, Bs, K) logits, patch (M, K) logits                pixels (Br, 3, H, W)
+        heads  False: the first line alone, which is all that losses over the whole batch read
         """
         m, out = self.model, {}
         if "image" in batch:                                                     # one clean view serves words and pixels
             cls, patches = m.trunk(batch["image"], drop=drop["clip"])
         if "text" in batch:
-            out["img"] = F.normalize(m.project(cls, patches).float(), dim=-1)
-            out["txt"] = F.normalize(m.get_clip_text_feature(batch["text"]).float(), dim=-1)
+            out["img"] = F.normalize(wide(m.project(cls, patches)), dim=-1)
+            out["txt"] = F.normalize(wide(m.get_clip_text_feature(batch["text"])), dim=-1)
             out["scale"], out["bias"] = m.logit_scale.exp(), m.logit_bias
-        if "rec" in batch:
+        if "rec" in batch and heads:
             h, w = (side // m.config.vision_patch_size for side in batch["image"].shape[-2:])
             if drop["rec"] is not drop["clip"]:                                  # another rate: a forward of its own
                 patches = m.trunk(batch["image"][batch["rec"]], drop=drop["rec"])[1]
@@ -278,10 +368,11 @@ class Student(nn.Module):
                 patches = patches[batch["rec"]]
             out["pixels"] = m.pixel_decoder(m.latents(patches, h, w))
         if "crops" in batch:
-            V = len(batch["locals"])
             cls, patches = m.trunk(batch["crops"].flatten(0, 1), mask=batch["mask"].flatten(0, 1), drop=drop["ssl"])
-            hidden = patches[batch["mask"].flatten(0, 1)]                        # (M, D) what the student could not see
             out["tokens"] = cls.unflatten(0, (2, -1))                            # (2, Bs, D)
+        if "crops" in batch and heads:
+            V = len(batch["locals"])
+            hidden = patches[batch["mask"].flatten(0, 1)]                        # (M, D) what the student could not see
             if V:
                 cls = torch.cat([cls, m.trunk(batch["locals"].flatten(0, 1), drop=drop["local"])[0]])
             squeeze = nn.Identity() if m.config.vision_bottleneck_ae_only else m.trunk.feature_bottleneck
@@ -309,11 +400,16 @@ class Teacher(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, crops, mask):
-        """crops (2, Bs, 3, H, W), nothing hidden; mask (2, Bs, N) -> logits of class tokens (2, Bs, K), of hidden patches (M, K)"""
+    def points(self, crops, mask):
+        """crops (2, Bs, 3, H, W), nothing hidden; mask (2, Bs, N) -> points of the head's sphere {'cls': class tokens (2, Bs, .), 'patch': hidden (M, .)}"""
         cls, patches = self.trunk(crops.flatten(0, 1))
         squeeze = nn.Identity() if self.ae_only else self.trunk.feature_bottleneck
-        return self.dino_head(squeeze(cls)).unflatten(0, (2, -1)), self.dino_head(squeeze(patches[mask.flatten(0, 1)]))
+        return {"cls": self.dino_head.point(squeeze(cls)).unflatten(0, (2, -1)), "patch": self.dino_head.point(squeeze(patches[mask.flatten(0, 1)]))}
+
+    @torch.no_grad()
+    def forward(self, crops, mask):
+        """The same crops and mask -> logits {'cls': of class tokens (2, Bs, K), 'patch': of hidden patches (M, K)}"""
+        return {k: self.dino_head.compare(x) for k, x in self.points(crops, mask).items()}
 
     @torch.no_grad()
     def follow(self, student, m):

@@ -1,23 +1,39 @@
-"""A run is a folder: what was asked, how it went, and all that going on needs. Serves train.py and dit.py alike.
+"""A run is a folder: what was asked, how it went, and all that going on needs. Serves every training loop alike.
 
     run.json        the settings it was started with            metrics.jsonl   one measured number a line, with its protocol
     log.jsonl       one logged step a line                      last.pt, previous.pt   the two newest checkpoints
+
+    run = Run(folder, settings, fresh)                          run.state: what the last checkpoint held, or None
+    for step, batch in run.walk(args, batches, device, precision, keep):
+        ... loss, backward ...
+        if run.sound(loss, norm): ... optimizer ...             the same answer on every rank; False: a step is skipped
+        if run.due: run.note(**run.means(loss=loss, ...), ...)  what the log says of this step
 Rank 0 writes; every rank reads. Checkpoints are written aside and renamed, so that a kill leaves the old one whole.
 """
 import json
 import math
 import os
+import resource
 import signal
+import sys
 import time
+import zipfile
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 from .dist import rank, say, total, world
 
-FREE = {"steps", "workers", "device", "log_every", "save_every", "out", "fresh", "val_data", "machine"}   # may change when a run goes on
-TIMING = {"seconds", "images_per_s", "share_of_peak", "data_wait"}                                        # may differ between equal runs
+FREE = {"steps", "workers", "device", "log_every", "save_every", "micro", "recompute", "max_bad", "out", "fresh", "val_data", "machine"}   # may change when a run goes on
+TIMING = {"seconds", "images_per_s", "share_of_peak", "data_wait"}        # may differ between equal runs
+STOPPED = 75       # exit status of a run that a signal stopped, saved and ready to go on: sysexits' EX_TEMPFAIL, "try again"
+SKIPS = 25         # so many unusable steps in a row end a run (ours; the scaler of fp16 may need 16 to find its place)
+
+# The FLOP counter takes some operators apart, which rounds differently: the first step after resuming would not be the step it is elsewhere
+AS_IT_IS = {torch.ops.aten.silu_backward: lambda *shapes, out_shape=None: 0}
 
 
 class Run:
@@ -28,7 +44,10 @@ class Run:
         Raises ValueError when the folder holds a run with other settings.
         """
         self.folder, self.settings = Path(folder), json.loads(json.dumps(settings))
-        self.stopping = False
+        self.stopping = self.leaving = False                              # this process was signalled; any was, so all leave
+        self.due, self.values, self.counter, self.flops = False, {}, None, None
+        self.bad, self.skipped, self.in_a_row, self.named = 0, 0, 0, set()      # unreadable samples on this rank; unusable steps; names said
+        fresh = fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"       # torchrun restarts with the flags it had
         if fresh and rank() == 0:
             for name in ("last.pt", "previous.pt", "log.jsonl", "metrics.jsonl", "run.json", "config.json", "model.safetensors"):
                 (self.folder / name).unlink(missing_ok=True)
@@ -36,16 +55,22 @@ class Run:
         if self.state:
             self._refuse_other_settings(self.state["settings"])
             say(f"{self.folder} holds a checkpoint of step {self.state['step']}: training goes on from there (--fresh starts over)")
+            self.skipped, self.bad = self.state.get("skipped", 0), self.state.get("bad", 0) if rank() == 0 else 0
+        self.first = self.state["step"] if self.state else 0              # steps taken so far = number of the next one
         if rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_aside(self.folder / "run.json", lambda path: path.write_text(json.dumps(self.settings, indent=2) + "\n"))
-            self._drop_lines_beyond(self.state["step"] if self.state else 0)
+            self._drop_lines_beyond(self.first)
 
+    # ------------------------------------------------------------ checkpoints
     def _newest(self):
         for name in ("last.pt", "previous.pt"):
             path = self.folder / name
             if path.exists():
                 try:
+                    with zipfile.ZipFile(path) as checked:                # torch.load does not look at checksums
+                        if checked.testzip():
+                            raise ValueError("a checksum is wrong")
                     return torch.load(path, map_location="cpu", weights_only=True)
                 except Exception as problem:
                     say(f"{path} is damaged ({type(problem).__name__}: {problem}); trying the one before")
@@ -70,20 +95,102 @@ class Run:
         """Keep the two newest: last.pt becomes previous.pt, then the new one takes its name."""
         if rank() == 0:
             def write(path):
-                torch.save({"step": step, "settings": self.settings, **state}, path)
+                torch.save({"step": step, "settings": self.settings, "skipped": self.skipped, **state}, path)
                 if (self.folder / "last.pt").exists():
                     os.replace(self.folder / "last.pt", self.folder / "previous.pt")
             write_aside(self.folder / "last.pt", write)
 
+    # ------------------------------------------------------------ the walk through the steps
+    def walk(self, args, batches, device, precision, keep, export=lambda: None):
+        """Yields (step, batch) from self.first to args.steps - 1; between two steps it logs, saves and listens to signals.
+
+        args     steps, batch (over all processes), log_every, save_every; max_bad where batches name unreadable samples in batch["bad"]
+        keep     () -> dict of state dicts for the checkpoint      export  () -> None, writes the weights that others read
+        """
+        self.finish_on_signals()
+        peak = matmul_peak(device, precision)
+        bar = tqdm(total=args.steps, initial=self.first, desc=Path(sys.argv[0]).stem, unit="step", disable=rank() > 0, dynamic_ncols=True)
+        clock = asked = time.perf_counter()
+        waited, taken = 0.0, 0                                            # seconds for data, steps: since the last line of the log
+        for step, batch in zip(range(self.first, args.steps), batches):
+            waited, done, taken = waited + time.perf_counter() - asked, step + 1, taken + 1
+            self._report_bad(batch.get("bad", []))
+            self.due = done % args.log_every == 0 or done in (1, args.steps)
+            yield step, batch
+            self.flops = self.flops or (self.counter.get_total_flops() if self.counter else None)
+            save = done % args.save_every == 0 or done == args.steps or self.leaving
+            if self.due or save:
+                bad = int(total(torch.tensor(self.bad, device=device)))
+                if "bad" in batch and bad > max(10, args.max_bad * done * args.batch):
+                    raise ValueError(f"{bad} samples could not be read for {done * args.batch} that were wanted, more than --max-bad {args.max_bad:g}; look at the files "
+                                     f"named above (python data.py --data ... shows them too), or allow more with --max-bad")
+            if self.due:
+                seconds = (time.perf_counter() - clock) / taken           # of a step, on average since the last line
+                share = {"share_of_peak": self.flops / seconds / peak} if self.flops else {}
+                self.log(done, **self.values, **({"bad": bad} if "bad" in batch else {}), **({"skipped": self.skipped} if self.skipped else {}),
+                          images_per_s=args.batch / seconds, **share, data_wait=waited / taken / seconds)
+                bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in list(self.values.items())[:6] if isinstance(v, float)))
+            bar.update()
+            if save and rank() == 0:
+                self.save(done, keep() | {"bad": bad})
+                export()
+            if self.leaving:
+                break
+            if self.due or save:
+                clock, waited, taken = time.perf_counter(), 0.0, 0
+            asked = time.perf_counter()
+        bar.close()
+        say(f"{self.folder}: {f'stopped on a signal, saved; the same command goes on (exit status {STOPPED})' if self.leaving else 'done'}. "
+            f"Peak memory {peak_memory(device):.2f} GB.")
+
+    def sound(self, loss, norm):
+        """Can this step be taken? False, on every rank, if loss or gradient norm of any rank is not finite: the step is skipped and counted.
+
+        Ranks ask in the same step, so they also agree here on leaving after a signal. Raises ValueError after SKIPS such steps in a row.
+        """
+        flags = torch.stack([~(loss.detach().isfinite() & norm.isfinite()), torch.tensor(self.stopping, device=loss.device)]).float()
+        broken, self.leaving = total(flags).bool().tolist()
+        self.in_a_row = self.in_a_row + 1 if broken else 0
+        self.skipped += broken
+        if broken:
+            say(f"\na step is skipped: loss {loss.item():.4g}, gradient norm {norm.item():.4g} (on this rank; {self.in_a_row} in a row, {self.skipped} in all)")
+        if self.in_a_row == SKIPS:
+            raise ValueError(f"{SKIPS} steps in a row had a loss or gradient that is not finite; earlier checkpoints are kept: try a smaller --lr, "
+                             f"a longer --warmup, or --precision fp32")
+        return not broken
+
+    def means(self, **tensors):
+        """Tensors () of each rank -> their means over ranks, as numbers; all ranks must ask"""
+        means = total(torch.stack([x.detach().float() for x in tensors.values()])) / world()
+        return dict(zip(tensors, means.tolist()))
+
+    def note(self, **values):
+        """What this step's line of the log says"""
+        self.values = values
+
+    def counting(self):
+        """Around the first step's forward and backward: how many floating-point operations its matrix products take"""
+        if self.counter is None:
+            self.counter = FlopCounterMode(display=False, custom_mapping=AS_IT_IS)
+            return self.counter
+        return nullcontext()
+
+    def _report_bad(self, names):
+        """Name each unreadable sample once, on the rank that met it"""
+        for name in names:
+            if name not in self.named:
+                print(f"skipped {name}: another sample takes its place", file=sys.stderr, flush=True)
+            self.named.add(name)
+            self.bad += 1
+
     def log(self, step, **values):
         """One line of log.jsonl; tensors become numbers, and a number that is not finite becomes its name."""
         if rank() == 0:
-            with open(self.folder / "log.jsonl", "a") as f:
-                f.write(json.dumps({"step": step} | {k: plain(v) for k, v in values.items()}) + "\n")
-
-    def stop_requested(self, device):
-        """Has any rank been signalled? All ranks ask in the same step, so all leave together."""
-        return bool(total(torch.tensor(float(self.stopping), device=device))) if world() > 1 else self.stopping
+            try:
+                with open(self.folder / "log.jsonl", "a") as f:
+                    f.write(json.dumps({"step": step} | {k: plain(v) for k, v in values.items()}) + "\n")
+            except OSError as problem:
+                raise ValueError(f"{self.folder}/log.jsonl cannot be written ({problem}); the last checkpoint is whole: make room, and type the same command again") from problem
 
     def finish_on_signals(self):
         """SIGTERM, SIGINT and SIGUSR1 are remembered: the loop finishes its step, saves, and leaves."""
@@ -101,8 +208,9 @@ def plain(v):
 def metric(folder, name, value, protocol, **more):
     """Print a measured number with its protocol and append it to metrics.jsonl."""
     say(f"{name:28s} {value:10.4g}   {protocol}")
-    if rank() == 0:
-        Path(folder).mkdir(parents=True, exist_ok=True)
+    if rank() == 0 and not Path(folder).is_dir():
+        say(f"(not kept: {folder} is no folder)")
+    elif rank() == 0:
         with open(Path(folder) / "metrics.jsonl", "a") as f:
             f.write(json.dumps({"name": name, "value": plain(value), "protocol": protocol, **more}) + "\n")
 
@@ -110,12 +218,18 @@ def metric(folder, name, value, protocol, **more):
 def write_aside(path, write):
     """write(temporary path), flush to disk, rename: the file is either the old one or the new one, never half."""
     aside = path.with_name(path.name + ".part")
-    write(aside)
-    with open(aside, "rb+") as f:
-        os.fsync(f.fileno())
+    try:
+        write(aside)
+        with open(aside, "rb+") as f:
+            os.fsync(f.fileno())
+    except Exception as problem:                                          # torch and safetensors have errors of their own for a full disk
+        aside.unlink(missing_ok=True)
+        raise ValueError(f"{path} could not be written ({problem}); what stood there before is whole. If the disk is full, make room: "
+                         f"the same command goes on from the last checkpoint") from problem
     os.replace(aside, path)
 
 
+# ---------------------------------------------------------------- the machine
 def choose_precision(device):
     """bf16 where the hardware multiplies it, else fp16 on GPUs, else fp32 -> its name
 
@@ -129,18 +243,20 @@ def choose_precision(device):
     return "fp32"
 
 
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 def autocast(device, precision):
-    """A context for the forward pass: 'fp32' does nothing, 'bf16' and 'fp16' cast matrix products."""
-    if precision == "fp32":
+    """A context for the forward pass: 'fp32' and 'fp64' do nothing, 'bf16' and 'fp16' cast matrix products."""
+    if precision in ("fp32", "fp64"):
         return nullcontext()
-    return torch.autocast(device.type, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+    return torch.autocast(device.type, dtype=DTYPES[precision])
 
 
 def matmul_peak(device, precision, seconds=0.3):
     """The machine's own ceiling: FLOP/s of one large matrix product in this precision, measured now."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     n = 1024 if device.type == "cpu" else 8192
-    a = torch.randn(n, n, device=device, dtype=dtype)
+    a = torch.randn(n, n, device=device, dtype=DTYPES[precision])
     wait = torch.cuda.synchronize if device.type == "cuda" else torch.mps.synchronize if device.type == "mps" else lambda: None
     a @ a
     wait()
@@ -150,3 +266,10 @@ def matmul_peak(device, precision, seconds=0.3):
         wait()
         count += 1
     return 2 * n ** 3 * count / (time.perf_counter() - start)
+
+
+def peak_memory(device):
+    """GB, of this process"""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)      # bytes on macOS, else KiB

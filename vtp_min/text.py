@@ -13,7 +13,10 @@ from .vit import LayerScale
 
 
 class CausalAttention(nn.Module):
-    """Self-attention in the key layout of torch's MultiheadAttention"""
+    """Self-attention in the key layout of torch's MultiheadAttention
+
+    No mask lies in memory. (The official tower keeps one as a buffer that no file holds: transformers 5 leaves it uninitialised on loading.)
+    """
     def __init__(self, W, heads, causal):
         super().__init__()
         self.heads, self.causal = heads, causal
@@ -47,6 +50,7 @@ class TextBlock(nn.Module):
         super().__init__()
         self.ln_1, self.attn = nn.LayerNorm(W), CausalAttention(W, heads, causal)
         self.ln_2, self.mlp = nn.LayerNorm(W), TextMlp(W, ratio, quick_gelu)
+        # ours start at the config's value; the official text LayerScale starts as whatever lay in memory
         self.ls_1, self.ls_2 = (LayerScale(W, layer_scale) if layer_scale else nn.Identity() for _ in range(2))
 
     def forward(self, x):
@@ -59,7 +63,7 @@ class TextTransformer(nn.Module):
     def __init__(self, W, depth, heads, ratio=4.0, causal=True, quick_gelu=False, layer_scale=None):
         super().__init__()
         self.resblocks = nn.ModuleList(TextBlock(W, heads, ratio, causal, quick_gelu, layer_scale) for _ in range(depth))
-        for block in self.resblocks:                                 # CLIP's initialisation (released training code)
+        for block in self.resblocks:                                 # CLIP's, as the released training code (the HF class overwrites it with 0.02)
             nn.init.normal_(block.attn.in_proj_weight, std=W ** -0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=W ** -0.5 * (2 * depth) ** -0.5)
             nn.init.zeros_(block.attn.out_proj.bias)
@@ -72,11 +76,17 @@ class TextTransformer(nn.Module):
         return x
 
 
+POOLS = "argmax", "first", "last", "none"
+
+
 def pool(x, text, how):
     """(B, T, W) -> (B, W): the token that has read the whole caption.
 
-    'argmax' the end token, which has the largest id of all (the first one, if the text holds several)
-    'first', 'last' by position
+    'argmax'          the end token, which has the largest id of all (the first one, if the text holds several)
+    'first', 'last'   by position: 'last' wants texts of the full context length, since padding is read too
+    'none'            all tokens, (B, T, W)
     """
+    if how == "none":
+        return x
     at = {"argmax": text.argmax(-1), "first": torch.zeros_like(text[:, 0]), "last": torch.full_like(text[:, 0], text.shape[1] - 1)}
     return x[torch.arange(len(x), device=x.device), at[how]]
