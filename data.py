@@ -1,50 +1,42 @@
-"""Where images and captions come from, and what is cut out of them.
+"""Where images and captions come from, and how they become batches. How a file is read and what is cut out of it: vtp_min/views.py.
 
     sources    open_data(spec) -> Shapes (built in, endless) | Folder (class folders) | Shards (tars of image-caption pairs)
-    views      one clean view for words and pixels; 2 global and V local crops for self-distillation          DINOv2's recipe
-    masks      which patches of a global crop the student has to guess                                        iBOT, as in DINOv2
     batches    Steps(...)[step] -> this rank's share of one step        eval_batches(source) -> every picture once, in order
 
 Whatever is random comes from a generator keyed by its purpose, the seed, the step and the row: a batch follows from the seed,
 the step and the batch sizes alone, not from workers, ranks or what was trained before. B_ssl and B_rec are every k-th row of the
-batch: VTP Sec. 3.6 draws them at random, and so are these, since the batch is shuffled.        `python data.py --data SPEC` draws a sheet of what training sees.
+batch: VTP Sec. 3.6 draws them at random, and so are these, since the batch is shuffled.
+
+Nothing is executed or unpacked, and nothing is lost in silence: what cannot be read is left out, named and counted, and more than half of
+it stops the program.                `python data.py --data SPEC` draws a sheet of what training sees, and walks the tars once for all runs.
 """
 import argparse
-import glob
 import io
-import json
 import os
-import re
 import signal
-import tarfile
+import sys
 import textwrap
 import time
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from math import exp, lcm, log, sqrt
+from math import lcm
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torchvision.transforms.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vtp_min import shapes
-from vtp_min.dist import rank, say
+from vtp_min.dist import rank, say, world
+from vtp_min.tars import expand, index_folder, indexed
+from vtp_min.views import (CLEAN, CROPS, CUTS, ENDINGS, EVAL, ORDER, SAMPLE, SPARE, VIEWS, batch_masks, clean_view, lots, pixels, read_caption,
+                           read_image, shown, ssl_view)
 
 ASSETS = Path(__file__).parent / "vtp_min" / "assets"
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")                       # any case
-MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)                  # ImageNet's, as in VTP's released code (OpenCLIP's differ)
-STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-ORDER, SAMPLE, SPARE, CLEAN, CROPS, TARGETS, BLOCKS, EVAL = range(8)      # purposes
-
-
-def lots(purpose, *key):
-    """The numpy Generator to draw lots from: equal keys, equal numbers, in any process."""
-    return np.random.default_rng([purpose, *key])
 
 
 # ---- sources. Each has len, spec, endless, classes (names in label order, or None), name(index), and load(index, rng) -> image, caption,
@@ -65,7 +57,7 @@ def open_data(spec=None, split="train", seed=0, side=64, whole=False):
         raise ValueError(f"split is {split!r}, but a source has 'train' and 'val'")
     if spec.partition(":")[0] == "shapes":
         return Shapes(spec, split, seed, side)
-    if spec.endswith(".tar") or any(c in spec for c in "{*?["):
+    if not os.path.isdir(spec) and (spec.endswith(".tar") or any(c in spec for c in "{*?[")):
         return Shards(spec, split, whole)
     return Folder(spec, split, whole)
 
@@ -107,10 +99,11 @@ class Shapes:
 
 
 class Folder:
-    """Pictures in class folders: DIR/train/CLASS/x.jpg and DIR/val/CLASS/y.jpg, or DIR/CLASS/x.jpg.
+    """Pictures in class folders: DIR/train/CLASS/x.jpg and DIR/val/CLASS/y.jpg, or DIR/CLASS/x.jpg; folders within a class belong to it.
 
     A class is numbered by its folder's rank. It is called what DIR/classnames.txt says (folder<TAB>name), else, if the folder is a
     WordNet id of ImageNet, by OpenCLIP's name for it, else by the folder itself with underscores turned to spaces.
+    Names that begin with a dot (.DS_Store, ._x.jpg) are never looked at.
     """
     endless = False
 
@@ -123,255 +116,122 @@ class Folder:
             raise ValueError(f"{spec} has no {split}/ folder; " + ("name another folder with --val-data" if split == "val" else
                              f"to train on its val/ all the same, type --data {root / 'val'}"))
         self.root = root / split if parts else root
-        folders = sorted({e.name for part in parts or [root] for e in os.scandir(part) if e.is_dir()})
-        found = [(f"{f}/{x}", label) for label, f in enumerate(folders) if (self.root / f).is_dir()
-                 for x in sorted(os.listdir(self.root / f)) if x.lower().endswith(IMAGES)]
-        if not found:
-            raise ValueError(f"{self.root} holds no class folders with pictures ({' '.join(IMAGES)}); {wanted}")
-        self.files, self.labels = np.array([os.fsencode(f) for f, _ in found]), np.array([label for _, label in found])   # lean when forked
-        names = dict(zip(*((ASSETS / f"imagenet_{x}.txt").read_text().splitlines() for x in ("wnids", "classnames")), strict=True))
+        folders = sorted({e.name for part in parts or [root] for e in os.scandir(part) if e.is_dir() and e.name[0] != "."}, key=os.fsencode)
+        files, labels, aside = [], [], [e.name for e in os.scandir(self.root) if not e.is_dir() and is_picture(e.name)]
+        for label, folder in enumerate(folders):
+            for file in files_below(self.root, folder):
+                if is_picture(file):
+                    files.append(os.fsencode(file))
+                    labels.append(label)
+                else:
+                    aside.append(file)
+        if not files:
+            raise ValueError(f"{self.root} holds no class folders with pictures ({' '.join(ENDINGS)}); {wanted}")
+        self.files, self.labels = np.array(files), np.array(labels)       # arrays are lean when forked
+        if aside:
+            say(f"{shown(self.root)}: {len(aside)} files are left out, for their ending or for lying in no class folder ({shown(aside[0])}, ...)")
+        if empty := sorted({*range(len(folders))} - {*labels}):
+            say(f"{shown(self.root)}: {len(empty)} of {len(folders)} classes have no picture here ({shown(folders[empty[0]])}, ...)")
+        names = dict(zip(*((ASSETS / f"imagenet_{x}.txt").read_text("utf-8").splitlines() for x in ("wnids", "classnames")), strict=True))
         for path in (root.parent / "classnames.txt", root / "classnames.txt"):                # DIR/val may be named without its DIR
             if path.exists():
-                names |= dict(line.split("\t", 1) for line in path.read_text("utf-8").splitlines() if "\t" in line)
+                names |= dict(line.split("\t", 1) for line in path.read_text("utf-8-sig", "replace").splitlines() if "\t" in line)
+        folders = [os.fsencode(f).decode("utf-8", "replace") for f in folders]                # the same words in any locale
         self.classes = [names.get(f, f.replace("_", " ")) for f in folders]
-        self.templates = (ASSETS / "imagenet_templates.txt").read_text().splitlines()
+        self.templates = (ASSETS / "imagenet_templates.txt").read_text("utf-8").splitlines()
 
     def __len__(self):
         return len(self.files)
 
     def load(self, index, rng):
-        label = int(self.labels[index])
-        return read_image(self.name(index)), self.templates[rng.integers(len(self.templates))].format(self.classes[label]), label
+        label, file = int(self.labels[index]), self.root / os.fsdecode(self.files[index])
+        if not file.is_file():
+            raise FileNotFoundError("a link that leads nowhere, or no file")                  # a pipe would be waited for
+        return read_image(file), self.templates[rng.integers(len(self.templates))].format(self.classes[label]), label
 
     def name(self, index):
-        return str(self.root / os.fsdecode(self.files[index]))
+        return shown(self.root / os.fsdecode(self.files[index]))
+
+
+def files_below(root, folder):
+    """-> names, seen from root, of the files in its `folder` and in the folders within, in order; links to folders are not followed"""
+    for here, folders, files in os.walk(os.path.join(root, folder)):
+        folders[:] = sorted((f for f in folders if f[0] != "."), key=os.fsencode)
+        here = os.path.relpath(here, root)
+        yield from (f"{here}/{f}" for f in sorted(files, key=os.fsencode) if f[0] != ".")
+
+
+def is_picture(name):
+    return name.rpartition(".")[2].lower() in ENDINGS
 
 
 class Shards:
-    """Image-caption pairs in tars. The headers are walked once, at opening; then any sample is two reads at known places.
+    """Image-caption pairs in tars. Their headers are walked once in a lifetime; then any sample is three reads at known places.
 
-    A file is opened for each read: two system calls more than keeping it open, and nothing to close, to fork or to send to a worker.
+    What the walk finds is kept in $VTP_CACHE, or ~/.cache/vtp_min: a file of 20 bytes a pair for each tar, to be deleted whenever you like
+    (a tar of another size or date is walked again). Memory holds a line a tar, not a line a sample: VTP's 277M pairs are 27,700 lines.
+    Ranks begin the walk at different places and take over what others have finished. A file is opened for each read: two system calls more
+    than keeping it open, and nothing to close, to fork or to send to a worker.
     """
     endless, classes = False, None
 
     def __init__(self, spec, split, whole):
         if split == "val" and not whole:
             raise ValueError(f"{spec} has no validation split; name one with --val-data (other shards, a folder, or shapes)")
-        self.spec, self.tars = spec, expand(spec)
-        rows, keys, lacking = [], [], []
-        for n, tar in enumerate(tqdm(self.tars, "indexing shards", disable=len(self.tars) < 8 or rank() > 0)):
-            for key, files in index_tar(tar).items():
-                image = next((files[e] for e in ("jpg", "jpeg", "png", "webp") if e in files), None)
-                words = files.get("txt") or files.get("json")
-                if image and words:
-                    rows.append((n, *image, *words, "txt" in files))
-                    keys.append(key)
-                else:
-                    lacking.append(f"{tar}:{key}")
-        if not rows:
-            raise ValueError(f"{spec} holds no pairs: wanted KEY.jpg (jpeg, png, webp) with KEY.txt, or KEY.json with a \"caption\"")
-        if lacking:
-            say(f"{spec}: {len(lacking)} of {len(rows) + len(lacking)} samples lack their picture or caption and are left out ({lacking[0]}, ...)")
-        self.rows, self.keys = np.array(rows), np.array([os.fsencode(k) for k in keys])      # (n, 6): tar, picture at, size, words at, size, plain
+        self.spec, tars, kept = spec, expand(spec), index_folder()
+        first = rank() * len(tars) // world()
+        tars, many = tars[first:] + tars[:first], len(tars) >= 8
+        workers = many * max(1, min(32, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        found = list(tqdm(in_workers(partial(indexed, kept), tars, workers), "indexing tars", len(tars), disable=not many or rank() > 0))
+        found = found[len(tars) - first:] + found[:len(tars) - first]     # in the pattern's order again
+        good = [x for x in found if "broken" not in x]
+        bad = [f"{shown(x['tar'])} {shown(x.get('broken') or x['end'])}" for x in found if "broken" in x or x["end"]]
+        some = ", ".join(bad[:10]) + ", ..." * (len(bad) > 10)
+        if 2 * len(good) < len(found) or not found:
+            raise ValueError(f"{len(found) - len(good)} of the {len(found)} tars that {spec} names cannot be read: {some}; "
+                             f"wanted a tar, a glob in quotes, or a range such as 'pairs-{{000000..000003}}.tar'")
+        if bad:
+            say(f"{shown(spec)}: {len(bad)} of {len(found)} tars are damaged or missing: {some}")
+        self.tars = [(x["tar"], x["index"], x["start"]) for x in good]
+        self.ends = np.cumsum([x["samples"] for x in good])               # (tars,) pairs up to and including each
+        lost = sum(x["lost"] for x in good)
+        example = next((f"{shown(x['tar'])}:{shown(x['first'])}" for x in good if x["lost"]), "")
+        if not self.ends[-1]:
+            raise ValueError(f"{spec} holds no pairs: wanted KEY.jpg (or {' '.join(ENDINGS[1:])}) with KEY.txt, or KEY.json with a \"caption\""
+                             + f" ({example})" * bool(lost))
+        if lost:
+            say(f"{shown(spec)}: {lost} of {lost + self.ends[-1]} samples are left out ({example}, ...)")
+        if new := sum(x["new"] for x in good):
+            say(f"{shown(spec)}: walked {new} of {len(found)} tars; later runs find them indexed in {shown(kept)}")
 
     def __len__(self):
-        return len(self.rows)
+        return int(self.ends[-1])
+
+    def place(self, index):
+        """-> tar, and of this pair: picture at, its size, words at, their size, 1 if they are plain and 0 if JSON"""
+        k = int(np.searchsorted(self.ends, index, "right"))
+        tar, file, start = self.tars[k]
+        row = index - (int(self.ends[k - 1]) if k else 0)
+        image_at, image_size, words_at, words_size, plain = map(int, np.fromfile(file, np.uint32, 5, offset=start + 20 * row))
+        return tar, 512 * image_at, image_size, 512 * words_at, words_size, plain
 
     def load(self, index, rng=None):
-        tar, image_at, image_size, words_at, words_size, plain = map(int, self.rows[index])
-        with open(self.tars[tar], "rb") as f:
+        tar, image_at, image_size, words_at, words_size, plain = self.place(index)
+        with open(tar, "rb") as f:
             f.seek(image_at)
             image = read_image(io.BytesIO(f.read(image_size)))
             f.seek(words_at)
-            words = f.read(words_size).decode("utf-8")
-        return image, (words if plain else json.loads(words)["caption"]).strip(), -1
+            return image, read_caption(f.read(words_size), plain), -1
 
     def name(self, index):
-        return f"{self.tars[self.rows[index, 0]]}:{os.fsdecode(self.keys[index])}"
-
-
-def expand(pattern):
-    """'pairs-{000..012}.tar' or a glob -> the tars it names, sorted. Raises ValueError if one, or all, are missing."""
-    span = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if span:
-        low, high = span.groups()
-        return [tar for n in range(int(low), int(high) + 1)
-                for tar in expand(pattern[:span.start()] + str(n).zfill(len(low)) + pattern[span.end():])]
-    found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
-    if not found:
-        raise ValueError(f"nothing is called {pattern}; wanted a tar, a glob in quotes, or a range such as 'pairs-{{000000..000003}}.tar'")
-    return found
-
-
-def index_tar(path):
-    """-> {key: {extension: (offset, size)}}; as in WebDataset the key ends at the first dot of a file's name"""
-    samples = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                folder, slash, name = member.name.rpartition("/")
-                key, _, extension = name.partition(".")
-                if member.isfile() and key:
-                    samples.setdefault(folder + slash + key, {})[extension.lower()] = member.offset_data, member.size
-    except tarfile.TarError as problem:
-        raise ValueError(f"{path} cannot be read as an uncompressed tar ({problem}); gunzip it, or fetch it again") from None
-    return samples
-
-
-def read_image(file):
-    """Path or open file -> PIL RGB, upright (EXIF), 16 bits brought to 8, what is transparent shown on white."""
-    with Image.open(file) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-
-
-# ---- views: PIL in, uint8 out. All are cut from the whole picture; local crops do not come out of the global ones.
-
-CLEAN_AREA = 0.9, 1.0                # OpenCLIP's training transform: no flip (words have left and right), no colour changes
-#            area        blur  solarise
-VIEWS = {"global 1": ((0.32, 1.00), 0.0, 0.0),         # DINOv2's recipe, with the blur as it is EXECUTED there: its wrapper hands 1 - p to a
-         "global 2": ((0.32, 1.00), 0.9, 0.2),         # torchvision class that wants p, so the rates its code names (1.0, 0.1, 0.5) run as
-         "local":    ((0.05, 0.32), 0.5, 0.0)}         # 0.0, 0.9, 0.5. The released checkpoints, DINOv3's too, were trained that way.
-
-JITTER = {F.adjust_brightness: (0.6, 1.4), F.adjust_contrast: (0.6, 1.4), F.adjust_saturation: (0.8, 1.2), F.adjust_hue: (-0.1, 0.1)}
-
-
-def clean_view(rng, image, side):
-    """-> (3, side, side) uint8: nearly the whole picture, for the captions and the decoder"""
-    return pixels(random_crop(rng, image, side, CLEAN_AREA))
-
-
-def ssl_view(rng, image, side, area, blur, solarise):
-    """-> (3, side, side) uint8: crop, flip, colours, grey, blur, solarise, in DINOv2's order and with its numbers"""
-    image = random_crop(rng, image, side, area)
-    if rng.random() < 0.5:
-        image = F.hflip(image)
-    if rng.random() < 0.8:
-        for change in rng.permutation(list(JITTER)):
-            image = change(image, rng.uniform(*JITTER[change]))
-    if rng.random() < 0.2:
-        image = F.to_grayscale(image, 3)
-    if rng.random() < blur:
-        image = Image.fromarray(gaussian_blur(np.asarray(image), rng.uniform(0.1, 2.0)))
-    if rng.random() < solarise:
-        image = F.solarize(image, 128)
-    return pixels(image)
-
-
-def random_crop(rng, image, side, area, aspect=(3 / 4, 4 / 3)):
-    """torchvision's RandomResizedCrop, bicubic: a share `area` of the picture, log-uniform aspect, ten tries, else the middle."""
-    w, h = image.size
-    for _ in range(10):
-        size, ratio = w * h * rng.uniform(*area), exp(rng.uniform(log(aspect[0]), log(aspect[1])))
-        cw, ch = round(sqrt(size * ratio)), round(sqrt(size / ratio))
-        if 0 < cw <= w and 0 < ch <= h:
-            x, y = rng.integers(w - cw + 1), rng.integers(h - ch + 1)
-            break
-    else:
-        cw, ch = min(w, round(h * aspect[1])), min(h, round(w / aspect[0]))
-        x, y = (w - cw) // 2, (h - ch) // 2
-    return image.crop((x, y, x + cw, y + ch)).resize((side, side), Image.BICUBIC)
-
-
-def gaussian_blur(image, sigma):
-    """(H, W, 3) uint8 -> the same, blurred by torchvision's 9x9 kernel, one axis after the other: three times its speed at 64 pixels.
-
-    9 is DINOv2's at every crop size, 96 as well as 224; on smaller crops than its own the same blur takes away more.
-    """
-    h, w = image.shape[:2]
-    k = np.exp(-0.5 * (np.arange(-4, 5, dtype=np.float32) / sigma) ** 2)
-    k /= k.sum()
-    x = np.pad(image.astype(np.float32), ((4, 4), (4, 4), (0, 0)), mode="reflect")
-    x = sum(k[i] * x[i:i + h] for i in range(9))
-    x = sum(k[i] * x[:, i:i + w] for i in range(9))
-    return x.round().clip(0, 255).astype(np.uint8)
-
-
-def adm_crop(image, size):
-    """ADM's centre crop, on which FID is measured: halve by box, bicubic to the shorter side, cut the middle.  PIL -> PIL (size, size)"""
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
-    x, y = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((x, y, x + size, y + size))
-
-
-def squash(image, size):
-    """The whole picture made square, bilinear: what VTP's zero-shot evaluation looks at."""
-    return image.resize((size, size), Image.BILINEAR)
-
-
-CUTS = {"adm": adm_crop, "squash": squash}
-
-
-def pixels(image):
-    """PIL RGB -> (3, H, W) uint8 array"""
-    return np.asarray(image).transpose(2, 0, 1)
-
-
-def normalize(x):
-    """uint8 (..., 3, H, W) -> float32 with ImageNet's mean 0 and deviation 1 per channel"""
-    return (x.float() / 255 - MEAN.to(x.device)) / STD.to(x.device)
-
-
-def denormalize(x):
-    """The way back, to floats on the scale [0, 1]; not clamped."""
-    return x * STD.to(x.device) + MEAN.to(x.device)
-
-
-# ---- masks
-
-def block_mask(rng, grid_h, grid_w, target):
-    """Rectangles thrown onto the patch grid until `target` patches are covered, or a little fewer, never more.  -> (grid_h, grid_w) bool
-
-    DINOv2's generator: at least 4 patches a block and at most half the grid, aspect 0.3 to 1/0.3, smaller than the grid both ways.
-    """
-    mask, wanted = np.zeros((grid_h, grid_w), bool), target
-    while wanted > 0:
-        for _ in range(10):
-            most = min(wanted, grid_h // 2 * grid_w)
-            area, aspect = 4 + (most - 4) * rng.random(), exp(rng.uniform(log(0.3), -log(0.3)))
-            h, w = round(sqrt(area * aspect)), round(sqrt(area / aspect))
-            if h < grid_h and w < grid_w:
-                y, x = rng.integers(grid_h - h + 1), rng.integers(grid_w - w + 1)
-                block = mask[y:y + h, x:x + w]
-                new = h * w - block.sum()
-                if 0 < new <= wanted:
-                    block[:] = True
-                    wanted -= new
-                    break
-        else:
-            return mask
-    return mask
-
-
-def batch_masks(seed, step, crops, grid_h, grid_w, rows=None, ratio=(0.1, 0.5), prob=0.5):
-    """iBOT masks of one step -> (len(rows), grid_h * grid_w) bool numpy array.
-
-    crops  2 B_ssl of the whole batch: all first crops, then all second      rows  the crops to draw; None: all of them
-    ratio, prob  a share `prob` of the crops is masked by ratios spread evenly over `ratio`, the rest not at all.  DINOv2
-    How much each crop is masked is drawn for the whole batch, where depends on (seed, step, crop): a rank draws its own rows only.
-    """
-    rng, n = lots(TARGETS, seed, step), int(crops * prob)
-    low, high = ratio
-    shares = low + (high - low) * (np.arange(n) + rng.random(n)) / max(n, 1)                  # one draw in each of n equal strata
-    targets = rng.permutation([int(grid_h * grid_w * s) for s in shares] + [0] * (crops - n))
-    rows = range(crops) if rows is None else rows
-    return np.stack([block_mask(lots(BLOCKS, seed, step, c), grid_h, grid_w, int(targets[c])).ravel() for c in rows])
-
-
-def mask_indices_and_weights(mask):
-    """mask (2Bs, N) or (2, Bs, N) bool -> indices (M,) of the masked patches in the flattened mask; weight (M,) = 1 / masked patches of
-    the same crop, so that every masked crop weighs 1 in ibot_loss however much of it is hidden."""
-    mask = mask.flatten(0, -2)
-    weight = 1 / mask.sum(-1, keepdim=True).clamp(min=1).float()
-    return mask.flatten().nonzero().flatten(), weight.expand_as(mask)[mask]
+        """The picture's name stands in its header, the 512 bytes before it (the first 100 letters of a longer one)."""
+        try:
+            tar, image_at, *_ = self.place(index)
+            with open(tar, "rb") as f:
+                f.seek(image_at - 512)
+                return shown(f"{tar}:{f.read(100).split(bytes(1))[0].decode('utf-8', 'replace')}")
+        except Exception:                                                 # the tar has gone, and this is only about its name
+            return shown(f"sample {index} of {self.spec}")
 
 
 # ---- batches
@@ -461,20 +321,52 @@ class Steps:
         """-> picture, caption. What cannot be read joins `bad` and is replaced by one drawn from (seed, step, row, attempt)."""
         place = step * self.batch + row
         epoch, k = (0, place) if self.source.endless else divmod(place, len(self.source))
-        index = k if self.source.endless else int(shuffled(self.seed, epoch, len(self.source))[k])
+        index = k if self.source.endless else shuffled(self.seed, epoch, len(self.source), k)
         for attempt in range(10):
             try:
                 return self.source.load(index, lots(SAMPLE, self.seed, step, row))[:2]
+            except MemoryError:                                           # not the sample's fault
+                raise
             except Exception as problem:                                  # a damaged file makes decoders raise whatever they like
-                bad.append(f"{self.source.name(index)} ({type(problem).__name__}: {problem})")
+                bad.append(shown(f"{self.source.name(index)} ({type(problem).__name__}: {problem})"))
                 index = int(lots(SPARE, self.seed, step, row, attempt).integers(len(self.source)))
         raise ValueError(f"ten samples in a row could not be read, last {bad[-1]}; is {self.source.spec} still there?")
 
 
+LISTED = 2 ** 21                     # ImageNet is below: 16 MB a worker and epoch. VTP's 277M samples would be 2.2 GB
+
+
+def shuffled(seed, epoch, n, k):
+    """The k-th sample of an epoch over n, each once: place k of a drawn permutation; of one that is computed, not stored, for large n."""
+    return int(permutation(seed, epoch, n)[k]) if n <= LISTED else scrambled(seed, epoch, n, k)
+
+
 @lru_cache(maxsize=2)
-def shuffled(seed, epoch, n):
-    """The order in which an epoch walks a finite source: every sample once."""
+def permutation(seed, epoch, n):
     return lots(ORDER, seed, epoch).permutation(n)
+
+
+def scrambled(seed, epoch, n, k):
+    """A keyed bijection of range(n) at k: six Feistel rounds on 2h bits, 4^h >= n, walked until the number is below n.
+
+    A round (a, b) -> (b, a ^ f(b)) can be undone whatever f is, so no number comes twice; f is splitmix64's finish. Not so good on a few bits:
+    small n are listed.
+    """
+    h, full = ((n - 1).bit_length() + 1) // 2, 2 ** 64 - 1
+    while True:
+        a, b = k >> h, k & (1 << h) - 1
+        for key in round_keys(seed, epoch):
+            f = (b ^ key) * 0xBF58476D1CE4E5B9 & full
+            f = (f ^ f >> 27) * 0x94D049BB133111EB & full
+            a, b = b, a ^ (f ^ f >> 31) & (1 << h) - 1
+        k = a << h | b
+        if k < n:
+            return k
+
+
+@lru_cache(maxsize=2)
+def round_keys(seed, epoch):
+    return [int(x) for x in lots(ORDER, seed, epoch).integers(2 ** 63, size=6)]
 
 
 def nearest(n, unit):
@@ -501,25 +393,33 @@ def outlive_signals(worker):
     signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
 
 
-def eval_batches(source, side, batch, limit=None, crop="adm", workers=0, seed=0):
-    """Every picture once, in the source's order -> (images uint8 (b, 3, side, side), labels (b,), captions), batch after batch.
+def my_share(n):
+    """Places of this rank's rows of n: contiguous, in rank order, so that dist.collect joins them in the source's order."""
+    return range(rank() * n // world(), (rank() + 1) * n // world())
 
-    limit  take that many, evenly spread, so that each class is seen          crop  'adm' (centre) or 'squash'
-    What cannot be read is left out, named and counted; its batch is smaller for it.
+
+def eval_batches(source, side, batch, limit=None, crop="adm", workers=0, seed=0):
+    """This rank's share of all pictures, each once, in order -> (images uint8 (b, 3, side, side), labels (b,), captions), batch after batch.
+
+    limit  take that many over all ranks, evenly spread, so that each class is seen          crop  'adm' (centre) or 'squash'
+    The share is my_share(min(limit, len(source))). What cannot be read is left out, named and counted by the rank that met it; its batch is
+    smaller for it. Once more than half of a share has gone the number would mean nothing: ValueError.
     """
     if crop not in CUTS or batch < 1 or limit is not None and limit < 1:
         raise ValueError(f"crop={crop!r}, batch={batch}, limit={limit}: wanted 'adm' or 'squash', a batch and a limit of 1 or more")
-    n, lost = min(limit or len(source), len(source)), 0
-    indices = [k * len(source) // n for k in range(n)]
+    n, lost, here = min(limit or len(source), len(source)), 0, f" on rank {rank()}" if world() > 1 else ""
+    indices = [k * len(source) // n for k in my_share(n)]
     work = partial(eval_batch, source, side, CUTS[crop], seed)
-    for images, labels, captions, bad in in_workers(work, [indices[k:k + batch] for k in range(0, n, batch)], workers):
+    for images, labels, captions, bad in in_workers(work, [indices[k:k + batch] for k in range(0, len(indices), batch)], workers):
         for name in bad:
-            say("left out:", name)
+            print(f"left out{here}: {name}", flush=True)
         lost += len(bad)
+        if 2 * lost > len(indices):
+            raise ValueError(f"more than half of the {len(indices)} pictures of {source.spec}{here} could not be read, last {bad[-1]}")
         if captions:
             yield images, labels, captions
     if lost:
-        say(f"{lost} of {n} pictures of {source.spec} could not be read and are left out")
+        print(f"{lost} of {len(indices)} pictures of {shown(source.spec)}{here} could not be read and are left out", flush=True)
 
 
 def eval_batch(source, side, cut, seed, indices):
@@ -527,8 +427,10 @@ def eval_batch(source, side, cut, seed, indices):
     for index in indices:
         try:
             picture, caption, label = source.load(index, lots(EVAL, seed, index))
+        except MemoryError:
+            raise
         except Exception as problem:
-            bad.append(f"{source.name(index)} ({type(problem).__name__}: {problem})")
+            bad.append(shown(f"{source.name(index)} ({type(problem).__name__}: {problem})"))
         else:
             images.append(pixels(cut(picture, side)))
             labels.append(label)
@@ -554,9 +456,29 @@ def sheet(out, patch, zoom):
     return page
 
 
+def look(args):
+    source = open_data(args.data, args.split, args.seed, args.image, whole=True)
+    steps = Steps(source, None, args.seed, args.rows, args.rows, args.rows, clip=False, ssl=True, rec=True, image=args.image,
+                  local_image=args.local_image, n_local=args.locals, patch=args.patch)
+    print(f"{shown(source.spec)}, {args.split}: " + ("endless" if source.endless else f"{len(source):,} samples"))
+    if source.classes:
+        print(f"{len(source.classes)} classes: {', '.join(source.classes[:12])}{', ...' if len(source.classes) > 12 else ''}")
+    start, count = time.perf_counter(), max(1, 64 // args.rows)
+    bad = [name for out in tqdm(batches(steps, 1, 1 + count), "timing", total=count) for name in out["bad"]]
+    ms = 1000 * (time.perf_counter() - start) / (count * args.rows)
+    if bad:
+        print(f"of {count * args.rows + len(bad)} samples {len(bad)} could not be read, others took their place:", *dict.fromkeys(bad), sep="\n    ")
+    print(f"{ms:.1f} ms a sample in one process: reading, a clean view, 2 global crops of {args.image}, {args.locals} local ones of {args.local_image}")
+    out = steps[0]
+    print("captions of the sheet:", *(shown(c)[:200] for c in out["captions"]), sep="\n    ")
+    sheet(out, args.patch, zoom=max(1, 160 // args.image)).save(args.out)
+    print(f"wrote {args.out}: clean view, global crops 1 and 2 with what is masked in grey, local crops")
+
+
 def main():
     p = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                description="Look at a data set as training sees it: counts, captions, speed, and a sheet of views, crops and masks.")
+                                description="Look at a data set as training sees it: counts, captions, speed, and a sheet of views, crops and masks. "
+                                            "Tars are walked once and indexed in $VTP_CACHE or ~/.cache/vtp_min; nothing is written beside them.")
     p.add_argument("--data", default="shapes", help="shapes, shapes:objects=1,size=0.6-0.9, a folder (DIR/train/CLASS/x.jpg or DIR/CLASS/x.jpg), "
                                                     "or tars of pairs, in quotes: 'pairs-{000000..000003}.tar', 'pairs-*.tar'")
     p.add_argument("--split", choices=["train", "val"], default="train", help="which part of --data")
@@ -568,25 +490,11 @@ def main():
     p.add_argument("--seed", type=int, default=0, help="another seed: another order, other crops and masks")
     p.add_argument("--out", default="sheet.png", help="the sheet")
     args = p.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")                     # LANG=C: letters it lacks are spelled out
     try:
-        source = open_data(args.data, args.split, args.seed, args.image, whole=True)
-        steps = Steps(source, None, args.seed, args.rows, args.rows, args.rows, clip=False, ssl=True, rec=True, image=args.image,
-                      local_image=args.local_image, n_local=args.locals, patch=args.patch)
+        look(args)
     except ValueError as problem:
         raise SystemExit(f"data.py: {problem}")
-    print(f"{source.spec}, {args.split}: " + ("endless" if source.endless else f"{len(source):,} samples"))
-    if source.classes:
-        print(f"{len(source.classes)} classes: {', '.join(source.classes[:12])}{', ...' if len(source.classes) > 12 else ''}")
-    start, count = time.perf_counter(), max(1, 64 // args.rows)
-    for out in tqdm(batches(steps, 1, 1 + count), "timing", total=count):
-        for name in out["bad"]:
-            print("replaced:", name)
-    ms = 1000 * (time.perf_counter() - start) / (count * args.rows)
-    print(f"{ms:.1f} ms a sample in one process: reading, a clean view, 2 global crops of {args.image}, {args.locals} local ones of {args.local_image}")
-    out = steps[0]
-    print("captions of the sheet:", *out["captions"], sep="\n    ")
-    sheet(out, args.patch, zoom=max(1, 160 // args.image)).save(args.out)
-    print(f"wrote {args.out}: clean view, global crops 1 and 2 with what is masked in grey, local crops")
 
 
 if __name__ == "__main__":

@@ -14,3 +14,9 @@ def golden(request):
     if request.param == "full" and not FULL:
         pytest.skip("VTP_GOLDEN does not name the folder of the full golden sets")
     return CUT if request.param == "cut" else Path(FULL)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache_of_its_own(tmp_path_factory):
+    """Indexes of tars go to a temporary folder."""
+    os.environ["VTP_CACHE"] = str(tmp_path_factory.mktemp("cache"))

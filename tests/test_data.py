@@ -15,9 +15,19 @@ import torchvision.transforms.functional as F
 from PIL import Image
 
 import data
-from data import Steps, adm_crop, batch_masks, batches, block_mask, denormalize, eval_batches, mask_indices_and_weights, normalize, open_data
+from data import Steps, batches, eval_batches, open_data
+from vtp_min import tars, views
+from vtp_min.views import adm_crop, batch_masks, block_mask, denormalize, mask_indices_and_weights, normalize
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "data.npz")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """Indices of tars go to a folder of the test's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("VTP_CACHE", str(folder))
+    return folder
 
 
 def words(captions):
@@ -119,16 +129,16 @@ def test_shards_give_each_picture_its_own_caption_and_count_what_is_incomplete(t
     shard(tmp_path / "x-01.tar", {"a/3.json": json.dumps({"caption": "number 3"}).encode(), "a/3.png": png(pictures[3]),
                                   "4.png": png(pictures[4]), "5.txt": b"lonely"})
     source = open_data(str(tmp_path / "x-{00..01}.tar"))
-    assert len(source) == 4 and source.classes is None and "2 of 6 samples lack" in capsys.readouterr().out
+    assert len(source) == 4 and source.classes is None and "2 of 6 samples are left out" in capsys.readouterr().out
     for i in range(4):
         image, caption, label = source.load(i)
         assert caption == f"number {i}" and label == -1 and np.array_equal(image, pictures[i])
-    assert len(open_data(str(tmp_path / "x-*.tar"))) == 4 and source.name(3).endswith("x-01.tar:a/3")
+    assert len(open_data(str(tmp_path / "x-*.tar"))) == 4 and source.name(3).endswith("x-01.tar:a/3.png")
 
 
 def test_patterns_without_a_file_and_tars_that_are_none_are_refused(tmp_path):
     shard(tmp_path / "x-0.tar", {"1.png": png(noise()), "1.txt": b"one"})
-    for spec, reason in ((tmp_path / "y-*.tar", "nothing is called"), (tmp_path / "x-{0..1}.tar", "x-1.tar"), (tmp_path / "z.tar", "z.tar")):
+    for spec, reason in ((tmp_path / "y-*.tar", "No such file"), (tmp_path / "x-{1..2}.tar", "x-1.tar"), (tmp_path / "z.tar", "z.tar")):
         with pytest.raises(ValueError, match=reason):
             open_data(str(spec))
     (tmp_path / "bad.tar").write_bytes(b"no tar at all" * 100)
@@ -161,6 +171,30 @@ def test_a_picture_held_sideways_is_turned_upright(tmp_path):
     assert np.array_equal(data.read_image(tmp_path / "x.png"), image.transpose(Image.ROTATE_270))
 
 
+def test_a_tar_is_walked_once_and_again_only_when_it_has_changed(tmp_path, cache, monkeypatch, capsys):
+    tar = shard(tmp_path / "x.tar", {"1.png": png(noise()), "1.txt": b"one"})
+    walked = []
+    walk = tars.index_tar
+    monkeypatch.setattr(tars, "index_tar", lambda path: walked.append(path) or walk(path))
+    assert open_data(tar).load(0)[1] == open_data(tar).load(0)[1] == "one" and walked == [tar]
+    assert capsys.readouterr().out.count("walked 1 of 1 tars") == 1 and [f.suffix for f in cache.iterdir()] == [".index"]
+    shard(tmp_path / "x.tar", {"1.png": png(noise()), "1.txt": b"uno", "2.png": png(noise()), "2.txt": b"due"})
+    assert [open_data(tar).load(i)[1] for i in range(2)] == ["uno", "due"] and len(walked) == 2
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["x.tar"]                            # nothing is written beside the data
+
+
+def test_many_tars_are_walked_by_several_processes_and_each_rank_starts_elsewhere_but_all_find_the_same(tmp_path, monkeypatch):
+    for n in range(9):
+        shard(tmp_path / f"x-{n}.tar", {f"{i}.{e}": c for i in range(n + 1) for e, c in (("png", png(noise(8, i))), ("txt", f"{n} {i}".encode()))})
+    monkeypatch.setattr(data, "world", lambda: 3)
+    found = []
+    for r in range(3):
+        monkeypatch.setattr(data, "rank", lambda: r)
+        source = open_data(str(tmp_path / "x-{0..8}.tar"))
+        found.append([source.load(i)[1] for i in range(len(source))])
+    assert found[0] == found[1] == found[2] == [f"{n} {i}" for n in range(9) for i in range(n + 1)]
+
+
 # ---- views
 
 def test_adm_crop_is_exact():
@@ -179,7 +213,7 @@ def test_adm_crop_is_exact_on_the_full_set():
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
 def test_our_blur_is_torchvisions(sigma):
     image = noise(33, width=50)
-    ours, theirs = data.gaussian_blur(np.asarray(image), sigma), np.asarray(F.gaussian_blur(image, [9, 9], [sigma, sigma]))
+    ours, theirs = views.gaussian_blur(np.asarray(image), sigma), np.asarray(F.gaussian_blur(image, [9, 9], [sigma, sigma]))
     off = np.abs(ours.astype(int) - theirs)
     assert off.max() <= 1 and off.mean() < 1e-3                           # a sum in another order may round a tie the other way
 
@@ -191,7 +225,7 @@ def test_random_crops_cover_the_promised_area_and_aspect_and_reach_every_corner(
         def crop(self, box): boxes.append(box); return self
         def resize(self, *_): return self
     for _ in range(2000):
-        data.random_crop(rng, Spy(), 32, (0.05, 0.32))
+        views.random_crop(rng, Spy(), 32, (0.05, 0.32))
     x0, y0, x1, y1 = np.array(boxes).T
     share, aspect = (x1 - x0) * (y1 - y0) / (400 * 300), (x1 - x0) / (y1 - y0)
     assert share.min() > 0.048 and share.max() < 0.325 and abs(share.mean() - 0.185) < 0.01
@@ -201,12 +235,12 @@ def test_random_crops_cover_the_promised_area_and_aspect_and_reach_every_corner(
 
 def test_global_1_is_never_blurred_and_global_2_in_nine_of_ten(monkeypatch):
     calls = []
-    monkeypatch.setattr(data, "gaussian_blur", lambda image, sigma: calls.append(sigma) or image)
+    monkeypatch.setattr(views, "gaussian_blur", lambda image, sigma: calls.append(sigma) or image)
     rates = {}
-    for name, recipe in data.VIEWS.items():
+    for name, recipe in views.VIEWS.items():
         calls.clear()
         for i in range(300):
-            data.ssl_view(np.random.default_rng(i), noise(16), 16, *recipe)
+            views.ssl_view(np.random.default_rng(i), noise(16), 16, *recipe)
         rates[name] = len(calls) / 300
     assert rates["global 1"] == 0 and abs(rates["global 2"] - 0.9) < 0.06 and abs(rates["local"] - 0.5) < 0.09
 
@@ -214,7 +248,7 @@ def test_global_1_is_never_blurred_and_global_2_in_nine_of_ten(monkeypatch):
 def test_normalize_and_denormalize_are_inverse():
     x = torch.randint(0, 256, (2, 5, 3, 4, 4), dtype=torch.uint8)
     assert torch.allclose(denormalize(normalize(x)) * 255, x.float(), atol=1e-4)
-    grey = data.MEAN * 255
+    grey = views.MEAN * 255
     assert normalize(grey.round().to(torch.uint8).expand(3, 2, 2)).abs().max() < 0.01
 
 
@@ -307,6 +341,35 @@ def test_an_epoch_shows_every_picture_once(tmp_path):
     assert sorted(seen[:12]) == sorted(seen[12:]) == list(range(12)) and seen[:12] != seen[12:] != list(range(12))
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17, 64, 65, 1000, 4097])
+def test_an_order_that_is_computed_is_a_permutation_and_another_in_each_epoch(n):
+    first, second = ([data.scrambled(3, epoch, n, k) for k in range(n)] for epoch in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(n)) and (n < 16 or first != second)
+
+
+def test_each_seed_and_each_epoch_has_a_computed_order_of_its_own():
+    first = {data.scrambled(seed, epoch, 10 ** 9, 7) for seed in range(20) for epoch in range(20)}
+    assert len(first) >= 399                                              # 400 draws of a billion agree once in 12,000 times
+
+
+def test_a_computed_order_is_as_random_as_a_listed_one():
+    n, m = 3 * data.LISTED, 4000
+    for scale in (1, n // m):                                             # neighbours, and places far apart
+        x = np.array([data.shuffled(5, 2, n, scale * k) for k in range(m)])
+        y = np.array([data.shuffled(5, 3, n, scale * k) for k in range(m)])
+        limit = 4 / math.sqrt(m)                                          # four standard errors of a correlation of independent numbers
+        for a, b in ((x, np.arange(m)), (x[1:], x[:-1]), (x % 2, np.arange(m) % 2), (x, y)):
+            assert abs(np.corrcoef(a, b)[0, 1]) < limit
+        counts = np.bincount(x * 20 // n, minlength=20)
+        assert ((counts - m / 20) ** 2 / (m / 20)).sum() < 50             # chi-square of 19 degrees: 50 once in 7,000 draws
+        assert len(set(x.tolist())) == m and len(set((x % 7).tolist())) == 7
+
+
+def test_small_sources_are_listed_and_large_ones_computed():
+    assert [data.shuffled(1, 0, 10, k) for k in range(10)] == data.permutation(1, 0, 10).tolist()
+    assert data.shuffled(1, 0, 277_000_000, 5) == data.scrambled(1, 0, 277_000_000, 5) < 277_000_000
+
+
 def test_a_damaged_picture_is_replaced_named_and_the_same_on_every_machine(tmp_path):
     root = folder(tmp_path)
     victim = root / "train" / "red_fox" / "3.JPEG"
@@ -343,6 +406,29 @@ def test_evaluation_sees_every_picture_once_in_order_and_a_limit_still_sees_ever
     found = [list(eval_batches(source, 16, 4, workers=w)) for w in (0, 1)]
     assert sum(len(x) for x, _, _ in found[0]) == 17 and all(torch.equal(a[0], b[0]) for a, b in zip(*found))
     assert "1 of 18 pictures" in capsys.readouterr().out
+
+
+def test_ranks_share_an_evaluation_in_order_and_each_counts_what_it_lost(tmp_path, monkeypatch, capsys):
+    source = open_data(folder(tmp_path, ("ant", "bee", "cow")), "val")
+    whole = torch.cat([x for x, _, _ in eval_batches(source, 16, 4)])
+    (tmp_path / "val" / "cow" / "5.JPEG").write_bytes(b"")
+    monkeypatch.setattr(data, "world", lambda: 4)
+    parts = []
+    for r in range(4):
+        monkeypatch.setattr(data, "rank", lambda: r)
+        parts += [x for x, _, _ in eval_batches(source, 16, 4)]
+        assert len(data.my_share(18)) in (4, 5)
+    assert torch.equal(torch.cat(parts), whole[:17]) and "1 of 5 pictures" in (out := capsys.readouterr().out) and "on rank 3" in out
+
+
+def test_an_evaluation_of_which_more_than_half_is_lost_stops_with_a_sentence(tmp_path):
+    source = open_data(folder(tmp_path), "val")
+    for file in (tmp_path / "val" / "red_fox").iterdir():
+        file.write_bytes(b"gone")
+    assert sum(len(x) for x, _, _ in eval_batches(source, 16, 4)) == 6                        # half
+    (tmp_path / "val" / "n01443537" / "0.png").write_bytes(b"gone")
+    with pytest.raises(ValueError, match="more than half of the 12 pictures"):
+        list(eval_batches(source, 16, 4))
 
 
 def test_the_sheet_shows_a_row_a_sample(tmp_path, monkeypatch, capsys):

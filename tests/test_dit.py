@@ -1,18 +1,25 @@
 """LightningDiT against the reference's numbers (tests/golden/dit.npz, all of them with VTP_GOLDEN), then what must hold whatever the weights are."""
+import glob
 import json
 import os
-from argparse import Namespace
+import signal
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import dit
 from dit import LightningDiT, euler, flow_loss, lognorm_time, time_grid
+from vtp_min import VTPConfig, run
+from vtp_min.latents import Latents, Steps, shards
+from vtp_min.lightning import SIZES, Rotary
+from vtp_min.run import STOPPED, TIMING
 
 TINY = dict(input_size=8, patch_size=1, in_channels=16, hidden_size=64, depth=3, num_heads=2, num_classes=10)
 FULL = os.environ.get("VTP_GOLDEN")
@@ -103,7 +110,7 @@ def test_time_grids_and_time_draws_are_the_reference_s(tiny):
 @pytest.mark.parametrize("size, count", [("B", 130_408_768), ("L", 457_956_384), ("XL", 675_035_584), ("1p0B", 1_029_106_240)])
 def test_sizes_have_the_reference_s_parameter_counts(size, count):
     with torch.device("meta"):
-        assert sum(p.numel() for p in LightningDiT(**dit.SIZES[size]).parameters() if p.requires_grad) == count
+        assert sum(p.numel() for p in LightningDiT(**SIZES[size]).parameters() if p.requires_grad) == count
 
 
 # ------------------------------------------------------------------------------------------------ identities
@@ -111,6 +118,15 @@ def test_sizes_have_the_reference_s_parameter_counts(size, count):
 def test_an_untrained_model_stands_still():
     x = torch.randn(2, 16, 8, 8)
     assert LightningDiT(**TINY)(x, torch.rand(2), torch.tensor([0, 10])).abs().max() == 0
+
+
+def test_a_zero_answer_has_no_direction_so_the_first_gradient_is_that_of_the_squared_error():
+    model, grads = LightningDiT(**TINY), []
+    mse, cos = flow_loss(model, torch.randn(2, 16, 8, 8), torch.randn(2, 16, 8, 8), torch.rand(2), torch.tensor([0, 10]))
+    assert torch.equal(cos, torch.ones(2))
+    for loss in (mse, mse + cos):
+        grads.append(torch.autograd.grad(loss.mean(), model.final_layer.linear.weight, retain_graph=True)[0])
+    assert torch.equal(*grads) and grads[0].abs().max() > 0
 
 
 def test_guidance_of_scale_1_is_none_and_guiding_all_channels_is_a_line_through_both_answers(tiny):
@@ -126,7 +142,7 @@ def test_guidance_of_scale_1_is_none_and_guiding_all_channels_is_a_line_through_
 
 
 def test_rotary_attention_sees_only_how_far_apart_two_tokens_are():
-    rope, (q, k) = dit.Rotary(32, 8), torch.randn(2, 32)
+    rope, (q, k) = Rotary(32, 8), torch.randn(2, 32)
     score = (rope(q.expand(1, 1, 64, 32)) @ rope(k.expand(1, 1, 64, 32)).transpose(2, 3))[0, 0].view(8, 8, 8, 8)      # row, col, row, col
     assert torch.allclose(score[:-1, :-2, :-1, :-2], score[1:, 2:, 1:, 2:], atol=1e-4)
     assert not torch.allclose(score[0, 0, 0, 1], score[0, 0, 1, 0], atol=1e-4)
@@ -170,36 +186,87 @@ def test_the_average_forgets_its_start():
     assert kept < 1e-9 and dit.ema_decay(200_000, None) == 0.9999 and dit.ema_decay(0, 0.9999) == 0.9999
 
 
+def test_recomputed_activations_are_the_same_gradient():
+    grads = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = LightningDiT(**TINY, use_checkpoint=recompute)
+        torch.nn.init.normal_(model.final_layer.linear.weight)
+        mse, cos = flow_loss(model, torch.randn(2, 16, 8, 8), torch.randn(2, 16, 8, 8), torch.rand(2), torch.tensor([1, 10]))
+        (mse + cos).mean().backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(*pair) for pair in zip(*grads)) and grads[0][0].abs().max() > 0
+
+
 # ------------------------------------------------------------------------------------------------ the commands
 
 class Folded(torch.nn.Module):
     """A stand-in tokenizer that needs no training: 2x2 pixels folded into 12 channels, and unfolded."""
     def __init__(self):
         super().__init__()
-        self.trunk = torch.nn.Linear(1, 1)
-        torch.nn.init.constant_(self.trunk.weight, 1.0), torch.nn.init.zeros_(self.trunk.bias)
+        self.encoder = torch.nn.Linear(1, 1)
+        torch.nn.init.constant_(self.encoder.weight, 1.0), torch.nn.init.zeros_(self.encoder.bias)
         self.get_reconstruction_latents = lambda img: F.pixel_unshuffle(img, 2)
         self.get_latents_decoded_images = lambda z: F.pixel_shuffle(z, 2)
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """RUN/latents of 24 built-in shapes at 16 pixels"""
+@pytest.fixture(autouse=True)
+def stand_ins(monkeypatch):
+    """A transformer and a tokenizer that cost nothing; signal handlers as they were"""
+    kept = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    monkeypatch.setitem(SIZES, "nano", dict(hidden_size=32, depth=2, num_heads=2))
     monkeypatch.setattr(dit.VTPModel, "from_pretrained", lambda folder: Folded())
+    monkeypatch.setattr(run, "matmul_peak", lambda device, precision: 1e12)
+    yield
+    for s, handler in kept.items():
+        signal.signal(s, handler)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """RUN/latents of 24 built-in shapes at 16 pixels"""
     (tmp_path / "RUN").mkdir()
     (tmp_path / "RUN" / "run.json").write_text(json.dumps({"data": None, "image": 16, "seed": 0}))
-    dit.main(["latents", f"{tmp_path}/RUN", "--n", "24", "--batch", "5", "--device", "cpu"])
+    encode(tmp_path)
     return tmp_path
 
 
+def encode(folder, *flags):
+    dit.main(["latents", f"{folder}/RUN", "--n", "24", "--batch", "5", "--device", "cpu", *flags])
+
+
+def teach(folder, name, *flags):
+    dit.main(f"train {folder}/RUN/latents --out {folder}/{name} --size nano --batch 4 --log-every 1 --device cpu --precision fp32".split() + list(flags))
+
+
 def train(folder, name, *flags):
-    dit.main(f"train {folder}/RUN/latents --out {folder}/{name} --size nano --batch 4 --log-every 1 --device cpu".split() + list(flags))
+    """-> the newest checkpoint"""
+    teach(folder, name, *flags)
     return torch.load(folder / name / "last.pt", weights_only=True)
 
 
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    monkeypatch.setitem(dit.SIZES, "nano", dict(hidden_size=32, depth=2, num_heads=2))
+def paint(folder, run, out, *flags):
+    dit.main(["sample", f"{folder}/{run}", "--n", "7", "--points", "4", "--device", "cpu", "--out", f"{folder}/{out}", *flags])
+
+
+def shoot(folder, run, out, *flags):
+    """-> the samples"""
+    paint(folder, run, out, *flags)
+    return np.load(folder / out / "samples.npz")
+
+
+def logged(folder, name):
+    """The lines of a log, but for what a clock says"""
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMING} for line in (folder / name / "log.jsonl").read_text().splitlines()]
+
+
+def same(a, b):
+    """Equal to the bit: tensors, and whatever holds them"""
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return len(a) == len(b) and all(map(same, a, b)) if isinstance(a, (list, tuple)) else a == b
 
 
 def test_latents_are_in_the_reference_s_layout_with_their_mean_and_std(folder):
@@ -215,47 +282,176 @@ def test_latents_are_in_the_reference_s_layout_with_their_mean_and_std(folder):
     assert torch.allclose(stats["std"], shard["latents"].transpose(0, 1).flatten(1).std(1).view(1, 12, 1, 1), atol=1e-5)
 
 
-def test_two_processes_see_one_process_s_batch_and_an_epoch_sees_each_latent_once(folder, monkeypatch):
-    data = dit.Latents(folder / "RUN" / "latents")
-    args = Namespace(seed=3, batch=8, label_drop=0.5, lognorm_mu=0.0, lognorm_sigma=1.0)
-    batches = dit.Batches(data, {"mean": torch.zeros(1, 12, 1, 1), "std": torch.ones(1, 12, 1, 1)}, args, null=10)
-    whole = batches[5]
-    monkeypatch.setattr(dit, "world", lambda: 2)
-    halves = []
-    for r in range(2):
-        monkeypatch.setattr(dit, "rank", lambda: r)
-        halves.append(batches[5])
-    assert all(torch.equal(w, torch.cat(pair)) for w, pair in zip(whole, zip(*halves)))
-    monkeypatch.undo()
-    args.label_drop = 0.0
-    assert sorted(torch.cat([batches[s][3] for s in range(3)]).tolist()) == sorted(data.labels.tolist())
-    args.label_drop = 1.0
-    assert (batches[0][3] == 10).all()
+def test_lightningdit_s_own_loader_would_read_them(folder):
+    """What its ImgLatentDataset does, in our words: every *.safetensors of the folder by name; a running index over the rows of `labels`; one row of
+    `latents` or `latents_flip` and its label by slices; latents_stats.pt beside them, broadcast over a row that is still (1, C, H, W)."""
+    rows = []
+    for path in sorted(glob.glob(f"{folder}/RUN/latents/*.safetensors")):
+        with safe_open(path, framework="pt", device="cpu") as f:
+            count = f.get_slice("labels").get_shape()[0]
+            assert f.get_slice("latents").get_shape() == f.get_slice("latents_flip").get_shape() == [count, 12, 8, 8]
+            assert f.metadata()["total_size"] == str(count)
+            rows += [(path, i) for i in range(count)]
+    stats = torch.load(f"{folder}/RUN/latents/latents_stats.pt", weights_only=True)
+    ours = Latents(folder / "RUN" / "latents")
+    assert len(rows) == len(ours) == 24 and stats.keys() == {"mean", "std"} and all(x.shape == (1, 12, 1, 1) and x.dtype == torch.float32 for x in stats.values())
+    seen = torch.stack([theirs(path, i, stats) for path, i in rows])
+    assert torch.equal(seen, (torch.stack([ours.read(i) for i in range(24)]) - stats["mean"]) / stats["std"])
+    assert seen.mean((0, 2, 3)).abs().max() < 1e-5 and (seen.transpose(0, 1).flatten(1).std(1) - 1).abs().max() < 1e-5
 
 
-def test_a_resumed_run_is_the_same_run(folder):
-    straight = train(folder, "A", "--steps", "4")
-    train(folder, "B", "--steps", "2")
-    resumed = train(folder, "B", "--steps", "4")
-    for part in ("model", "ema"):
-        assert all(torch.equal(straight[part][k], resumed[part][k]) for k in straight[part])
-    logs = [[json.loads(line) | {"images_per_s": 0} for line in (folder / name / "log.jsonl").read_text().splitlines()] for name in "AB"]
-    assert logs[0] == logs[1] and len(logs[0]) == 4
+def theirs(path, i, stats, multiplier=1.0):
+    with safe_open(path, framework="pt", device="cpu") as f:
+        z, label = f.get_slice("latents")[i:i + 1], f.get_slice("labels")[i:i + 1]
+    assert label.dtype == torch.int64 and label.shape == (1,)
+    return ((z - stats["mean"]) / stats["std"] * multiplier).squeeze(0)
+
+
+def test_an_encoding_that_did_not_end_is_said_and_made_anew(folder, capsys):
+    whole = load_file(shards(folder / "RUN" / "latents")[0])
+    (folder / "RUN" / "latents" / "latents_stats.pt").unlink()
+    with pytest.raises(SystemExit, match="encoding has not ended"):
+        train(folder, "X", "--steps", "1")
+    (folder / "RUN" / "latents" / "latents_rank03_shard000.safetensors").write_bytes(b"half")
+    encode(folder)
+    assert "2 files of an encoding that did not end" in capsys.readouterr().out
+    assert same(load_file(*shards(folder / "RUN" / "latents")), whole)
+
+
+def test_an_encoding_that_is_begun_again_and_killed_does_not_pass_for_whole(folder, monkeypatch):
+    monkeypatch.setattr(dit, "encode", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        encode(folder, "--fresh")
+    assert not (folder / "RUN" / "latents" / "latents_stats.pt").exists()
+
+
+def test_two_processes_draw_one_process_s_batch_and_an_epoch_sees_each_latent_once(folder):
+    data, stats = Latents(folder / "RUN" / "latents"), {"mean": torch.zeros(1, 12, 1, 1), "std": torch.ones(1, 12, 1, 1)}
+    steps = lambda label_drop, **where: Steps(data, stats, seed=3, batch=8, label_drop=label_drop, null=10, **where)
+    whole, halves = steps(0.5)[5], [steps(0.5, rank=r, world=2)[5] for r in range(2)]
+    assert same(whole, {k: torch.cat([half[k] for half in halves]) for k in whole}) and whole["x1"].shape == (8, 12, 8, 8)
+    assert sorted(torch.cat([steps(0)[s]["y"] for s in range(3)]).tolist()) == sorted(data.labels.tolist())
+    assert (steps(1)[0]["y"] == 10).all()
+
+
+def test_workers_change_nothing(folder):
+    assert same(train(folder, "A", "--steps", "3")["ema"], train(folder, "B", "--steps", "3", "--workers", "2")["ema"])
+
+
+# ------------------------------------------------------------------------------------------------ going on
+
+def test_ten_steps_are_five_and_a_kill_and_five(folder):
+    straight = train(folder, "A", "--steps", "10", "--save-every", "5")
+    doomed = torch.multiprocessing.get_context("spawn").Process(target=killed_in_step_8, args=(folder,))
+    doomed.start(), doomed.join()
+    assert doomed.exitcode == -signal.SIGKILL and logged(folder, "B")[-1]["step"] == 7
+    assert torch.load(folder / "B" / "last.pt", weights_only=True)["step"] == 5
+    resumed = train(folder, "B", "--steps", "10", "--save-every", "5")
+    assert all(same(straight[part], resumed[part]) for part in ("step", "model", "ema", "opt"))
+    assert logged(folder, "A") == logged(folder, "B") and len(logged(folder, "A")) == 10
+    assert same(load_file(folder / "A" / "model.safetensors"), load_file(folder / "B" / "model.safetensors"))
     with pytest.raises(SystemExit, match="seed: was 0, now 1"):
-        train(folder, "B", "--steps", "5", "--seed", "1")
+        train(folder, "B", "--steps", "11", "--seed", "1")
 
+
+def killed_in_step_8(folder):
+    torch.set_num_threads(1)
+    SIZES["nano"] = dict(hidden_size=32, depth=2, num_heads=2)
+    average, calls = dit.ema_, []
+
+    def ema_(*args):
+        average(*args)
+        calls.append(None)
+        if len(calls) == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
+    dit.ema_ = ema_
+    teach(folder, "B", "--steps", "10", "--save-every", "5")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_finishes_the_step_saves_and_leaves_with_status_75(folder, monkeypatch, number):
+    flow = dit.flow_loss
+
+    def signalled(*args):
+        signal.raise_signal(number)                                                              # in the middle of the first step
+        return flow(*args)
+    monkeypatch.setattr(dit, "flow_loss", signalled)
+    with pytest.raises(SystemExit) as left:
+        train(folder, "B", "--steps", "3")
+    assert left.value.code == STOPPED == 75 and torch.load(folder / "B" / "last.pt", weights_only=True)["step"] == 1
+    monkeypatch.setattr(dit, "flow_loss", flow)
+    assert same(train(folder, "B", "--steps", "3")["opt"], train(folder, "A", "--steps", "3")["opt"])
+
+
+def test_a_step_with_a_loss_that_is_not_finite_changes_nothing_and_is_counted(folder, monkeypatch):
+    train(folder, "A", "--steps", "2")
+    flow = dit.flow_loss
+    monkeypatch.setattr(dit, "flow_loss", lambda *args: tuple(x * float("nan") for x in flow(*args)))
+    before, after = torch.load(folder / "A" / "last.pt", weights_only=True), train(folder, "A", "--steps", "3")
+    assert same(before["model"], after["model"]) and same(before["ema"], after["ema"]) and same(before["opt"]["state"], after["opt"]["state"])
+    assert after["skipped"] == 1 and logged(folder, "A")[-1]["skipped"] == 1
+
+
+# ------------------------------------------------------------------------------------------------ many processes
+
+def one_of_many(rank, count, folder, commands):
+    """Commands, one after the other, in one of `count` gloo processes"""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet{count}", rank=rank, world_size=count)
+    sys.stdout = sys.stderr = open(folder / f"said{rank}of{count}", "w")
+    SIZES["nano"], dit.VTPModel.from_pretrained, dit.stop = dict(hidden_size=32, depth=2, num_heads=2), lambda folder: Folded(), lambda: None
+    run.matmul_peak = lambda device, precision: 1e12
+    for name, *args in commands:
+        {"encode": encode, "teach": teach, "paint": paint}[name](folder, *args)
+    torch.distributed.destroy_process_group()
+
+
+def apart(a, b):
+    """Norm of the difference over norm of all weights"""
+    norm = lambda xs: torch.stack([x.double().norm() for x in xs]).norm()
+    return norm([a[k].double() - b[k] for k in a]) / norm(a.values())
+
+
+def test_any_number_of_processes_is_the_same_training_the_same_latents_and_the_same_pictures(folder):
+    wide, narrow = ["--steps", "5", "--precision", "fp64"], ["--steps", "5"]
+    one = {"fp64": train(folder, "one64", *wide), "fp32": train(folder, "one32", *narrow)}
+    by_two = ("encode", "--out", f"{folder}/two"), ("teach", "two64", *wide), ("teach", "two32", *narrow), ("paint", "one32", "shot2")
+    torch.multiprocessing.spawn(one_of_many, (2, folder, by_two), nprocs=2)
+    torch.multiprocessing.spawn(one_of_many, (4, folder, [("teach", "four64", *wide)]), nprocs=4)
+    for name, base, tolerance in (("two64", "fp64", 1e-9), ("four64", "fp64", 1e-9), ("two32", "fp32", 1e-6)):
+        found = torch.load(folder / name / "last.pt", weights_only=True)
+        assert apart(found["model"], one[base]["model"]) < tolerance and apart(found["ema"], one[base]["ema"]) < tolerance, name
+        assert [line["loss"] for line in logged(folder, name)] == pytest.approx([line["loss"] for line in logged(folder, "one" + base[2:])], rel=max(tolerance, 2e-6))
+    assert one["fp64"]["model"]["final_layer.linear.weight"].dtype == torch.float64
+
+    ours, pooled = Latents(folder / "RUN" / "latents"), Latents(folder / "two")
+    assert [path.name for path in pooled.paths] == [f"latents_rank0{r}_shard000.safetensors" for r in range(2)]
+    assert torch.equal(ours.labels, pooled.labels) and all(torch.equal(ours.read(i, flip), pooled.read(i, flip)) for i in range(24) for flip in (False, True))
+    assert same(*(torch.load(data.beside("latents_stats.pt"), weights_only=True) for data in (ours, pooled)))
+
+    alone, shared = shoot(folder, "one32", "shot1"), np.load(folder / "shot2" / "samples.npz")
+    assert np.array_equal(alone["labels"], shared["labels"]) and np.abs(alone["arr_0"].astype(int) - shared["arr_0"]).max() <= 1
+
+
+# ------------------------------------------------------------------------------------------------ sampling
 
 def test_samples_do_not_depend_on_the_batch_they_were_made_in(folder):
     train(folder, "D", "--steps", "2")
-    shot = lambda out, *flags: dit.main(["sample", f"{folder}/D", "--n", "7", "--points", "4", "--device", "cpu", "--out", f"{folder}/{out}", *flags])
-    shot("one", "--batch", "7")
-    shot("two", "--batch", "3")
-    one, two = np.load(folder / "one" / "samples.npz"), np.load(folder / "two" / "samples.npz")
-    assert one["arr_0"].shape == (7, 16, 16, 3) and one["arr_0"].dtype == np.uint8 and one["labels"].tolist() == list(range(7))
+    one, two = shoot(folder, "D", "one", "--batch", "7"), shoot(folder, "D", "two", "--batch", "3")
     assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1                     # float noise may cross a truncation
-    assert sorted(p.name for p in (folder / "one" / "png").iterdir()) == [f"{j:06d}.png" for j in range(7)] and (folder / "one" / "grid.png").exists()
-    shot("two", "--per-class", "2", "--classes", "1,4", "--cfg", "2", "--cfg-channels", "all")
-    assert np.load(folder / "two" / "samples.npz")["labels"].tolist() == [1, 4, 1, 4] and len(list((folder / "two" / "png").iterdir())) == 4
+    assert one["labels"].tolist() == list(range(7)) and (folder / "one" / "grid.png").exists()
+    again = shoot(folder, "D", "two", "--per-class", "2", "--classes", "1,4", "--cfg", "2", "--cfg-channels", "all")
+    assert again["labels"].tolist() == [1, 4, 1, 4] and len(list((folder / "two" / "png").iterdir())) == 4
+    drawn = [shoot(folder, "D", "three", "--labels", "random", "--classes", "1,4", "--n", n)["labels"].tolist() for n in ("20", "9")]
+    assert set(drawn[0]) == {1, 4} and drawn[0][:9] == drawn[1]
+
+
+def test_samples_are_one_array_as_adm_s_evaluator_reads_it_and_the_same_pictures_as_png(folder):
+    train(folder, "D", "--steps", "1")
+    made = shoot(folder, "D", "out")
+    assert made.files[0] == "arr_0" and made["arr_0"].shape == (7, 16, 16, 3) and made["arr_0"].dtype == np.uint8
+    pictures = [np.asarray(Image.open(folder / "out" / "png" / f"{j:06d}.png")) for j in range(7)]
+    assert np.array_equal(np.stack(pictures), made["arr_0"]) and len(list((folder / "out" / "png").iterdir())) == 7
 
 
 @pytest.mark.parametrize("command, sentence", [
@@ -263,6 +459,7 @@ def test_samples_do_not_depend_on_the_batch_they_were_made_in(folder):
     ("latents {0}/RUN --n 0 --out {0}/new", "at least 1"),
     ("train {0}/nothing --out {0}/X", "holds no latents_rank"),
     ("train {0}/RUN/latents --out {0}/X --batch 0", "--batch 0"),
+    ("train {0}/RUN/latents --out {0}/X --log-every 0", "--log-every 0"),
     ("sample {0}/RUN", "lacks config.json"),
     ("sample {0}/C --classes 3,12", "--classes 12: this model knows 0 .. 9"),
     ("sample {0}/C --n 0", "0 samples"),
@@ -275,13 +472,31 @@ def test_what_cannot_work_is_refused_with_a_sentence(folder, command, sentence):
         dit.main(command.format(folder).split() + ["--device", "cpu"])
 
 
-def test_a_decoder_that_never_met_these_latents_is_refused(folder, monkeypatch):
+def test_a_batch_that_cannot_be_shared_equally_is_refused_with_the_nearest_that_can(folder, monkeypatch):
+    monkeypatch.setattr(dit, "world", lambda: 3)
+    with pytest.raises(SystemExit, match="--batch 4 cannot be shared equally by 3 processes; try --batch 3"):
+        train(folder, "X", "--steps", "1")
+
+
+def test_another_decoder_of_the_same_encoder_may_paint_and_one_that_never_met_these_latents_may_not(folder, monkeypatch):
     train(folder, "E", "--steps", "1")
     other = Folded()
-    torch.nn.init.constant_(other.trunk.weight, 2.0)
+    other.decoder = torch.nn.Linear(1, 1)                                                    # what stage 2 leaves
     monkeypatch.setattr(dit.VTPModel, "from_pretrained", lambda folder: other)
+    assert len(shoot(folder, "E", "out", "--tokenizer", "STAGE2")["arr_0"]) == 7
+    torch.nn.init.constant_(other.encoder.weight, 2.0)
     with pytest.raises(SystemExit, match="another encoder"):
-        dit.main(["sample", f"{folder}/E", "--device", "cpu"])
+        paint(folder, "E", "out")
+
+
+def test_the_fingerprint_is_that_of_trunk_and_bottleneck_and_of_nothing_else(monkeypatch):
+    model = dit.VTPModel(VTPConfig.of_size("nano", 48, 12, 64, clip=False))
+    monkeypatch.setattr(dit.VTPModel, "from_pretrained", lambda folder: model)
+    prints = [dit.load_tokenizer("RUN", torch.device("cpu"))[1]]
+    for part in (model.pixel_decoder, model.trunk.feature_bottleneck, model.trunk.blocks[0]):
+        next(part.parameters()).data.mul_(0.5)
+        prints.append(dit.load_tokenizer("RUN", torch.device("cpu"))[1])
+    assert prints[0] == prints[1] and len(set(prints)) == 3
 
 
 def test_a_small_model_learns_which_class_is_which():
