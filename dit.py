@@ -29,14 +29,14 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import batches, eval_batches, nearest, open_data
+from vtp_min import baselines
 from vtp_min.dist import rank, say, start, stop, wait, world
-from vtp_min.latents import NOISE, Latents, Steps, latent_stats, shards, write_shard
+from vtp_min.latents import Latents, Steps, latent_stats, shards, write_shard
 from vtp_min.lightning import SIZES, LightningDiT
-from vtp_min.model import VTPModel
 from vtp_min.run import STOPPED, Run, autocast, choose_precision, write_aside
-from vtp_min.views import denormalize, lots, normalize
+from vtp_min.views import NOISE, denormalize, lots, normalize
 
-ENCODER = "trunk.", "encoder.", "quant_conv."                # what stands between picture and latent: VTP's (bottleneck included), then the baselines'
+ENCODER = "trunk.", "encoder."                # what stands between picture and latent: VTP's (bottleneck included), then the baselines'
 
 
 # ------------------------------------------------------------------------------------------------ flow matching
@@ -81,7 +81,7 @@ def load_tokenizer(folder, device):
 
     All that this file asks of a tokenizer: get_reconstruction_latents, get_latents_decoded_images, config.image_size, and the names in ENCODER.
     """
-    tokenizer = VTPModel.from_pretrained(folder).to(device).eval().requires_grad_(False)
+    tokenizer = baselines.load(folder).to(device).eval().requires_grad_(False)
     digest = hashlib.sha256()
     for name, x in sorted(tokenizer.state_dict().items()):
         if name.startswith(ENCODER):

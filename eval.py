@@ -1,45 +1,51 @@
 """What a run has learned, as numbers: one subcommand a number or table, each printed with its protocol and kept in metrics.jsonl.
 
     python eval.py zeroshot RUN       words: is the right class name the closest caption?
-    python eval.py probe RUN          meaning: linear probe and kNN, on the latents and at full width
-    python eval.py recon RUN          fidelity: PSNR, SSIM, LPIPS of reconstructions
+    python eval.py probe RUN          meaning: linear probes and kNN, on the latents and at full width
+    python eval.py recon RUN          fidelity: PSNR, SSIM, LPIPS, rFID of reconstructions
     python eval.py fid SAMPLES        generation: Frechet distance of samples to real pictures
+    python eval.py check WEIGHTS      released weights, or a run: what is in there, and what it makes of a few pictures of yours
+    python eval.py cost               parameters and GFLOPs of any size and part
     python eval.py report RUN         one page with everything, to look at
     python eval.py fetch              the external weights (VGG for LPIPS, Inception for FID)
-RUN is a folder of train.py, or released weights. Data and picture size default to what the run was trained on.
+RUN is a folder of train.py, or released weights. Data and picture size default to what the run was trained on. With torchrun the processes
+share the pictures: the numbers are those of one process, but for rounding in the last digit.
 """
 import argparse
 import json
+from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
-from PIL import Image
 from tqdm import tqdm
 
-from data import denormalize, eval_batches, normalize, open_data
-from tokenizer import get_tokenizer
+from data import eval_batches, in_workers, open_data
 from vtp_min import weights
-from vtp_min.dist import say, start, stop
-from vtp_min.fid import Judge, frechet_distance, load_inception, psnr, ssim, statistics, train_judge
+from vtp_min.baselines import LDM, LDMConfig, load as load_model
+from vtp_min.check import try_out
+from vtp_min.cost import COUNTED, costs, describe, head_on_meta, on_meta, paper_says, table
+from vtp_min.dist import collect, rank, say, start, stop, total, wait, world
+from vtp_min.fid import Moments, Saved, frechet_distance, kept_judge, load_inception, open_samples, psnr, save_statistics, share, ssim, statistics
 from vtp_min.losses import Perceptual
-from vtp_min.model import VTPModel
-from vtp_min.probes import knn, linear_probe, zero_shot, zero_shot_classifier
+from vtp_min.model import SIZES, VTPConfig, VTPModel
+from vtp_min.probes import RATES, Part, augmented, knn, last_layer, last_layers, linear_probe, sgd_probe, text_encoder, zero_shot, zero_shot_classifier
 from vtp_min.report import write_report
-from vtp_min.run import metric
+from vtp_min.run import autocast, metric
+from vtp_min.views import denormalize, normalize
 
 
 # ---------------------------------------------------------------- what to evaluate, on what
 def load(args, device):
-    """RUN -> its model, and the flags it was trained with ({} for released weights)"""
-    model = VTPModel.from_pretrained(args.run).to(device)
-    return model, settings_of(args.run)
+    """RUN -> its model, and the flags it was trained with ({} for released weights). `recon` and the latent probes ask no more of a model than
+    get_reconstruction_latents, get_latents_decoded_images and its config: the paper's baselines have no trunk, no words"""
+    return load_model(args.run).to(device), settings_of(args.run)
 
 
 def settings_of(run):
-    path = Path(run, "run.json")
-    return json.loads(path.read_text()) if path.exists() else {}
+    path = Path(run or ".", "run.json")
+    return json.loads(path.read_text()) if run and path.exists() else {}
 
 
 def pictures(args, settings, split, side):
@@ -58,163 +64,288 @@ def with_classes(source):
     return source
 
 
+def reading(source, side, args, limit, crop):
+    """eval_batches of this process's share, with a bar"""
+    n = min(limit or len(source), len(source))
+    if n < world():
+        raise ValueError(f"{n} pictures of {source.spec} for {world()} processes: each needs one; start fewer")
+    return tqdm(eval_batches(source, side, args.batch, limit, crop, args.workers), "reading", leave=False, disable=rank() > 0)
+
+
 @torch.no_grad()
-def encode(model, source, side, device, args, limit, crop):
-    """-> labels (n,) and, each (n, .), 'latent' mean latent, 'full' class token ++ mean patch, 'clip' CLIP feature if there is one"""
-    out = {"latent": [], "full": [], "clip": [], "labels": []}
-    for images, labels, _ in tqdm(eval_batches(source, side, args.batch, limit, crop, args.workers), "encode", leave=False):
-        cls, patches = model.trunk(normalize(images.to(device)))
-        out["full"].append(torch.cat([cls, patches.mean(1)], 1))
-        out["latent"].append(model.trunk.feature_bottleneck(patches).mean(1))
-        out["clip"] += [model.project(cls, patches)] if model.config.train_clip else []
+def encode(model, source, side, device, args, limit, crop, features):
+    """-> {name: (n, F)} of features(model, images), and 'labels' (n,), over the pictures of all processes, in the source's order"""
+    out = defaultdict(list)
+    for images, labels, _ in reading(source, side, args, limit, crop):
+        with autocast(device, args.precision):
+            found = features(model, normalize(images.to(device)))
+        for name, x in found.items():
+            out[name].append(x.float())
         out["labels"].append(labels.to(device))
-    return {k: torch.cat(v) for k, v in out.items() if v}
+    return {name: collect(torch.cat(x)) for name, x in out.items()}
 
 
 # ---------------------------------------------------------------- zeroshot
 @torch.no_grad()
 def zeroshot(args, device):
-    """Class names through prompt templates against pictures squashed to a square: the official protocol (fp32)"""
+    """Class names through prompt templates against pictures squashed to a square, logits 100 x cosine: the released code's protocol, top-1 and top-5"""
     model, settings = load(args, device)
     if not model.config.train_clip:
         raise ValueError(f"{args.run} was trained without captions (--w-clip 0): there is no text tower to ask")
     side = model.config.image_size
     source = with_classes(pictures(args, settings, "val", side))
-    tokenize = get_tokenizer("ViT-B-32", model.config.text_context_length)
-    W = zero_shot_classifier(lambda texts: model.get_clip_text_feature(tokenize(texts).to(device)), source.classes, source.templates)
-    x = encode(model, source, side, device, args, args.limit, "squash")
-    protocol = (f"{len(x['labels'])} pictures of {source.spec} val, {len(source.classes)} classes x {len(source.templates)} templates, "
-                f"squashed to {side} px, fp32, chance {1 / len(source.classes):.3f}")
+    with autocast(device, args.precision):
+        W = zero_shot_classifier(text_encoder(model, device), source.classes, source.templates)
+    x = encode(model, source, side, device, args, args.limit, "squash", last_layer)
+    C, distinct = len(source.classes), len(set(source.classes))                      # ImageNet's 1000 names are 998: missile and sunglasses are there twice
+    protocol = (f"{len(x['labels'])} pictures of {source.spec} val, {C} classes{f' ({distinct} distinct names)' if distinct < C else ''} x {len(source.templates)} "
+                f"templates, squashed to {side} px, {args.precision}, chance {1 / C:.3f}")
     for k, value in zero_shot(x["clip"], W, x["labels"]).items():
-        metric(args.run, f"zero-shot {k}", value, protocol)
+        metric(args.out, f"zero-shot {k}", value, protocol)
 
 
 # ---------------------------------------------------------------- probe
 def probe(args, device):
-    """Linear probe and kNN on frozen features. The paper's figures probe the latents, its headline number wider features"""
+    """Linear probe and kNN on frozen features, latents and full width. The paper's figures probe the 64-d latents, its headline 85.7 class tokens of several
+    layers (--protocol official)"""
     model, settings = load(args, device)
     side = model.config.image_size
     train, val = with_classes(pictures(args, settings, "train", side)), with_classes(pictures(args, settings, "val", side))
     if train.classes != val.classes:
         raise ValueError(f"{train.spec} and {val.spec} differ in their classes ({len(train.classes)} and {len(val.classes)}); a probe needs the same ones")
-    a, b = (encode(model, s, side, device, args, n, "adm") for s, n in ((train, args.train_limit), (val, args.limit)))
-    C = len(val.classes)
-    for kind, what in (("latent", f"mean of the {model.config.vision_feature_bottleneck}-d patch latents"),
-                       ("full", f"class token ++ mean patch, last layer, {a['full'].shape[1]}-d")):
-        data = f"{what}; {len(a['labels'])} train, {len(b['labels'])} val pictures of {val.spec}, ADM crop {side} px, fp32, chance {1 / C:.3f}"
-        found = linear_probe(a[kind], a["labels"], b[kind], b["labels"], C)
-        metric(args.run, f"linear probe {kind}", found["accuracy"], f"{data}; logistic regression, L2 {found['l2']:g} chosen on a tenth of train")
-        metric(args.run, f"kNN {kind}", knn(a[kind], a["labels"], b[kind], b["labels"], C), f"{data}; k 20, temperature 0.07")
+    (probe_released if args.protocol == "official" else probe_cached)(args, model, train, val, device)
+
+
+def probe_cached(args, model, train, val, device):
+    side, C = model.config.image_size, len(val.classes)
+    a, b = (encode(model, s, side, device, args, n, "adm", last_layer) for s, n in ((train, args.train_limit or 10_000), (val, args.limit)))
+    for kind, what in (("latent", "mean of the {}-d patch latents"), ("full", "class token ++ mean patch, last layer, {}-d")):
+        if kind in a:
+            data = (f"{what.format(a[kind].shape[1])}; {len(a['labels'])} train, {len(b['labels'])} val pictures of {val.spec}, "
+                    f"ADM crop {side} px, {args.precision}, chance {1 / C:.3f}")
+            found = linear_probe(a[kind], a["labels"], b[kind], b["labels"], C, seed=args.seed)
+            metric(args.out, f"linear probe {kind}", found["accuracy"],
+                   f"{data}; logistic regression by L-BFGS, L2 {found['l2']:g} chosen on a tenth of train (seed {args.seed})")
+            metric(args.out, f"kNN {kind}", knn(a[kind], a["labels"], b[kind], b["labels"], C), f"{data}; k 20, temperature 0.07")
+
+
+def probe_released(args, model, train, val, device):
+    """13 rates x {last 1, last 4 layers} by SGD on augmented crops, and the same on latents. The released code takes the best of all on the validation set
+    itself: an optimistic number, given here beside the one whose rate, layers and epoch a held-out part of train chose."""
+    c, C, B = model.config, len(val.classes), args.train_batch
+    side = max(round(c.image_size * 224 / 256 / c.vision_patch_size), 1) * c.vision_patch_size
+    n = min(args.train_limit or len(train), len(train))
+    indices = [k * len(train) // n for k in range(n)]
+    every = max(n // 10_000, 10)                                                     # a tenth is held out; of ImageNet, 10,000
+    held_out, kept = indices[::every], np.delete(indices, np.s_[::every])
+    T = args.epochs * args.epoch_length
+    if B < world() or len(held_out) < world() or not len(kept) or T < 1:
+        raise ValueError(f"{args.epochs} epochs of {args.epoch_length} x {B} over {n} training pictures are too few for {world()} processes")
+    sets = {"val": encode(model, val, side, device, args, args.limit, "centre", last_layers),
+            "held-out": encode(model, Part(train, held_out), side, device, args, None, "centre", last_layers)}
+    sets = {name: (x, x.pop("labels")) for name, x in sets.items()}
+    rows = range(rank() * B // world(), (rank() + 1) * B // world())
+    work = partial(augmented, Part(train, kept), side, B, args.seed, rows)
+
+    def batches():
+        for images, labels in tqdm(in_workers(work, range(T), args.workers), "probe", T, leave=False, disable=rank() > 0):
+            with torch.no_grad(), autocast(device, args.precision):
+                x = last_layers(model, normalize(images.to(device)))
+            yield {k: collect(v.float()) for k, v in x.items()}, collect(labels.to(device))
+
+    found = sgd_probe(batches(), T, C, sets, args.epoch_length, seed=args.seed)
+    data = (f"{len(kept)} train (RandomResizedCrop {side} bicubic + flip), {len(held_out)} held out, {len(sets['val'][1])} val pictures of {val.spec} "
+            f"(centre {side} of {round(side * 8 / 7)} px), SGD, {args.epochs} epochs of {args.epoch_length} x {B}, 13 rates, {args.precision} trunk, "
+            f"seed {args.seed}, chance {1 / C:.3f}")
+    layers = sorted(found["val"].keys() - {"latent"})
+    for name, kinds, what in (("official", layers, f"class tokens of the last {' or '.join(k[1:] for k in layers)} layers ++ mean patch, full width"),
+                              ("latent official", ["latent"], f"mean of the {sets['val'][0]['latent'].shape[1]}-d patch latents (the figures' features)")):
+        if not kinds:                                                                # a baseline has latents alone
+            continue
+        scores, held = (torch.stack([found[s][k] for k in kinds]) for s in ("val", "held-out"))                   # (kinds, epochs, 13)
+        best = np.unravel_index(int(held.argmax()), held.shape)
+        metric(args.out, f"linear probe {name}", scores.max().item(), f"{what}; best of {scores.numel()} on the validation set ITSELF, as the released code; {data}")
+        metric(args.out, f"linear probe {name}, held-out choice", scores[best].item(),
+               f"{what}; {kinds[best[0]]}, epoch {best[1] + 1}, rate {RATES[best[2]]:g} x {B}/256 chosen on the held-out pictures; {data}")
 
 
 # ---------------------------------------------------------------- recon
 @torch.no_grad()
 def recon(args, device):
-    """Validation pictures there and back: PSNR and SSIM per picture, on [0, 1], clamped, not rounded"""
+    """Validation pictures there and back: PSNR, SSIM, LPIPS of each picture, and rFID: the Frechet distance of all reconstructions to the ADM crops themselves"""
     model, settings = load(args, device)
     if not model.config.train_reconstruction:
         raise ValueError(f"{args.run} was trained without a decoder (--w-rec 0): nothing comes back")
     side = model.config.image_size
     source = pictures(args, settings, "val", side)
-    lpips = Perceptual(args.perceptual).to(device) if args.perceptual != "none" else None
-    values = {"PSNR": [], "SSIM": []} | ({"LPIPS": []} if lpips else {})
-    for images, _, _ in tqdm(eval_batches(source, side, args.batch, args.limit, "adm", args.workers), "recon", leave=False):
+    n = min(args.limit, len(source))
+    lpips = features = None
+    if args.perceptual != "none":
+        weights.heads(args.perceptual)                                               # the published ones?
+        lpips = Perceptual(args.perceptual).to(device)
+        if side < 32:
+            raise ValueError(f"pictures of {side} px are too small for LPIPS; take 32 or more, or --perceptual none")
+    try:
+        enough(n, args)
+        features, name = comparing(args.features or "inception", args, settings, side, device)
+    except (ValueError, FileNotFoundError) as problem:
+        if args.features:                                                            # asked for by name
+            raise
+        say(f"rFID is not measured: {problem}")
+    real, fake, values = Moments(), Moments(), defaultdict(list)
+    for images, _, _ in reading(source, side, args, args.limit, "adm"):
         target = normalize(images.to(device))
-        back = model.get_latents_decoded_images(model.get_reconstruction_latents(target))
+        with autocast(device, args.precision):
+            z = model.get_reconstruction_latents(target)
+        back = model.get_latents_decoded_images(z.float())
+        if back.shape != target.shape:
+            raise ValueError(f"{args.run} paints {back.shape[-1]} px from {side} px (the official decoder always makes 16 of a latent): no pixel has its own to be "
+                             "compared with; eval.py check shows them")
         a, b = (denormalize(x).clamp(0, 1) for x in (target, back))
         values["PSNR"].append(psnr(a, b))
         values["SSIM"].append(ssim(a, b))
         if lpips:
-            values["LPIPS"].append(lpips(normalize(a * 255), normalize(b * 255))[None].expand(len(a)))      # clamped first, back to its scale
-    values = {k: torch.cat(v) for k, v in values.items()}
-    protocol = f"{len(values['PSNR'])} pictures of {source.spec} val, ADM crop {side} px, encoder and decoder fp32, mean over pictures"
+            values["LPIPS"].append(lpips.lpips(2 * a - 1, 2 * b - 1).flatten())
+        if features:
+            for moments, x in ((real, a), (fake, b)):
+                moments.add(features((255 * x).byte()))                              # cut off, as the released code's PNGs: a fifth of the references' values lose 1
+    values = {k: collect(torch.cat(v)) for k, v in values.items()}
+    how = "encoder bf16, decoder fp32 (official)" if args.precision == "bf16" else "encoder and decoder fp32 (official: encoder bf16)"
+    protocol = f"{len(values['PSNR'])} pictures of {source.spec} val, ADM crop {side} px, {how}"
     for k, v in values.items():
-        metric(args.run, k, v.cpu().double().mean().item(), protocol + (f", {args.perceptual}" if k == "LPIPS" else ""))
+        metric(args.out, k, v.cpu().double().mean().item(), f"{protocol}, mean over pictures{f', {args.perceptual}, v0.1' if k == 'LPIPS' else ''}")
     if not lpips:
         say("LPIPS is not measured (--perceptual none)")
+    if features:
+        metric(args.out, f"r{name}", frechet_distance(*fake.result(), *real.result()), f"{protocol}; reconstructions against those crops themselves{few(n)}")
 
 
 # ---------------------------------------------------------------- fid
-def read_samples(path):
-    """samples.npz (arr_0 (n, H, W, 3) uint8, labels) of dit.py or ADM, a folder that holds one, or a folder of pictures
-    -> uint8 (n, 3, H, W), labels (n,) or None"""
-    path = Path(path)
-    path = path / "samples.npz" if (path / "samples.npz").exists() else path
-    if path.suffix == ".npz":
-        with np.load(path) as found:
-            if "arr_0" not in found:
-                raise ValueError(f"{path} holds {', '.join(found)}; wanted arr_0, uint8 (n, H, W, 3), as dit.py sample writes it")
-            images, labels = found["arr_0"], torch.from_numpy(found["labels"]).long() if "labels" in found else None
-    else:
-        files = sorted(f for f in path.glob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp"))
-        if not files:
-            raise ValueError(f"{path} holds no samples.npz and no pictures; make some with: python dit.py sample RUN_DIT --out {path}")
-        loaded = [np.asarray(Image.open(f).convert("RGB")) for f in files]
-        if len({x.shape for x in loaded}) > 1:
-            raise ValueError(f"{path} holds pictures of several sizes ({', '.join(sorted({f'{x.shape[1]}x{x.shape[0]}' for x in loaded})[:4])}); a distance needs one")
-        images, labels = np.stack(loaded), None
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels
+def enough(n, args):
+    if n < 2048 and not args.few:
+        raise ValueError(f"{n} samples: below 2048 a Frechet distance is mostly bias; make more, or --few to have it all the same (the name says so)")
 
 
-def real_pictures(source, side, args, limit):
-    """-> uint8 (n, 3, S, S), labels (n,), in memory"""
-    found = list(eval_batches(source, side, args.batch, limit, "adm", args.workers))
-    return torch.cat([x for x, _, _ in found]), torch.cat([y for _, y, _ in found])
+def few(n):
+    return f", ONLY {n} SAMPLES" if 0 < n < 2048 else ""
 
 
-def judge_of(args, train, val, side, device):
-    """A classifier of the real pictures, trained once and kept in RUN/judge.safetensors -> judge, its accuracy, and its settings"""
-    path, C = Path(args.run, "judge.safetensors"), len(train.classes)
-    wanted = {"data": train.spec, "val": val.spec, "classes": str(C), "side": str(side), "train": str(args.train_limit), "steps": str(args.judge_steps)}
-    if path.exists():
-        with safetensors.safe_open(path, "pt") as f:
-            kept = dict(f.metadata())
-        if {k: kept.get(k) for k in wanted} == wanted:
-            judge = Judge(C)
-            judge.load_state_dict(safetensors.torch.load_file(path))
-            return judge.to(device).eval(), float(kept["accuracy"])
-        say(f"{path} was trained on something else ({kept}); training it anew")
-    x, y = real_pictures(train, side, args, args.train_limit)
-    vx, vy = real_pictures(val, side, args, args.limit)
-    judge, accuracy = train_judge(x, y, C, vx, vy, steps=args.judge_steps, device=device)
-    safetensors.torch.save_file({k: v.contiguous() for k, v in judge.state_dict().items()}, path, wanted | {"accuracy": str(accuracy)})
-    return judge, accuracy
+def comparing(kind, args, settings, side, device):
+    """-> what a distance compares, a function uint8 (B, 3, H, W) -> (B, F), and the distance's name"""
+    if kind == "inception":
+        try:
+            return load_inception(device), "FID"
+        except FileNotFoundError as problem:
+            raise FileNotFoundError(f"{problem}; or take --features classifier, whose distance is no FID") from None
+    judge, _ = judge_of(args, settings, side, device)
+    return lambda x: judge(x)[0], "FD-classifier"
+
+
+def judge_of(args, settings, side, device):
+    """A classifier of the real pictures, kept in RUN/judge.safetensors -> judge, its accuracy"""
+    train, val = (with_classes(pictures(args, settings, split, side)) for split in ("train", "val"))
+    about = {"data": train.spec, "val": val.spec, "classes": str(len(train.classes)), "side": str(side), "train": str(args.train_limit)}
+    real = lambda: (*real_pictures(train, side, args, args.train_limit, device), *real_pictures(val, side, args, args.limit, device))
+    return kept_judge(Path(args.out, "judge.safetensors"), about, len(train.classes), real, args.judge_steps, device)
+
+
+def real_pictures(source, side, args, limit, device):
+    """-> uint8 (n, 3, S, S), labels (n,), of all processes, in memory"""
+    found = [(x, y) for x, y, _ in reading(source, side, args, limit, "adm")]
+    return tuple(collect(torch.cat(x).to(device)).cpu() for x in zip(*found))
 
 
 @torch.no_grad()
 def fid(args, device):
-    """Samples against real pictures of the training set. Without Inception's weights: --features classifier, never called FID"""
-    images, labels = read_samples(args.samples)
-    if len(images) < 2048 and not args.few:
-        raise ValueError(f"{len(images)} samples: below 2048 a Frechet distance is mostly bias; make more, or --few to have it all the same (the name says so)")
-    settings, side = settings_of(args.run), images.shape[-1]
-    train, val = pictures(args, settings, "train", side), pictures(args, settings, "val", side)
-    few = f", ONLY {len(images)} SAMPLES" if len(images) < 2048 else ""
-    if args.features == "inception":
-        net, name = load_inception(device), "FID"
-        features = lambda x: torch.cat([net(part.to(device)) for part in x.split(args.batch)])
-    else:
-        judge, accuracy = judge_of(args, with_classes(train), with_classes(val), side, device)
-        features, name = lambda x: torch.cat([judge(part.to(device))[0] for part in x.split(args.batch)]), "FD-classifier"
-        metric(args.run, "classifier accuracy", accuracy, f"the judge, on real pictures of {val.spec} val, {len(train.classes)} classes, {side} px, {args.judge_steps} steps")
-        if labels is not None:
-            found = torch.cat([judge(part.to(device))[1].argmax(1).cpu() for part in images.split(args.batch)])
-            metric(args.run, "samples recognised", (found == labels).double().mean().item(),
-                   f"share of {len(images)} class-conditional samples of {args.samples} that the judge takes for the asked class; "
-                   f"chance {1 / len(train.classes):.3f}, real pictures {accuracy:.3f}; {how(args.samples)}")
-    real, _ = real_pictures(train, side, args, args.train_limit)
-    reference = statistics([features(real)])
-    protocol = f"{len(images)} samples against {len(real)} training pictures of {train.spec}, ADM crop {side} px{few}; {how(args.samples)}"
-    metric(args.run, name, frechet_distance(*statistics([features(images)]), *reference), protocol)
-    held, _ = real_pictures(val, side, args, len(images))
-    metric(args.run, f"{name} of real", frechet_distance(*statistics([features(held)]), *reference),
-           f"{len(held)} validation pictures in place of the samples: what a perfect generator would get")
+    """Samples against real pictures: the run's training set, or --reference. Without Inception's weights: --features classifier, never called FID"""
+    samples, settings = open_samples(args.samples, args.jpeg), settings_of(args.run)
+    reference = open_samples(args.reference, jpeg=True) if args.reference else None
+    by_data, saved, n = not reference and (args.run or args.data), isinstance(samples, Saved), len(samples)
+    if n or not saved:
+        enough(n, args)
+    if not (by_data or reference or args.save_stats):
+        raise ValueError("against which real pictures? Give --run RUN or --data, or --reference; --save-stats FILE alone keeps the samples' statistics")
+    if args.features == "classifier" and (saved or not by_data):
+        raise ValueError("--features classifier learns from the run's own pictures: give pictures as SAMPLES, --run, and no --reference")
+    side = (settings.get("image") or 256) if saved else samples.size[0]
+    if by_data and not saved and samples.size != (side, side):
+        raise ValueError(f"{samples.what}: {samples.size[0]}x{samples.size[1]}; real pictures are cut to squares, so samples must be square")
+    features, name = comparing(args.features, args, settings, side, device)
+
+    def moments(source):
+        return source.moments() if isinstance(source, Saved) else statistics(features(x.to(device)) for x in source.batches(args.batch))
+
+    def real(source, limit):
+        return statistics(features(x.to(device)) for x, _, _ in reading(source, side, args, limit, "adm"))
+
+    found = moments(samples)
+    if args.save_stats:
+        save_statistics(args.save_stats, *found, n)
+        say(f"mean and covariance of {samples.what} are in {args.save_stats}")
+    what = f"{n or 'an unstated number of'} samples{few(n)}, {how(samples)}"
+    if reference:
+        metric(args.out, name, frechet_distance(*found, *moments(reference)),
+               f"{what}; against {len(reference) or 'an unstated number of'} pictures of {reference.what}{few(len(reference))}; pytorch-fid's Inception")
+    if not by_data:
+        return
+    train, val = (pictures(args, settings, split, side) for split in ("train", "val"))
+    if args.features == "classifier":
+        judge, accuracy = judge_of(args, settings, side, device)
+        metric(args.out, "classifier accuracy", accuracy,
+               f"the judge, on real pictures of {val.spec} val, {len(train.classes)} classes, {side} px, {args.judge_steps} steps")
+        if samples.labels is not None:
+            asked = samples.labels[slice(*share(n))].split(args.batch)
+            right = sum((judge(x.to(device))[1].argmax(1).cpu() == y).sum() for x, y in zip(samples.batches(args.batch), asked))
+            metric(args.out, "samples recognised", total(right.to(device)).item() / n,
+                   f"share of {n} class-conditional samples of {args.samples} that the judge takes for the asked class; "
+                   f"chance {1 / len(train.classes):.3f}, real pictures {accuracy:.3f}; {how(samples)}")
+    against, held = real(train, args.train_limit), min(n or 10_000, len(val))
+    protocol = f"{min(args.train_limit, len(train))} training pictures of {train.spec}, ADM crop {side} px"
+    metric(args.out, name, frechet_distance(*found, *against), f"{what}; against {protocol}")
+    metric(args.out, f"{name} of real", frechet_distance(*real(val, held), *against),
+           f"{held} validation pictures in place of the samples: what a perfect generator would get; against {protocol}")
 
 
 def how(samples):
-    """The protocol that dit.py sample wrote beside its pictures"""
-    path = Path(samples, "labels.json")
-    return json.loads(path.read_text())["protocol"] if path.exists() else f"samples of {samples}"
+    """The protocol that dit.py sample wrote beside its pictures, else where they are"""
+    path = samples.folder / "labels.json"
+    return json.loads(path.read_text())["protocol"] if path.exists() else samples.what
+
+
+# ---------------------------------------------------------------- check, cost
+def check(args, device):
+    """Released weights or a run: parameters beside the official ones, then a few pictures encoded, painted again and named"""
+    model, _ = load(args, device)
+    say("\n".join([str(args.run), *describe(model)]))
+    try_out(model, args.images, args.names, args.image or model.config.image_size, args.out, device)
+
+
+def cost(args, device):
+    """Parameters and GFLOPs of each part, counted and not run: of a run, of --size, or of all sizes"""
+    if args.run:
+        (model, settings), head = load(args, "cpu"), None
+        if settings.get("w_ssl"):
+            head = [settings[k] for k in ("prototypes", "head_hidden", "head_bottleneck")]
+        chosen = {args.run: (model.to("meta"), head_on_meta(model, head))}
+    else:
+        chosen = {}
+        for size in [args.size] if args.size else [*SIZES, "ldm"]:                   # nano: train.py's picture and head; else the paper's picture, DINOv2's head
+            picture, head = (dict(image=48, patch=12), (256, 256, 64)) if size == "nano" else ({}, (65536, 2048, 256))
+            if size == "ldm":
+                model, head = on_meta(LDM, LDMConfig(latent_dim=args.latent_dim)), None
+            else:
+                model = on_meta(VTPModel, VTPConfig.of_size(size, latent_dim=args.latent_dim, light_decoder=args.light_decoder, **picture))
+            chosen[size] = model, head_on_meta(model, head)
+    say(COUNTED)
+    for name, (model, head) in chosen.items():
+        side, patch = args.image or model.config.image_size, model.config.vision_patch_size
+        if side % patch:
+            raise ValueError(f"--image {side} is no multiple of the patch, {patch}; try --image {max(side // patch, 1) * patch}")
+        rows = costs(model, side, head)
+        say("\n".join(["", f"{name}: {side} px, patch {patch}", *table(rows), *paper_says(model, side, rows)]))
+        for part, n, work, whole in rows if args.out else []:
+            metric(args.out, f"GFLOPs {part}", work / 1e9, f"{name}, {side} px, forward, 2 a multiply-add, attention products not counted",
+                   parameters=n, with_attention=whole / 1e9)
 
 
 # ---------------------------------------------------------------- report, fetch
@@ -235,49 +366,103 @@ def latest_metrics(run):
 def fetch(args, device):
     """Bring external weights into the cache folder, with their hashes checked; offline, say where they are and where they go"""
     for name in args.names or weights.FILES:
-        say(name, weights.fetch(name))
+        weights.fetch(name)
+        wait()                                                                       # the other processes, for rank 0
+        say(name, weights.find(name), *(["heads", weights.heads(name)] if name in weights.HEADS else []))
+
+
+class Advice(argparse.ArgumentDefaultsHelpFormatter):
+    """Names a default where there is one"""
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def arguments():
     top = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(dest="command", required=True)
 
-    def command(run):
-        p = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        p.set_defaults(go=run)
+    def command(run, alone=False):
+        p = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__, formatter_class=Advice)
+        p.set_defaults(go=run, alone=alone, run=None, out=None)
         p.add_argument("--device", help="cpu, cuda, mps; default: the best one present")
         return p
 
-    def common(p):
-        p.add_argument("--data", help="default: what the run was trained on")
+    def of_run(p, wanted="folder of train.py, or released weights: config.json and model.safetensors"):
+        p.add_argument("run", help=wanted)
+
+    def data(p):
+        p.add_argument("--data", help="shapes, a folder of class folders, or tars; default: what the run was trained on")
         p.add_argument("--val-data", help="validation pictures, when --data has no val/ of its own")
 
-    def reading(p, limit, train_limit=None):
-        common(p)
+    def measuring(p, limit, train_limit=None):
+        data(p)
+        p.add_argument("--out", help="folder whose metrics.jsonl keeps the numbers; default: the run's")
         p.add_argument("--limit", type=int, default=limit, help="validation pictures, evenly spread over the set; more are steadier")
         if train_limit:
             p.add_argument("--train-limit", type=int, default=train_limit, help="training pictures, evenly spread over the set")
-        p.add_argument("--batch", type=int, default=100, help="pictures at once; changes no number")
-        p.add_argument("--workers", type=int, default=0, help="processes that read pictures")
+        p.add_argument("--batch", type=int, default=100, help="pictures at once on each process; changes no number")
+        p.add_argument("--workers", type=int, default=0, help="processes that read pictures; changes no number")
 
-    for run, limit, train_limit in ((zeroshot, 50_000, None), (probe, 50_000, 10_000), (recon, 50_000, None)):
-        p = command(run)
-        p.add_argument("run", help="folder with config.json and model.safetensors")
-        reading(p, limit, train_limit)
-        if run is recon:
-            p.add_argument("--perceptual", choices=["vgg", "alex", "squeeze", "none"], default="vgg", help="LPIPS net; none leaves LPIPS out, aloud")
+    def precise(p, official):
+        p.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help=f"of the encoder; {official}")
+
+    def distance(p, features, advice):
+        p.add_argument("--features", choices=["inception", "classifier"], default=features,
+                       help="classifier: a small network trained here on the real labelled pictures, when Inception's weights are not at hand; "
+                            f"its distance is no FID{advice}")
+        p.add_argument("--few", action="store_true", help="measure on fewer than 2048 pictures, and say so")
+        p.add_argument("--judge-steps", type=int, default=2400, help="training steps of the classifier (ours)")
+
+    p = command(zeroshot)
+    of_run(p)
+    measuring(p, 50_000)
+    precise(p, "the released code's default is fp32, its script takes bf16")
+    p = command(probe)
+    of_run(p)
+    measuring(p, 50_000)
+    p.add_argument("--train-limit", type=int, help="training pictures, evenly spread over the set; default: 10,000, all of them under --protocol official")
+    p.add_argument("--protocol", choices=["lbfgs", "official"], default="lbfgs",
+                   help="lbfgs: one centre crop a picture, logistic regression to its optimum, L2 chosen on a tenth of train, and kNN (ours; minutes). "
+                        "official: the released code's SGD on augmented crops, 13 rates x {last layer, last 4}, and the same on latents "
+                        "(an epoch costs --epoch-length x --train-batch encodings)")
+    p.add_argument("--epochs", type=int, default=10, help="official: the released code's 10")
+    p.add_argument("--epoch-length", type=int, default=1250, help="official: iterations of an epoch; the released code's 1250, whatever the data")
+    p.add_argument("--train-batch", type=int, default=1024, help="official: pictures of an iteration over ALL processes; the released code has 128 a GPU, "
+                                                                 "so 1024 is 8 GPUs; it scales the rates, by batch / 256")
+    p.add_argument("--seed", type=int, default=0, help="of the held-out choice, the heads' start and the augmentation")
+    precise(p, "the released code's linear probe runs the trunk in bf16")
+    p = command(recon)
+    of_run(p)
+    measuring(p, 50_000, 10_000)
+    p.add_argument("--perceptual", choices=["vgg", "alex", "squeeze", "none"], default="vgg", help="LPIPS net; none leaves LPIPS out, aloud")
+    precise(p, "the released code encodes in bf16 and decodes in fp32")
+    distance(p, None, ". Default: inception if its weights are there and the pictures are 2048 or more; else rFID is left out, aloud")
     p = command(fid)
-    p.add_argument("samples", help="folder of dit.py sample, an npz with arr_0, or a folder of pictures")
-    p.add_argument("--run", required=True, help="the tokenizer's run: says which pictures are real, and keeps the numbers")
-    p.add_argument("--features", choices=["inception", "classifier"], default="inception", help="classifier: a small network trained here on the real labelled pictures; its distance is no FID")
-    p.add_argument("--few", action="store_true", help="measure on fewer than 2048 samples, and say so")
-    p.add_argument("--judge-steps", type=int, default=2400, help="training steps of the classifier (ours)")
-    reading(p, 10_000, 10_000)
-    p = command(report)
-    p.add_argument("run", help="folder of train.py")
+    p.add_argument("samples", help="folder of dit.py sample, a folder of pictures, an npz with arr_0 (n, H, W, 3) uint8, or an npz of statistics (mu, sigma)")
+    p.add_argument("--run", help="the tokenizer's run: says which pictures are real, and keeps the numbers")
+    p.add_argument("--reference", help="what is real instead: a folder, an npz of pictures, or ADM's reference npz with mu and sigma (the paper's gFID)")
+    p.add_argument("--save-stats", metavar="FILE", help="keep mean and covariance of SAMPLES as an npz that can stand for them later, also as --reference")
+    p.add_argument("--jpeg", action="store_true", help="SAMPLES are JPEG and meant to be")
+    distance(p, "inception", "")
+    measuring(p, 10_000, 10_000)
+    p = command(check, alone=True)
+    of_run(p, "official folder (config.json, model.safetensors), Hub id, or a folder of train.py")
+    p.add_argument("--images", nargs="+", help="pictures of yours, or folders of them; without: eight built-in shapes")
+    p.add_argument("--names", nargs="+", help="what they might show: a dog, a cat, ...; default: ImageNet's 1000 classes")
+    p.add_argument("--image", type=int, help="side they are cut to; default: the model's")
+    p.add_argument("--out", default="check", help="folder for check.png and metrics.jsonl")
+    p = command(cost, alone=True)
+    p.add_argument("run", nargs="?", help="count this run; without, --size")
+    p.add_argument("--size", choices=[*SIZES, "ldm"], help="count a size of train.py, or Table 1's CNN; default: all")
+    p.add_argument("--image", type=int, help="side of the picture; default: the model's, 256 for S, B, L")
+    p.add_argument("--latent-dim", type=int, default=64, help="d, channels of a latent; the paper also tries 256")
+    p.add_argument("--light-decoder", action="store_true", help="the paper's decoder for fast experiments: 4 ViT-L layers (Sec. 4.1)")
+    p.add_argument("--out", help="folder whose metrics.jsonl keeps the numbers; default: the run's, none for a size")
+    p = command(report, alone=True)
+    of_run(p, "folder of train.py")
     p.add_argument("--dit", help="folder of dit.py train; default RUN/dit, if there")
     p.add_argument("--seed", type=int, default=0, help="chooses the pictures that are shown")
-    common(p)
+    data(p)
     p = command(fetch)
     p.add_argument("names", nargs="*", help=f"of {', '.join(weights.FILES)}; default: all")
     return top.parse_args()
@@ -286,7 +471,17 @@ def arguments():
 def main():
     args = arguments()
     try:
-        args.go(args, start(args.device))
+        device = start(args.device)
+        if args.alone:                                                               # nothing to share: rank 0 goes on as one process
+            first = rank() == 0
+            stop()
+            if not first:
+                return
+        if args.out:
+            Path(args.out).mkdir(parents=True, exist_ok=True)
+        home = args.run or getattr(args, "samples", None)
+        args.out = args.out or (str(home if Path(home).is_dir() else Path(home).parent if args.command == "fid" else ".") if home else None)
+        args.go(args, device)
     except (ValueError, FileNotFoundError) as problem:
         raise SystemExit(f"eval.py {args.command}: {problem}") from None
     finally:

@@ -5,29 +5,32 @@
     python train.py --perceptual none                  nano on the built-in shapes, on a laptop (none: without LPIPS, whose weights are fetched once)
     torchrun --nproc-per-node 8 train.py --size L --data DIR --out runs/L
 AE, CLIP+AE, SSL+AE and all three differ by their weights alone: --w-clip 0, --w-ssl 0.
+Stage 2 fine-tunes the pixel decoder alone with a GAN (Sec. 3.2, vtp_min/gan.py); what is not typed it takes from the run it starts from:
+    python train.py --stage 2 --init runs/vtp          leaves runs/vtp-gan
+--baseline ldm, vavae, rae trains what the paper compares with (Table 1, Fig. 8, 9; vtp_min/baselines.py), some of them with --encoder RUN.
 Leaves a run folder (vtp_min/run.py): weights, checkpoint, log. The same command goes on where it stopped.
 """
 import argparse
 import math
 import os
-import resource
-import sys
-import time
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
+from torch.utils.checkpoint import checkpoint
 
-from data import Steps, batches, mask_indices_and_weights, normalize, open_data
+from data import Steps, batches, open_data
 from tokenizer import get_tokenizer
+from vtp_min import baselines, gan
 from vtp_min.dist import rank, say, start, stop, total, world
 from vtp_min.losses import (Perceptual, centered_softmax, clip_loss, dino_loss, ibot_loss, koleo_loss, moved_center, rec_loss,
-                            siglip_loss, sinkhorn)
+                            siglip_loss, sinkhorn_center, wide)
 from vtp_min.model import SIZES, DINOHead, Student, Teacher, VTPConfig, VTPModel
-from vtp_min.run import Run, autocast, choose_precision, matmul_peak
-from vtp_min.vit import StochasticDepth
+from vtp_min.run import STOPPED, Run, autocast, choose_precision
+from vtp_min.text import TextBlock
+from vtp_min.vit import Block, StochasticDepth
+from vtp_min.views import mask_indices_and_weights, normalize
 
 DEFAULTS = {   # flag: (nano, S/B/L, where the second comes from). nano's are ours, for a CPU and its built-in pictures
     "image": (48, 256, "paper Sec. 4.2"),
@@ -52,15 +55,14 @@ TEMPERATURE = 0.04, 0.3                   # of the teacher at first; share of th
 HEAD_RESTS = 0.01                         # share of the run during which the DINO head's last layer does not move: DINOv2's default recipe
 LR_FLOOR = 1e-6                           # where the cosine ends: DINOv2. Its layer-wise rates (0.9 a block, 0.2 for the patch embedding) are left out
 
-# The FLOP counter takes some operators apart, which rounds differently: the first step after resuming would not be the step it is elsewhere
-AS_IT_IS = {torch.ops.aten.silu_backward: lambda *shapes, out_shape=None: 0}
-
 
 def main(args):
+    """Stage 1 -> the exit status: 0, or STOPPED when a signal ended it early"""
     device = start(args.device)
     precision = args.precision or choose_precision(device)
     if precision == "fp16" and device.type == "cpu":
         raise ValueError("--precision fp16 is for GPUs; on a CPU take bf16 or fp32")
+    torch.set_default_dtype(torch.float64 if precision == "fp64" else torch.float32)
     clip, ssl, rec = args.w_clip > 0, args.w_ssl > 0, args.w_rec > 0
     settings = vars(args) | {"machine": f"{device}, {precision}"}
     args.warmup = max(args.steps // 10, 1) if args.warmup is None else args.warmup     # not a setting: --steps may change when a run goes on
@@ -68,6 +70,7 @@ def main(args):
     # ---- the models
     torch.manual_seed(args.seed)
     config = VTPConfig.of_size(args.size, args.image, args.patch, args.latent_dim, clip, rec, args.light_decoder)
+    config.vision_bottleneck_ae_only = not args.heads_after_bottleneck
     if args.clip_loss == "siglip":
         config.init_logit_scale, config.init_logit_bias = math.log(10), -10.0          # SigLIP's own start
     model = VTPModel(config)
@@ -75,7 +78,7 @@ def main(args):
     student = Student(model, head).to(device)
     teacher = Teacher(student).to(device) if ssl else None
     perceptual = Perceptual(args.perceptual).to(device) if rec and args.perceptual != "none" else None
-    opt = torch.optim.AdamW(param_groups(student), betas=BETAS, eps=EPS, fused=device.type != "mps")
+    opt = torch.optim.AdamW(param_groups(student, args.layer_decay, args.patch_lr), betas=BETAS, eps=EPS, fused=device.type != "mps")
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     center = {"cls": torch.zeros(args.prototypes, device=device), "patch": torch.zeros(args.prototypes, device=device)}
 
@@ -85,13 +88,11 @@ def main(args):
     data = Steps(source, tokenizer, seed=args.seed, batch=args.batch, batch_ssl=args.batch_ssl, batch_rec=args.batch_rec,
                  clip=clip, ssl=ssl, rec=rec, image=args.image, local_image=args.local_image, n_local=args.locals, patch=args.patch,
                  rank=rank(), world=world())
+    refuse_unequal_pieces(args)
 
     # ---- the run, new or gone on with
     run = Run(args.out, settings, args.fresh)
-    run.finish_on_signals()
-    first, bad, named = 0, 0, set()                                                     # bad: unreadable samples so far, on this rank
     if run.state:
-        first, bad = run.state["step"], run.state["bad"] if rank() == 0 else 0
         student.load_state_dict(run.state["student"])
         opt.load_state_dict(run.state["opt"])
         scaler.load_state_dict(run.state["scaler"])
@@ -99,102 +100,171 @@ def main(args):
             teacher.load_state_dict(run.state["teacher"])
             center = {k: v.to(device) for k, v in run.state["center"].items()}
         run.state = None                                                                # free its memory
-    introduce(args, model, head, source, device, precision, clip, ssl, rec)
+    introduce(args, model, head, source, device, precision)
+    if args.recompute:
+        forget_activations(student)
     ddp = student
     if world() > 1:
         ddp = DistributedDataParallel(student, [device] if device.type == "cuda" else None, broadcast_buffers=False)
     ddp.train()
-    peak, flops = matmul_peak(device, precision), None
 
-    bar = tqdm(total=args.steps, initial=first, desc="train", unit="step", disable=rank() > 0, dynamic_ncols=True)
-    clock = asked = time.perf_counter()
-    waited, taken = 0.0, 0                                                              # seconds for data, steps: since the last line of the log
-    for step, batch in zip(range(first, args.steps), batches(data, first, args.steps, args.workers)):
-        waited += time.perf_counter() - asked
-        bad += report_bad(batch["bad"], named)
-        batch = to_device(batch, device)
+    def keep():
+        return {"student": student.state_dict(), "opt": opt.state_dict(), "scaler": scaler.state_dict(),
+                "teacher": teacher.state_dict() if ssl else {}, "center": center}
+
+    warned = set()
+    for step, batch in run.walk(args, batches(data, run.first, args.steps, args.workers), device, precision, keep, lambda: model.save_pretrained(args.out)):
         lr, wd = warmup_cosine(step, args.lr, args.warmup, args.steps), cosine(step, *DECAY, args.steps)
         temp = ramp(step, TEMPERATURE[0], args.teacher_temp, TEMPERATURE[1] * args.steps)
         set_lr_and_decay(opt, lr, wd, head_rests=step < HEAD_RESTS * args.steps - 1)
-        drop = stochastic_depth(args, step, batch)
+        opt.zero_grad()
 
         # ================================================================ the method
-        with FlopCounterMode(display=False, custom_mapping=AS_IT_IS) if flops is None else nullcontext() as counter:
-            with autocast(device, precision):
-                out = ddp(batch, drop)                                                  # one forward: DDP syncs gradients once
-                seen = teacher(batch["crops"], batch["mask"]) if ssl else None          # what the teacher makes of the whole crops
-            targets, center = balanced(args.teacher, seen, temp, center) if ssl else (None, center)
-            loss, terms = objective(args, out, batch, targets, perceptual)
-            opt.zero_grad()
-            scaler.scale(loss).backward()
+        with run.counting():
+            if args.micro:                                                              # the same gradient, with less memory: see there
+                terms, gauges, after = in_pieces(args, ddp, teacher, perceptual, batch, step, temp, center, scaler, device, precision)
+            else:
+                batch = to_device(batch, device)
+                with autocast(device, precision):
+                    out = ddp(batch, stochastic_depth(args, step, batch))               # one forward: DDP syncs gradients once
+                    seen = teacher(batch["crops"], batch["mask"]) if ssl else {}        # what the teacher makes of the whole crops: logits
+                now, after = balance(args.teacher, {k: lambda x=x: [x.flatten(0, -2)] for k, x in seen.items()}, temp, center)
+                targets = {k: centered_softmax(x, now[k], temp) for k, x in seen.items()}
+                terms = of_the_batch(args, out) | of_each_row(out, batch, targets, perceptual)
+                scaler.scale(weighted(args, terms)).backward()
+                gauges = {"teacher_entropy": entropy(targets["cls"]), "spread": spread(out["tokens"][0])} if ssl and run.due else {}
         scaler.unscale_(opt)
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip_grad)
-        scaler.step(opt)
+        loss = weighted(args, terms)
+        if run.sound(loss, norm):
+            scaler.step(opt)
+            center = after
+            with torch.no_grad():
+                if clip:
+                    model.logit_scale.clamp_(0, math.log(100))                          # CLIP, OpenCLIP
+                if ssl:
+                    teacher.follow(student, cosine(step, args.ema, 1.0, args.steps))    # DINO: momentum rises to 1
         scaler.update()
-        with torch.no_grad():
-            if clip:
-                model.logit_scale.clamp_(0, math.log(100))                              # CLIP, OpenCLIP
-            if ssl:
-                teacher.follow(student, cosine(step, args.ema, 1.0, args.steps))        # DINO: momentum rises to 1
         # ================================================================
 
-        flops = flops or counter.get_total_flops()                                      # of one step: matrix products, forward and backward
-        done, taken, stopping = step + 1, taken + 1, run.stop_requested(device)
-        log, save = done % args.log_every == 0 or done in (1, args.steps), done % args.save_every == 0 or done == args.steps or stopping
-        if log or save:
-            all_bad = int(total(torch.tensor(bad, device=device)))
-            gauges = {"teacher_entropy": entropy(targets["cls"]), "spread": spread(out["tokens"][0])} if ssl else {}
-            values = {k: mean_over_ranks(v) for k, v in ({"loss": loss} | terms | gauges).items()}
-            if not math.isfinite(values["loss"]):
-                raise ValueError(f"the loss is {values['loss']} at step {done}; earlier checkpoints are kept: try a smaller --lr, a longer --warmup, or --precision fp32")
-        if log:
-            seconds = (time.perf_counter() - clock) / taken                             # of a step, on average since the last line
+        if run.due:
+            values = run.means(loss=loss, **terms, **gauges)
             values |= {"perceptual": args.perceptual} if rec else {}
             values |= {"logit_scale": model.logit_scale.exp().item()} if clip else {}
-            run.log(done, **values, lr=lr, weight_decay=wd, grad_norm=norm, bad=all_bad,
-                    images_per_s=args.batch / seconds, share_of_peak=flops / seconds / peak, data_wait=waited / taken / seconds)
-            bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in values.items() if k in ("loss", "clip", "dino", "ibot", "rec")))
-        bar.update()
-        if save:
-            run.save(done, {"student": student.state_dict(), "opt": opt.state_dict(), "scaler": scaler.state_dict(),
-                            "teacher": teacher.state_dict() if ssl else {}, "center": center, "bad": all_bad})
-            if rank() == 0:
-                model.save_pretrained(args.out)
-        if stopping:
-            break
-        if log or save:
-            clock, waited, taken = time.perf_counter(), 0.0, 0
-        asked = time.perf_counter()
-    bar.close()
-    say(f"{args.out}: {'stopped on a signal, saved; the same command goes on' if run.stopping else 'done'}. "
-        f"Peak memory {peak_memory(device):.2f} GB. Next: python eval.py report {args.out}")
+            values |= {"warning": warning} if (warning := advice(args, values, step, warned)) else {}
+            run.note(**values, lr=lr, weight_decay=wd, grad_norm=norm.item())
+    say(f"Next: python eval.py report {args.out}")
     stop()
+    return STOPPED if run.leaving else 0
 
 
-def objective(args, out, batch, targets, perceptual):
-    """The sum of VTP Sec. 3.5, and its terms: what the student answered (`out`, see Student), against captions, teacher and pixels"""
+# ---------------------------------------------------------------- the sum of VTP Sec. 3.5: what the student answered (`out`, see Student) against captions, teacher, pixels
+def of_the_batch(args, out):
+    """The terms that compare rows with each other, over all ranks"""
     terms = {}
     if "img" in out:                                                                    # what the words say
         contrast = siglip_loss if args.clip_loss == "siglip" else clip_loss
         terms["clip"] = contrast(out["img"], out["txt"], out["scale"], out["bias"])
+    if "tokens" in out and args.w_koleo:                                                # no two pictures in one place
+        terms["koleo"] = sum(koleo_loss(wide(crop)) for crop in out["tokens"])
+    return terms
+
+
+def of_each_row(out, batch, targets, perceptual):
+    """The terms that are means over rows"""
+    terms = {}
     if "cls" in out:                                                                    # what stays when the view changes
         terms["dino"] = dino_loss(out["cls"], targets["cls"])
         terms["ibot"] = ibot_loss(out["patch"], targets["patch"], batch["mask_weight"], n_crops=2 * batch["crops"].shape[1])
-        terms["koleo"] = sum(koleo_loss(crop.float()) for crop in out["tokens"])
     if "pixels" in out:                                                                 # what the eye sees
-        terms["rec"] = sum(rec_loss(out["pixels"].float(), batch["image"][batch["rec"]], perceptual))
+        terms["rec"] = sum(rec_loss(wide(out["pixels"]), batch["image"][batch["rec"]], perceptual))
+    return terms
+
+
+def weighted(args, terms):
     weights = {"clip": args.w_clip, "dino": args.w_ssl, "ibot": args.w_ssl, "koleo": args.w_ssl * args.w_koleo, "rec": args.w_rec}
-    return sum(weights[k] * term for k, term in terms.items()), terms
+    return sum(weights[k] * term for k, term in terms.items())
 
 
-def balanced(how, seen, temp, center):
-    """The teacher's logits -> targets {'cls' (2, Bs, K), 'patch' (M, K)}, and the centers for the next step"""
+def balance(how, logits, temp, center):
+    """logits {name: () -> the teacher's logits, (n, K) at a time} -> {name: center (K,)} for this batch's targets, and to go on with"""
     if how == "sinkhorn":
-        cls, patch = seen
-        return {"cls": sinkhorn(cls.flatten(0, 1), temp).view_as(cls), "patch": sinkhorn(patch, temp)}, center
-    logits = {"cls": seen[0].float(), "patch": seen[1].float()}
-    return ({k: centered_softmax(x, center[k], temp) for k, x in logits.items()},
-            {k: moved_center(center[k], x.flatten(0, -2)) for k, x in logits.items()})
+        return {k: sinkhorn_center(pieces, temp) for k, pieces in logits.items()}, center
+    return center, {k: moved_center(center[k], pieces()) for k, pieces in logits.items()}
+
+
+def in_pieces(args, ddp, teacher, perceptual, batch, step, temp, center, scaler, device, precision):
+    """The gradient of the whole batch with the memory of --micro pictures -> terms, gauges, center, as above.   Gradient caching, Gao et al. 2021
+
+    1  All pieces, without a graph: a vector a row for the losses that compare rows; the teacher's points, and from them its center.
+    2  These losses, and their slope at each of those vectors.
+    3  Each piece once more, with a graph: its own losses, and the slopes, which bring it its share of the gradient of the others.
+    """
+    student, n = getattr(ddp, "module", ddp), args.batch // world() // args.micro
+    pieces = cut(batch, n)
+    drops = [stochastic_depth(args, step, piece) for piece in pieces]                   # draws the same rows each time
+    vectors, points = [], []
+    with autocast(device, precision), torch.no_grad():
+        for piece, drop in zip(pieces, drops):
+            piece = to_device(piece, device)
+            if args.w_clip or args.w_ssl and args.w_koleo:
+                vectors.append(student(piece, drop, heads=False))                       # img, txt, scale, bias, tokens
+            if teacher:
+                points.append(teacher.points(piece["crops"], piece["mask"]))
+        logits = {k: lambda k=k: (teacher.dino_head.compare(p[k].flatten(0, -2)) for p in points) for k in (points[0] if points else ())}
+        now, after = balance(args.teacher, logits, temp, center)
+
+    at = {k: torch.cat([v[k] for v in vectors], 1) if k == "tokens" else torch.cat([v[k] for v in vectors]) if k in ("img", "txt") else x
+          for k, x in (vectors[0].items() if vectors else ())}
+    at = {k: x if x is None else x.detach().requires_grad_() for k, x in at.items()}
+    terms = of_the_batch(args, at)
+    moved = {k: x for k, x in at.items() if x is not None}
+    slopes = dict(zip(moved, torch.autograd.grad(weighted(args, terms), moved.values(), allow_unused=True))) if terms else {}
+    slopes = {k: s.chunk(n, 1 if k == "tokens" else 0) if s.ndim else [s / n] * n for k, s in slopes.items() if s is not None}
+
+    rows, gauges = {}, {}
+    for k, (piece, drop) in enumerate(zip(pieces, drops)):
+        piece = to_device(piece, device)
+        with ddp.no_sync() if world() > 1 and k + 1 < n else nullcontext():
+            with autocast(device, precision):
+                out = ddp(piece, drop)
+                targets = {key: centered_softmax(teacher.dino_head.compare(p), now[key], temp) for key, p in points[k].items()} if teacher else {}
+            own = of_each_row(out, piece, targets, perceptual)
+            carried = sum((wide(out[key]) * slope[k]).sum() for key, slope in slopes.items())
+            scaler.scale(weighted(args, own) / n + carried).backward()
+        rows = {key: rows.get(key, 0) + term.detach() / n for key, term in own.items()}
+        gauges = {"teacher_entropy": gauges.get("teacher_entropy", 0) + entropy(targets["cls"]) / n} if teacher else {}
+    if "tokens" in at:
+        gauges["spread"] = spread(at["tokens"][0])
+    return {k: t.detach() for k, t in terms.items()} | rows, gauges, after
+
+
+def cut(batch, n):
+    """This rank's batch -> n batches with an equal share of every subset: they lie evenly spread, so neighbours stay together"""
+    pieces = [{} for _ in range(n)]
+    for name, x in batch.items():
+        for k, piece in enumerate(pieces):
+            if torch.is_tensor(x):
+                piece[name] = x.chunk(n, 1 if name in ("crops", "locals", "mask") else 0)[k]
+    for k, piece in enumerate(pieces):
+        if "rec" in piece:
+            piece["rec"] = piece["rec"] - k * len(piece["image"])
+    return pieces
+
+
+def refuse_unequal_pieces(args):
+    shares = [n // world() for n, w in ((args.batch, 1), (args.batch_ssl, args.w_ssl), (args.batch_rec, args.w_rec)) if w]
+    fitting = [shares[0] // n for n in range(1, shares[0] + 1) if all(share % n == 0 for share in shares)]
+    if args.micro and args.micro not in fitting:
+        raise ValueError(f"--micro {args.micro} does not cut a process's share of the batch ({' / '.join(map(str, shares))}) into equal pieces; "
+                         f"try --micro {min(fitting, key=lambda m: abs(m - args.micro))}")
+
+
+def forget_activations(student):
+    """Each block keeps its input alone and computes itself again for the backward pass: less memory, a third more work.   Chen et al. 2016"""
+    for m in student.modules():
+        if isinstance(m, (Block, TextBlock)):
+            m.forward = partial(checkpoint, m.forward, use_reentrant=False)
 
 
 # ---------------------------------------------------------------- schedules
@@ -213,19 +283,24 @@ def warmup_cosine(step, lr, warmup, steps, floor=LR_FLOOR):
     return lr * (step + 1) / warmup if step < warmup else cosine(step - warmup, lr, min(floor, lr), steps - warmup)
 
 
-def param_groups(student):
+def param_groups(student, layer_decay=1.0, patch_lr=1.0):
     """No weight decay for vectors (biases, norms, LayerScale, log-scale) and position tables, as OpenCLIP and DINOv2; class and
-    mask token and the head's gains do decay, as in DINOv2. The head's last layer stands apart, because it rests at first."""
-    groups = {}
+    mask token and the head's gains do decay, as in DINOv2. The head's last layer stands apart, because it rests at first.
+
+    layer_decay, patch_lr  DINOv2's factors on the learning rate (0.9, 0.2): one for each block that stands above a parameter of the trunk
+    """
+    groups, depth = {}, len(student.model.trunk.blocks)
     for name, p in student.named_parameters():
-        key = (p.ndim > 1 and "positional" not in name, "last_layer" in name)
+        place = name.removeprefix("model.trunk.").split(".")
+        above = depth - int(place[1]) if place[0] == "blocks" else depth + 1 if place[0] in ("cls_token", "mask_token", "patch_embed") else 0
+        key = p.ndim > 1 and "positional" not in name, "last_layer" in name, layer_decay ** above * (patch_lr if place[0] == "patch_embed" else 1)
         groups.setdefault(key, []).append(p)
-    return [{"params": ps, "decay": decay, "last": last} for (decay, last), ps in groups.items()]
+    return [{"params": ps, "decay": decay, "last": last, "factor": factor} for (decay, last, factor), ps in groups.items()]
 
 
 def set_lr_and_decay(opt, lr, wd, head_rests):
     for g in opt.param_groups:
-        g["lr"] = 0.0 if g["last"] and head_rests else lr
+        g["lr"] = 0.0 if g["last"] and head_rests else lr * g["factor"]
         g["weight_decay"] = wd if g["decay"] else 0.0
 
 
@@ -253,20 +328,7 @@ def to_device(batch, device):
     out = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) and not k.startswith("rows") else v for k, v in batch.items()}
     if "mask" in out:
         out["mask_weight"] = mask_indices_and_weights(out["mask"])[1]
-    return out | {k: normalize(out[k]) for k in ("image", "crops", "locals") if k in out}
-
-
-def report_bad(names, named):
-    """Name each unreadable sample once, on the rank that met it -> how many there were"""
-    for name in names:
-        if name not in named:
-            print(f"skipped {name}: another sample takes its place", file=sys.stderr, flush=True)
-    named.update(names)
-    return len(names)
-
-
-def mean_over_ranks(x):
-    return (total(x.detach().clone()) / world()).item()
+    return out | {k: normalize(out[k]).to(torch.get_default_dtype()) for k in ("image", "crops", "locals") if k in out}
 
 
 def entropy(p):
@@ -275,32 +337,48 @@ def entropy(p):
 
 
 def spread(x):
-    """How far class tokens lie apart: 1 random directions, 0 all in one place (collapse)"""
-    x = torch.nn.functional.normalize(x.detach().float(), dim=-1)
-    return (1 - x.mean(0).square().sum()).clamp_min(0).sqrt()
+    """How far class tokens (B, D) of all ranks lie apart: 1 random directions, 0 all in one place (collapse)"""
+    center = total(torch.nn.functional.normalize(wide(x.detach()), dim=-1).mean(0)) / world()
+    return (1 - center.square().sum()).clamp_min(0).sqrt()
 
 
-def peak_memory(device):
-    """GB, of this process"""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)      # bytes on macOS, else KiB
+def advice(args, values, step, warned):
+    """What the gauges say when something has collapsed, and which knob helps: said once a kind, and in the log while it lasts. After warm-up only."""
+    lnK, lnB = math.log(args.prototypes), math.log(args.batch)
+    entropy, spread, clip = values.get("teacher_entropy", lnK / 2), values.get("spread", 1.0), values.get("clip", 0.0)
+    kinds = {"uniform teacher": (entropy > 0.99 * lnK, f"the teacher's entropy {entropy:.2f} is ln K = {lnK:.2f}: it says nothing, DINO and iBOT teach nothing yet. "
+                                                       "If it stays: a lower --teacher-temp, fewer --prototypes, a larger --batch-ssl, a smaller --lr"),
+             "constant teacher": (entropy < 0.02 * lnK, f"the teacher's entropy {entropy:.3f} is near 0: it picks one prototype whatever it sees. Try --teacher sinkhorn, "
+                                                        "a higher --teacher-temp, a larger --ema"),
+             "collapsed features": (spread < 0.05, f"class tokens hardly differ (spread {spread:.3f}; random ones have 1). Try a smaller --lr, a longer --warmup, "
+                                                   "--w-koleo 0.1, a larger --ema"),
+             "blind contrast": (clip > 0.98 * lnB and args.clip_loss == "clip", f"clip {clip:.2f} is ln B = {lnB:.2f}: pictures and captions do not find each other. Look at the "
+                                                                              "captions (python data.py), try a smaller --lr or a longer --warmup")}
+    found = {kind: words for kind, (true, words) in kinds.items() if true and step > args.warmup}
+    for kind in found.keys() - warned:
+        say(f"\nwarning, step {step + 1}: {found[kind]}")
+        warned.add(kind)
+    return ", ".join(found)
 
 
-def introduce(args, model, head, source, device, precision, clip, ssl, rec):
+def introduce(args, model, head, source, device, precision):
     def count(m):
         return sum(p.numel() for p in m.parameters()) / 1e6 if m is not None else 0.0
     text = sum(p.numel() for k, p in model.named_parameters() if k.startswith(("text", "token", "pos", "ln_final"))) / 1e6
     grid = args.image // args.patch
-    say(f"objectives   {' + '.join(n for n, on in (('CLIP', clip), ('SSL', ssl), ('AE', rec)) if on)}   weights clip {args.w_clip:g}, ssl {args.w_ssl:g}, rec {args.w_rec:g}"
+    say(f"objectives   {' + '.join(n for n, on in (('CLIP', args.w_clip), ('SSL', args.w_ssl), ('AE', args.w_rec)) if on)}   weights clip {args.w_clip:g}, ssl {args.w_ssl:g}, rec {args.w_rec:g}"
         f"   perceptual {args.perceptual}")
     say(f"model        {args.size}: trunk {count(model.trunk):.2f}M, decoder {count(getattr(model, 'pixel_decoder', None)):.2f}M, "
         f"text {text:.2f}M, DINO head {count(head):.2f}M parameters; latents {args.latent_dim} x {grid} x {grid}")
-    say(f"data         {source.spec}   batch {args.batch} (clip), {args.batch_ssl} (ssl), {args.batch_rec} (rec) over {world()} process(es)")
+    say(f"data         {source.spec}   batch {args.batch} (clip), {args.batch_ssl} (ssl), {args.batch_rec} (rec) over {world()} process(es)"
+        + (f", {args.micro} at a time in each" if args.micro else ""))
     say(f"machine      {device}, {precision}{'' if args.precision else ' (chosen: bf16 where the hardware multiplies it, fp16 on older GPUs, else fp32)'}, "
         f"{torch.get_num_threads()} threads")
-    if ssl and args.batch_ssl < 16:
-        say(f"note         {args.batch_ssl} images are few for KoLeo and for the teacher's balance over {args.prototypes} prototypes; their terms are noisy")
+    if args.w_ssl and args.batch_ssl < 16:
+        say(f"note         {args.batch_ssl} images are few: Sinkhorn shares {args.prototypes} prototypes among 2 x {args.batch_ssl} rows, KoLeo has {args.batch_ssl - 1} neighbours; "
+            f"their terms are noisy below 16 (ours)" + ("; --w-koleo 0 would be wiser" if args.batch_ssl < 4 and args.w_koleo else ""))
+    if args.w_clip and args.batch < 32:
+        say(f"note         a picture has {args.batch - 1} wrong captions to be told from: below 32 (ours) CLIP learns little; --micro gives a larger --batch the memory of a small one")
 
 
 def arguments():
@@ -308,8 +386,9 @@ def arguments():
     def flag(name, type, advice, default=None, **more):
         p.add_argument(name, type=type, default=default, help=advice + ("" if default in (None, "") else f" (default {default})"), **more)
     def sized(name, type, advice):
-        nano, paper, source = DEFAULTS[name.strip("-").replace("-", "_")]
-        flag(name, type, f"{advice} (default {paper}, {source}; nano {nano}, ours)")
+        key = name.strip("-").replace("-", "_")
+        (nano, paper, source), two = DEFAULTS[key], gan.DEFAULTS.get(key)
+        flag(name, type, f"{advice} (default {paper}, {source}; nano {nano}, ours{f'. Stage 2: {two[1]}, {two[2]}; nano {two[0]}, ours' if two else ''})")
     flag("--out", str, "run folder; one that holds a checkpoint is gone on with", "runs/vtp")
     p.add_argument("--fresh", action="store_true", help="start over in --out")
     flag("--data", str, "shapes, shapes:objects=1,size=0.6-0.9, a folder of class folders, or tar shards 'x-{000..099}.tar'", "shapes")
@@ -319,6 +398,7 @@ def arguments():
     sized("--image", int, "side of pictures and global crops, pixels")
     sized("--patch", int, "side of a patch, pixels; one latent each")
     sized("--latent-dim", int, "d, channels of a latent; the paper also tries 256")
+    p.add_argument("--heads-after-bottleneck", action="store_true", help="CLIP and DINO read the d latent channels instead of the full width (released code: full width)")
     sized("--steps", int, "length of the run")
     sized("--batch", int, "image-text pairs a step over ALL processes; halve it if memory runs out")
     sized("--batch-ssl", int, "images of the batch that DINO and iBOT see")
@@ -340,16 +420,39 @@ def arguments():
     flag("--drop-clip", float, "stochastic depth of CLIP; OpenCLIP has none", 0.0)
     flag("--drop-rec", float, "stochastic depth of reconstruction; other than CLIP's costs a forward of its own", 0.0)
     sized("--lr", float, "peak learning rate")
-    flag("--warmup", int, "steps of linear warm-up (default a tenth of the run, as DINOv2)")
+    flag("--warmup", int, "steps of linear warm-up (default a tenth of the run, as DINOv2; stage 2 a sixteenth, RAE)")
     sized("--ema", float, "teacher momentum at the start; rises to 1 by a cosine")
-    flag("--clip-grad", float, "largest gradient norm; borrowed from DINOv2, there per part", 3.0)
+    flag("--layer-decay", float, "factor on the learning rate for each block that stands above; 1: none (OpenCLIP); DINOv2's ViT-L recipe 0.9", 1.0)
+    flag("--patch-lr", float, "factor on the learning rate of the patch embedding; 1: none (OpenCLIP); DINOv2 0.2", 1.0)
+    flag("--clip-grad", float, "largest gradient norm; borrowed from DINOv2, there per part; of the decoder in stage 2, ours", 3.0)
+    flag("--stage", int, "1: words, views, pixels together; 2: the decoder alone, with a GAN, the tokenizer frozen (paper Sec. 3.2)", 1, choices=[1, 2])
+    flag("--init", str, "stage 2: the run, or the released weights, whose decoder is fine-tuned; data, seed and picture side are its own unless typed, --out is INIT-gan")
+    flag("--w-gan", float, f"stage 2: weight of the GAN, times VQGAN's adaptive weight; 0 turns it off (default {gan.DEFAULTS['w_gan'][1]}, {gan.DEFAULTS['w_gan'][2]})")
+    flag("--gan-start", int, "stage 2: step from which the decoder listens to the discriminator (default an eighth of the run, RAE's head start of the discriminator)")
+    flag("--ema-decoder", float, f"stage 2: momentum of the average of the decoder that is saved (default {gan.DEFAULTS['ema_decoder'][1]}, {gan.DEFAULTS['ema_decoder'][2]}; "
+                                 f"nano {gan.DEFAULTS['ema_decoder'][0]}, ours)")
+    flag("--baseline", str, "train another tokenizer of the paper in place of VTP: ldm, a convolutional autoencoder (Table 1); vavae, one aligned to --encoder (Fig. 9); "
+                            "rae, a decoder on --encoder (Fig. 8)", choices=["ldm", "vavae", "rae"])
+    flag("--encoder", str, "--baseline vavae, rae: the frozen encoder, a run or released weights")
     flag("--seed", int, "same seed, same machine: the same run (to the bit on a CPU)", 0)
     flag("--workers", int, "processes that prepare data; changes nothing but speed", 4 if (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 4 else 0)
     flag("--device", str, "cpu, cuda or mps (default the best present)")
-    flag("--precision", str, "fp32, bf16 or fp16 autocast (default by device and size, and said)", choices=["fp32", "bf16", "fp16"])
+    flag("--precision", str, "fp32, bf16 or fp16 autocast (default by device, and said); fp64: for proofs, slow", choices=["fp32", "bf16", "fp16", "fp64"])
+    flag("--micro", int, "pictures at a time on each process: the gradient stays that of the whole batch, memory does not grow with it; costs a third more (default 0: all at once)", 0)
+    p.add_argument("--recompute", action="store_true", help="activation checkpointing: blocks compute themselves again for the backward pass, a third more work for much less memory")
+    flag("--max-bad", float, "share of unreadable samples above which the run stops (and more than 10); ours", 0.1)
     flag("--log-every", int, "steps between lines of log.jsonl", 10)
     flag("--save-every", int, "steps between checkpoints", 500)
     args = p.parse_args()
+    typed = typed_flags(p)
+    if args.baseline:
+        return baselines.flags(args, typed)
+    if args.stage == 2:
+        return gan.flags(args, typed)
+    if idle := typed.keys() & {*gan.OWN}:
+        p.error(f"--{', --'.join(sorted(idle)).replace('_', '-')}: for stage 2; add --stage 2 (all but --init: or --baseline)")
+    if args.encoder:
+        p.error("--encoder: for --baseline vavae or rae; add one of them")
     if args.size not in SIZES:
         p.error(f"--size {args.size} is unknown; choose one of {', '.join(SIZES)}")
     for name, (nano, paper, _) in DEFAULTS.items():
@@ -363,13 +466,25 @@ def arguments():
     args.local_image = args.local_image or max(round(args.image * 96 / 224 / args.patch), 1) * args.patch
     if args.local_image % args.patch:
         p.error(f"--local-image {args.local_image} is no multiple of --patch {args.patch}")
+    if args.batch_ssl == 1 and args.w_ssl and args.w_koleo:
+        p.error("--batch-ssl 1: KoLeo wants a neighbour to flee from; take 2 or more, or --w-koleo 0")
+    if args.micro < 0 or not 0 <= args.max_bad <= 1:
+        p.error(f"--micro {args.micro}, --max-bad {args.max_bad}: wanted 0 or more, and a share from 0 to 1")
     if max(args.w_clip, args.w_ssl, args.w_rec) <= 0 or min(args.w_clip, args.w_ssl, args.w_rec) < 0:
         p.error("all of --w-clip, --w-ssl, --w-rec must be 0 or more, and one above 0: nothing would be learned")
     return args
 
 
+def typed_flags(p):
+    """-> {name: value} of what the user typed, without the defaults"""
+    unset = argparse.Namespace(**dict.fromkeys(vars(p.parse_args([]))))
+    return {k: v for k, v in vars(p.parse_args(namespace=unset)).items() if v is not None}
+
+
 if __name__ == "__main__":
     try:
-        main(arguments())
+        args = arguments()
+        go = gan.train if args.stage == 2 else baselines.train if args.baseline else main
+        raise SystemExit(go(args))
     except (ValueError, FileNotFoundError) as problem:
         raise SystemExit(f"train.py: {problem}") from problem

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import dit
 from dit import LightningDiT, euler, flow_loss, lognorm_time, time_grid
-from vtp_min import VTPConfig, run
+from vtp_min import VTPConfig, VTPModel, run
 from vtp_min.latents import Latents, Steps, shards
 from vtp_min.lightning import SIZES, Rotary
 from vtp_min.run import STOPPED, TIMING
@@ -215,7 +215,7 @@ def stand_ins(monkeypatch):
     """A transformer and a tokenizer that cost nothing; signal handlers as they were"""
     kept = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     monkeypatch.setitem(SIZES, "nano", dict(hidden_size=32, depth=2, num_heads=2))
-    monkeypatch.setattr(dit.VTPModel, "from_pretrained", lambda folder: Folded())
+    monkeypatch.setattr(dit.baselines, "load", lambda folder: Folded())
     monkeypatch.setattr(run, "matmul_peak", lambda device, precision: 1e12)
     yield
     for s, handler in kept.items():
@@ -399,7 +399,7 @@ def one_of_many(rank, count, folder, commands):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet{count}", rank=rank, world_size=count)
     sys.stdout = sys.stderr = open(folder / f"said{rank}of{count}", "w")
-    SIZES["nano"], dit.VTPModel.from_pretrained, dit.stop = dict(hidden_size=32, depth=2, num_heads=2), lambda folder: Folded(), lambda: None
+    SIZES["nano"], dit.baselines.load, dit.stop = dict(hidden_size=32, depth=2, num_heads=2), lambda folder: Folded(), lambda: None
     run.matmul_peak = lambda device, precision: 1e12
     for name, *args in commands:
         {"encode": encode, "teach": teach, "paint": paint}[name](folder, *args)
@@ -482,7 +482,7 @@ def test_another_decoder_of_the_same_encoder_may_paint_and_one_that_never_met_th
     train(folder, "E", "--steps", "1")
     other = Folded()
     other.decoder = torch.nn.Linear(1, 1)                                                    # what stage 2 leaves
-    monkeypatch.setattr(dit.VTPModel, "from_pretrained", lambda folder: other)
+    monkeypatch.setattr(dit.baselines, "load", lambda folder: other)
     assert len(shoot(folder, "E", "out", "--tokenizer", "STAGE2")["arr_0"]) == 7
     torch.nn.init.constant_(other.encoder.weight, 2.0)
     with pytest.raises(SystemExit, match="another encoder"):
@@ -490,8 +490,8 @@ def test_another_decoder_of_the_same_encoder_may_paint_and_one_that_never_met_th
 
 
 def test_the_fingerprint_is_that_of_trunk_and_bottleneck_and_of_nothing_else(monkeypatch):
-    model = dit.VTPModel(VTPConfig.of_size("nano", 48, 12, 64, clip=False))
-    monkeypatch.setattr(dit.VTPModel, "from_pretrained", lambda folder: model)
+    model = VTPModel(VTPConfig.of_size("nano", 48, 12, 64, clip=False))
+    monkeypatch.setattr(dit.baselines, "load", lambda folder: model)
     prints = [dit.load_tokenizer("RUN", torch.device("cpu"))[1]]
     for part in (model.pixel_decoder, model.trunk.feature_bottleneck, model.trunk.blocks[0]):
         next(part.parameters()).data.mul_(0.5)

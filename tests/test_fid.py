@@ -6,16 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
-from vtp_min.fid import Inception, Judge, frechet_distance, load_inception, psnr, ssim, statistics, train_judge
+from vtp_min.fid import (Inception, Judge, frechet_distance, kept_judge, load_inception, open_samples, psnr, save_statistics, ssim, statistics,
+                         train_judge)
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "fid.npz")
 
 
-@pytest.fixture(scope="module")
-def inception():
-    """With weights that any implementation can draw: each key seeds a generator by its own crc32, scaled so that the signal survives."""
+def drawn_inception():
+    """Inception with weights that any implementation can draw: each key seeds a generator by its own crc32, scaled so that the signal survives."""
     model, drawn = Inception(), {}
     for key, x in model.state_dict().items():
         n = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(tuple(x.shape))
@@ -32,6 +33,10 @@ def inception():
         drawn[key] = torch.from_numpy(np.asarray(n)).to(x.dtype)
     model.load_state_dict(drawn)
     return model
+
+
+@pytest.fixture(scope="module")
+def inception(): return drawn_inception()
 
 
 def chw(images): return torch.from_numpy(images).permute(0, 3, 1, 2)
@@ -185,3 +190,108 @@ def test_ssim_is_that_of_torchmetrics():
 def test_ssim_of_two_flat_images_compares_their_means():
     a, b = torch.full((1, 3, 16, 16), 0.2), torch.full((1, 3, 16, 16), 0.6)
     assert torch.allclose(ssim(a, b), torch.tensor((2 * 0.2 * 0.6 + 1e-4) / (0.2 ** 2 + 0.6 ** 2 + 1e-4)), atol=1e-3)
+
+
+# ---- what is compared
+
+def noise(n=5, side=8, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (n, side, side, 3), dtype=np.uint8)
+
+
+def saved(folder, images, suffix="png", **settings):
+    folder.mkdir(exist_ok=True)
+    for k, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{k:03d}.{suffix}", **settings)
+    return folder
+
+
+def read(samples, size):
+    return torch.cat(list(samples.batches(size)))
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_folder_and_an_npz_give_the_same_pictures_in_any_batches(tmp_path, save):
+    images = noise()
+    save(tmp_path / "s.npz", arr_0=images, labels=np.arange(5))
+    a, b = open_samples(saved(tmp_path / "png", images)), open_samples(tmp_path / "s.npz")
+    assert len(a) == len(b) == 5 and a.size == b.size == (8, 8) and a.labels is None and b.labels.tolist() == [0, 1, 2, 3, 4]
+    for size in (1, 2, 9):
+        assert torch.equal(read(a, size), chw(images)) and torch.equal(read(b, size), chw(images))
+
+
+def test_two_processes_read_halves_that_make_the_whole(tmp_path, monkeypatch):
+    images, halves = noise(), []
+    np.savez(tmp_path / "s.npz", arr_0=images)
+    for r in range(2):
+        monkeypatch.setattr("vtp_min.fid.rank", lambda: r)
+        monkeypatch.setattr("vtp_min.fid.world", lambda: 2)
+        halves += [read(open_samples(tmp_path / "s.npz"), 2)]
+    assert [len(h) for h in halves] == [2, 3] and torch.equal(torch.cat(halves), chw(images))
+
+
+def test_a_folder_is_read_in_the_order_of_names_and_not_below_itself(tmp_path):
+    images = noise(2)
+    Image.fromarray(images[0]).save(tmp_path / "b.png")
+    Image.fromarray(images[1]).save(tmp_path / "a.bmp")
+    saved(tmp_path / "below", images)
+    assert torch.equal(read(open_samples(tmp_path), 2), chw(images[::-1].copy()))
+
+
+def test_statistics_come_back_as_they_were_saved_and_say_how_many(tmp_path):
+    mu, cov = statistics([gaussian(50, 6, 6, seed=1)])
+    save_statistics(tmp_path / "stats.npz", mu, cov, 50)
+    found = open_samples(tmp_path / "stats.npz")
+    assert torch.equal(found.mu, mu) and torch.equal(found.sigma, cov) and len(found) == 50
+    with pytest.raises(ValueError, match="6 numbers, but Inception's features are 2048"):
+        found.moments()
+    np.savez(tmp_path / "adm.npz", mu=mu.numpy().astype(np.float32), sigma=cov.numpy().astype(np.float32), arr_0=noise())       # as ADM's reference files
+    assert len(open_samples(tmp_path / "adm.npz")) == 0 and frechet_distance(found.mu, found.sigma, *(getattr(open_samples(tmp_path / "adm.npz"), k) for k in ("mu", "sigma"))) < 1e-4
+
+
+@pytest.mark.parametrize("held, told", [
+    ({"arr_0": noise().astype(np.float32)}, "float32 .*wanted uint8"),
+    ({"arr_0": noise()[..., :1]}, r"wanted uint8 \(n, H, W, 3\)"),
+    ({"arr_0": np.asfortranarray(noise())}, "column by column"),
+    ({"images": noise()}, "holds images; wanted arr_0"),
+    ({"mu": np.zeros(4), "sigma": np.zeros((4, 5))}, r"wanted \(F,\) and \(F, F\)"),
+    ({"mu": np.zeros(2), "sigma": np.array([[1., 2], [0, 1]])}, "no covariance"),
+    ({"mu": np.array([np.nan, 0]), "sigma": np.eye(2)}, "not finite")])
+def test_an_npz_that_is_no_samples_is_refused_in_a_sentence(tmp_path, held, told):
+    np.savez(tmp_path / "x.npz", **held)
+    with pytest.raises(ValueError, match=told):
+        open_samples(tmp_path / "x.npz")
+
+
+def test_mixed_sizes_jpeg_damage_and_nothing_are_refused_in_a_sentence(tmp_path):
+    with pytest.raises(ValueError, match="holds no samples.npz and no pictures"):
+        open_samples(tmp_path)
+    with pytest.raises(ValueError, match="there is no"):
+        open_samples(tmp_path / "x.npz")
+    mixed = saved(tmp_path / "mixed", noise(2))
+    Image.fromarray(noise(1, 9)[0]).save(mixed / "z.png")
+    with pytest.raises(ValueError, match="2 sizes: 8x8 .000.png., 9x9 .z.png."):
+        open_samples(mixed)
+    lossy = saved(tmp_path / "lossy", noise(2), "jpg")
+    with pytest.raises(ValueError, match="2 of 2 pictures .* are JPEG.*--jpeg"):
+        open_samples(lossy)
+    assert "2 of them JPEG" in open_samples(lossy, jpeg=True).what
+    broken = saved(tmp_path / "broken", noise(2))
+    (broken / "000.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="000.png cannot be read as a picture"):
+        open_samples(broken)
+    np.savez(tmp_path / "short.npz", arr_0=noise())
+    (tmp_path / "short.npz").write_bytes((tmp_path / "short.npz").read_bytes()[:300])
+    with pytest.raises(ValueError, match="is no npz"):
+        open_samples(tmp_path / "short.npz")
+
+
+def test_a_kept_judge_is_trained_once_and_anew_for_other_pictures(tmp_path):
+    asked = []
+    def pictures():
+        asked.append(1)
+        return *stripes(16, 0), *stripes(8, 1)
+    first, accuracy = kept_judge(tmp_path / "judge.safetensors", {"data": "stripes"}, 2, pictures, 2, "cpu")
+    again, same = kept_judge(tmp_path / "judge.safetensors", {"data": "stripes"}, 2, pictures, 2, "cpu")
+    assert len(asked) == 1 and accuracy == same and torch.equal(first.head.weight, again.head.weight)
+    kept_judge(tmp_path / "judge.safetensors", {"data": "bars"}, 2, pictures, 2, "cpu")
+    assert len(asked) == 2

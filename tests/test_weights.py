@@ -1,4 +1,5 @@
 """External files are found, checked, and fetched; a broken download goes on, a wrong file is never used. All on 127.0.0.1."""
+import errno
 import hashlib
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -148,3 +149,43 @@ def test_without_a_network_fetch_lists_all_addresses_hashes_and_the_folder(home)
 def test_only_rank_0_downloads(home, server, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert fetch("tiny") is None and server.asked == [] and not (home / "ours").exists()
+
+
+def test_the_heads_of_lpips_come_with_its_package_and_are_the_ones_vtp_asks_for(monkeypatch):
+    assert hashlib.md5(weights.heads("vgg").read_bytes()).hexdigest() == "d507d7349b931f0638a25a48a722f98a"        # the hash in VTP's own evaluation
+    assert all(weights.heads(name).exists() for name in ("alex", "squeeze"))
+    monkeypatch.setitem(weights.HEADS, "vgg", "0" * 64)
+    with pytest.raises(ValueError, match="pip install --force-reinstall lpips==0.1.4"):
+        weights.heads("vgg")
+
+
+def test_a_folder_that_cannot_be_written_is_said_in_a_sentence(home, server):
+    put(home / "ours", b"a file where the folder should be")
+    with pytest.raises(SystemExit, match="cannot be written.*VTP_WEIGHTS"):
+        fetch("tiny")
+    assert server.asked == []
+
+
+def test_a_disk_without_room_is_said_before_anything_is_sent(home, server, monkeypatch):
+    monkeypatch.setattr(weights.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    with pytest.raises(SystemExit, match="needs about 1 MB, and the disk of .* has 0 MB left"):
+        fetch("tiny")
+    assert server.asked == []
+
+
+def test_a_disk_that_fills_up_keeps_what_came(home, server, monkeypatch):
+    def full(address, part):
+        part.write_bytes(BYTES[:5])
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(weights, "download", full)
+    with pytest.raises(SystemExit, match="is full.*the same command"):
+        fetch("tiny")
+    assert (home / "ours" / (FILE + ".part")).read_bytes() == BYTES[:5]
+
+
+def test_a_proxy_that_does_not_answer_is_named_without_its_password(home, monkeypatch):
+    monkeypatch.setitem(FILES, "tiny", (1, f"http://example.invalid/{FILE}"))
+    monkeypatch.setenv("http_proxy", "http://student:secret@127.0.0.1:9")
+    with pytest.raises(SystemExit, match="through the proxy http: 127.0.0.1:9") as error:
+        fetch("tiny")
+    assert "secret" not in str(error.value)

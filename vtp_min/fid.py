@@ -1,21 +1,172 @@
 """How far pictures are from pictures, four ways: FID, its offline stand-in, PSNR and SSIM.
 
+open_samples                     a folder of pictures, an npz of pictures, or saved statistics, read as they are needed
 Inception, load_inception        images -> features (B, 2048): FID's own network, as pytorch-fid runs it
-statistics, frechet_distance     features -> mean, covariance -> distance                              Heusel et al. 2017, Eq. 6
+Moments, frechet_distance        features -> mean, covariance -> distance                              Heusel et al. 2017, Eq. 6
 Judge, train_judge               a small classifier of the data at hand: features for "FD-classifier", logits for "was the asked class drawn?"
 psnr, ssim                       each image against its own original
 
 FID is FID only on Inception's features; the same distance on a judge's features is called FD-classifier and compares only with itself.
 """
 import re
+import zipfile
+from pathlib import Path
 
+import numpy as np
+import safetensors.torch
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from tqdm import trange
 
-from .dist import rank
+from .dist import on, rank, say, total, wait, world
+from .run import write_aside
 from .weights import find
+
+
+# ---- what is compared: pictures, or the statistics of pictures ---------------------------------------------------------
+
+def open_samples(path, jpeg=False):
+    """A folder of pictures (or one that holds samples.npz), an npz with arr_0, an npz with mu and sigma  ->  Pictures, Array or Saved
+
+    Each has len, .folder, and .what: a name for the protocol; Pictures and Array have .size (W, H), .labels ((n,) or None) and
+    batches(size) -> uint8 (b, 3, H, W) of this process's share. Nothing is held in memory. Raises ValueError for what a distance cannot be taken of.
+    """
+    path = Path(path)
+    path = path / "samples.npz" if (path / "samples.npz").exists() else path
+    if path.suffix != ".npz":
+        return Pictures(path, jpeg)
+    if not path.exists():
+        raise ValueError(f"there is no {path}; wanted a folder of pictures, or an npz with arr_0, or with mu and sigma")
+    try:
+        names = np.load(path).files
+    except (OSError, ValueError, zipfile.BadZipFile) as problem:
+        raise ValueError(f"{path} is no npz ({problem})") from None
+    if {"mu", "sigma"} <= set(names):                                     # ADM's reference files hold some pictures too: the statistics are of all
+        return Saved(path)
+    if "arr_0" not in names:
+        raise ValueError(f"{path} holds {', '.join(names) or 'nothing'}; wanted arr_0, uint8 (n, H, W, 3), as dit.py sample writes it, or mu and sigma")
+    return Array(path)
+
+
+def share(n):
+    """first, last + 1 of this process's rows of n"""
+    return rank() * n // world(), (rank() + 1) * n // world()
+
+
+class Pictures:
+    """The pictures in one folder, not below it, sorted by name: as pytorch-fid reads them"""
+    labels = None
+    KINDS = ".bmp .jpg .jpeg .pgm .png .ppm .tif .tiff .webp".split()
+
+    def __init__(self, path, jpeg):
+        self.folder = path
+        self.files = sorted(f for f in path.iterdir() if f.suffix.lower() in self.KINDS) if path.is_dir() else []
+        if not self.files:
+            raise ValueError(f"{path} holds no samples.npz and no pictures ({' '.join(self.KINDS)}); make some with: python dit.py sample RUN_DIT --out {path}")
+        sizes, lossy = {}, 0
+        for f in self.files:                                              # headers only
+            size, kind = look(f, lambda image: (image.size, image.format))
+            sizes.setdefault(size, f.name)
+            lossy += kind in ("JPEG", "MPO")
+        if len(sizes) > 1:
+            found = ", ".join(f"{w}x{h} ({name})" for (w, h), name in list(sizes.items())[:3])
+            raise ValueError(f"{path} holds pictures of {len(sizes)} sizes: {found}, ...; a distance needs one. Photographs are cut by --data, samples are not")
+        if lossy and not jpeg:
+            raise ValueError(f"{lossy} of {len(self.files)} pictures in {path} are JPEG, and its compression moves the distance; save samples as PNG, "
+                             "or type --jpeg if JPEG is what you mean to measure")
+        self.size, = sizes
+        self.what = f"{path}{f', {lossy} of them JPEG' if lossy else ''}"
+
+    def __len__(self):
+        return len(self.files)
+
+    def batches(self, size):
+        first, last = share(len(self))
+        for k in range(first, last, size):
+            images = [look(f, lambda image: np.array(image.convert("RGB"))) for f in self.files[k:min(k + size, last)]]
+            yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
+def look(file, use):
+    try:
+        with Image.open(file) as image:
+            return use(image)
+    except (OSError, SyntaxError) as problem:
+        raise ValueError(f"{file} cannot be read as a picture ({problem}); a distance over the others would be another number") from None
+
+
+class Array:
+    """arr_0, uint8 (n, H, W, 3), of an npz, read piece after piece"""
+
+    def __init__(self, path):
+        self.path, self.folder, self.what = path, path.parent, str(path)
+        with zipfile.ZipFile(path) as z, z.open("arr_0.npy") as f:
+            self.shape, self.dtype = self.header(f)
+        if self.dtype != np.uint8 or len(self.shape) != 4 or self.shape[3] != 3 or not self.shape[0]:
+            raise ValueError(f"{path}: arr_0 is {self.dtype} {self.shape}; wanted uint8 (n, H, W, 3)")
+        self.size = self.shape[2], self.shape[1]
+        with np.load(path) as found:
+            name = next((k for k in ("labels", "arr_1") if k in found), None)              # dit.py's, ADM's
+            self.labels = torch.from_numpy(found[name]).long() if name else None
+
+    def header(self, f):
+        version = np.lib.format.read_magic(f)
+        shape, by_columns, dtype = (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(f)
+        if by_columns:
+            raise ValueError(f"{self.path}: arr_0 is stored column by column; save np.ascontiguousarray(arr_0)")
+        return shape, dtype
+
+    def __len__(self):
+        return self.shape[0]
+
+    def batches(self, size):
+        (first, last), each = share(len(self)), int(np.prod(self.shape[1:]))
+        with zipfile.ZipFile(self.path) as z, z.open("arr_0.npy") as f:
+            self.header(f)
+            f.seek(first * each, 1)
+            for k in range(first, last, size):
+                n = min(size, last - k)
+                found = bytearray(f.read(n * each))
+                if len(found) < n * each:
+                    raise ValueError(f"{self.path} ends after picture {k + len(found) // each} of {len(self)}; write it again")
+                yield torch.frombuffer(found, dtype=torch.uint8).view(n, *self.shape[1:]).permute(0, 3, 1, 2)
+
+
+class Saved:
+    """Statistics of an npz: mu (F,) and sigma (F, F), as in ADM's reference files and pytorch-fid's; .n pictures, if it says so"""
+
+    def __init__(self, path):
+        self.folder = path.parent
+        with np.load(path) as found:
+            self.mu, self.sigma = (torch.from_numpy(np.asarray(found[k], np.float64)) for k in ("mu", "sigma"))
+            self.n = int(found["n"]) if "n" in found else 0
+        F = len(self.mu) if self.mu.ndim == 1 else None
+        if self.mu.shape != (F,) or self.sigma.shape != (F, F):
+            raise ValueError(f"{path}: mu is {tuple(self.mu.shape)} and sigma {tuple(self.sigma.shape)}; wanted (F,) and (F, F), F = 2048 for FID")
+        if not (self.mu.isfinite().all() and self.sigma.isfinite().all() and torch.allclose(self.sigma, self.sigma.T, rtol=1e-4, atol=1e-8)):
+            raise ValueError(f"{path}: sigma is no covariance (not symmetric), or a value is not finite")
+        self.what = f"{path}, saved statistics"
+
+    def __len__(self):
+        """0: the file does not say"""
+        return self.n
+
+    def moments(self):
+        if len(self.mu) != 2048:
+            raise ValueError(f"{self.what}: {len(self.mu)} numbers, but Inception's features are 2048: these are statistics of something else")
+        return self.mu, self.sigma
+
+
+def save_statistics(path, mu, sigma, n):
+    """An npz that pytorch-fid, ADM's evaluator and open_samples understand; rank 0 writes"""
+    def write(aside):
+        with open(aside, "wb") as f:
+            np.savez(f, mu=mu.numpy(), sigma=sigma.numpy(), n=n)
+    if rank() == 0:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_aside(Path(path), write)
 
 
 # ---- Inception-v3 as FID means it -------------------------------------------------------------------------------------
@@ -123,19 +274,36 @@ def load_inception(device="cpu"):
 
 # ---- the distance ------------------------------------------------------------------------------------------------------
 
-@torch.no_grad()
-def statistics(features):
-    """Mean and covariance (n - 1) of all rows, summed in float64, so that the batch size does not matter.
+class Moments:
+    """Running mean and covariance (n - 1) of features, summed in float64: neither the batch size nor the number of processes matters."""
 
-    features  an iterable of (B, F) batches, at least 2 rows in all  ->  mu (F,), cov (F, F), float64 on CPU
-    """
-    n, s, ss = 0, 0, 0
+    def __init__(self):
+        self.n, self.sum, self.products = 0, 0, 0
+
+    @torch.no_grad()
+    def add(self, x):
+        """x (B, F)"""
+        self.device, x = x.device, x.cpu().double()
+        self.n, self.sum, self.products = self.n + len(x), self.sum + x.sum(0), self.products + x.T @ x
+
+    def result(self):
+        """-> mu (F,), cov (F, F), float64 on CPU, of the rows of all processes: each must have added some"""
+        if not self.n:
+            raise ValueError("a covariance needs at least 2 images, and one on each process; here there is none")
+        n, s, ss = torch.tensor(self.n), self.sum, self.products
+        if on():
+            n, s, ss = (total(x.to(self.device)).cpu() for x in (n, s, ss))
+        if n < 2:
+            raise ValueError(f"a covariance needs at least 2 images, got {int(n)}")
+        return s / n, (ss - s.outer(s) / n) / (n - 1)
+
+
+def statistics(features):
+    """An iterable of (B, F) batches, at least 2 rows in all  ->  mu (F,), cov (F, F)"""
+    moments = Moments()
     for x in features:
-        x = x.cpu().double()                                              # (B, F)
-        n, s, ss = n + len(x), s + x.sum(0), ss + x.T @ x
-    if n < 2:
-        raise ValueError(f"a covariance needs at least 2 images, got {n}")
-    return s / n, (ss - s.outer(s) / n) / (n - 1)
+        moments.add(x)
+    return moments.result()
 
 
 def root(cov):
@@ -230,6 +398,30 @@ def train_judge(images, labels, n_classes, val_images, val_labels, steps=2400, b
     judge.eval().requires_grad_(False)
     right = sum((judge(x.to(device))[1].argmax(1).cpu() == y).sum().item() for x, y in zip(val_images.split(256), val_labels.split(256)))
     return judge, right / len(val_images)
+
+
+def kept_judge(path, about, n_classes, pictures, steps, device):
+    """The judge that lies at `path`; if there is none, or one about something else, rank 0 trains it  ->  judge, its accuracy
+
+    about  {str: str} what it depends on      pictures  a function -> images, labels, val_images, val_labels, called by every process
+    """
+    def kept():
+        with safetensors.safe_open(path, "pt") as f:
+            return dict(f.metadata())
+
+    about = about | {"steps": str(steps)}
+    if not path.exists() or {k: kept().get(k) for k in about} != about:
+        say(f"training the judge, a classifier of the real pictures, to be kept in {path}")
+        x, y, val_x, val_y = pictures()
+        if rank() == 0:
+            judge, accuracy = train_judge(x, y, n_classes, val_x, val_y, steps=steps, device=device)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tensors = {k: v.contiguous() for k, v in judge.state_dict().items()}
+            write_aside(path, lambda aside: safetensors.torch.save_file(tensors, aside, about | {"accuracy": str(accuracy)}))
+        wait()
+    judge = Judge(n_classes)
+    judge.load_state_dict(safetensors.torch.load_file(path))
+    return judge.to(device).eval().requires_grad_(False), float(kept()["accuracy"])
 
 
 # ---- one image against its original ------------------------------------------------------------------------------------

@@ -14,9 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .run import write_aside
-from .views import ORDER, lots
-
-STATS, DRAW, NOISE = range(8, 11)                          # purposes of lots, after those of views.py
+from .views import DRAW, NOISE, ORDER, STATS, lots
 
 
 def shards(folder):

@@ -23,11 +23,12 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
 
-from data import denormalize, eval_batches, normalize, open_data
+from data import eval_batches, open_data
 from tokenizer import get_tokenizer
 
 from .model import VTPModel
 from .probes import zero_shot_classifier
+from .views import denormalize, normalize
 from .vit import rotate
 
 PAGE = Path(__file__).parent / "report.html"
