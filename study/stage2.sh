@@ -6,8 +6,8 @@ set -eu
 RUN=${RUN:-runs/imagenet64-10} PY=${PY:-.venv/bin/python}
 # the tokenizer of study/imagenet64-10.sh; if it is there already, nothing happens
 $PY train.py --out $RUN --data "$DATA" --image 64 --patch 16 --batch 100 --batch-ssl 50 --batch-rec 100 --steps 1500 --teacher-temp 0.07 --perceptual none
-$PY train.py --stage 2 --init $RUN --out $RUN-l1 --steps 600 --perceptual none --w-gan 0
-$PY train.py --stage 2 --init $RUN --out $RUN-gan --steps 600 --perceptual none
+$PY train.py --stage 2 --init $RUN --out $RUN-l1 --steps 400 --perceptual none --w-gan 0
+$PY train.py --stage 2 --init $RUN --out $RUN-gan --steps 400 --perceptual none
 for NAME in $RUN $RUN-l1 $RUN-gan; do
     test $NAME = $RUN || cp $RUN/judge.safetensors $NAME/          # one classifier measures all three
     $PY eval.py recon $NAME --perceptual none --features classifier --few --judge-steps 1200

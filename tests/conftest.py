@@ -3,6 +3,9 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+torch.set_num_threads(1)                                     # the sums of one thread: the processes that tests start have one too
 
 CUT = Path(__file__).parent / "golden"                       # small parts of the sets, kept in the repository
 FULL = os.environ.get("VTP_GOLDEN")                          # the folder with all of them, if there is one

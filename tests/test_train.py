@@ -55,14 +55,6 @@ def log(out):
     return [{k: v for k, v in json.loads(line).items() if k not in TIMING} for line in (Path(out) / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def out(tmp_path):
     yield tmp_path / "run"
