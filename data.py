@@ -5,7 +5,7 @@
 
 Whatever is random comes from a generator keyed by its purpose, the seed, the step and the row: a batch follows from the seed,
 the step and the batch sizes alone, not from workers, ranks or what was trained before. B_ssl and B_rec are every k-th row of the
-batch: VTP Sec. 3.6 draws them at random, and so are these, since the batch is shuffled.
+batch, which is shuffled: VTP Sec. 3.6 draws them at random. (At the paper's sizes every painted row is also a self-supervised one.)
 
 Nothing is executed or unpacked, and nothing is lost in silence: what cannot be read is left out, named and counted, and more than half of
 it stops the program.                `python data.py --data SPEC` draws a sheet of what training sees, and walks the tars once for all runs.
@@ -279,6 +279,12 @@ class Steps:
             why = " and ".join([f"{flag} {n}" for n, flag in subsets] + [f"{self.world} processes"] * (self.world > 1))
             raise ValueError(f"--batch {self.batch} is no multiple of {unit}, as {why} ask for; try --batch {nearest(self.batch, unit)}")
 
+    @property
+    def rows(self):
+        """How many pictures a step reads, over all ranks"""
+        used = [count for count, on in ((self.batch, self.clip), (self.batch_ssl, self.ssl), (self.batch_rec, self.rec)) if on]
+        return len({row for count in used for row in range(0, self.batch, self.batch // count)})
+
     def share(self, count):
         """Places in the batch of this rank's rows of a subset of `count`: evenly spread, every (B / count)-th."""
         return range(self.rank * self.batch // self.world, (self.rank + 1) * self.batch // self.world, self.batch // count)
@@ -322,7 +328,7 @@ class Steps:
         place = step * self.batch + row
         epoch, k = (0, place) if self.source.endless else divmod(place, len(self.source))
         index = k if self.source.endless else shuffled(self.seed, epoch, len(self.source), k)
-        for attempt in range(10):
+        for attempt in range(100):
             try:
                 return self.source.load(index, lots(SAMPLE, self.seed, step, row))[:2]
             except MemoryError:                                           # not the sample's fault
@@ -330,7 +336,7 @@ class Steps:
             except Exception as problem:                                  # a damaged file makes decoders raise whatever they like
                 bad.append(shown(f"{self.source.name(index)} ({type(problem).__name__}: {problem})"))
                 index = int(lots(SPARE, self.seed, step, row, attempt).integers(len(self.source)))
-        raise ValueError(f"ten samples in a row could not be read, last {bad[-1]}; is {self.source.spec} still there?")
+        raise ValueError(f"a hundred samples in a row could not be read, last {bad[-1]}; is {self.source.spec} still there?")
 
 
 LISTED = 2 ** 21                     # ImageNet is below: 16 MB a worker and epoch. VTP's 277M samples would be 2.2 GB

@@ -186,24 +186,23 @@ def train(args):
     def keep():
         return {name: part.state_dict() for name, part in parts.items()}
 
-    def export():
+    def export(step):
         """All that `sample` needs"""
         write_aside(run.folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
-        write_aside(run.folder / "model.safetensors", lambda path: save_file(ema.state_dict(), path, metadata={"step": str(step + 1)}))
+        write_aside(run.folder / "model.safetensors", lambda path: save_file(ema.state_dict(), path, metadata={"step": str(step)}))
         for name in ("latents_stats.pt", "classes.json"):
-            shutil.copyfile(data.folder / name, run.folder / name)
+            write_aside(run.folder / name, lambda path: shutil.copyfile(data.folder / name, path))
 
     net = DistributedDataParallel(model, [here] if here.type == "cuda" else None, broadcast_buffers=False) if world() > 1 else model
     steps = Steps(data, stats, args.seed, args.batch, args.label_drop, len(classes), rank(), world())
-    for step, batch in run.walk(args, batches(steps, run.first, args.steps, args.workers), here, precision, keep, export):
+    for step, batch in run.walk(args, args.batch, batches(steps, run.first, args.steps, args.workers), here, precision, keep, export):
         x1, x0, z = (batch[name].to(here, wide) for name in ("x1", "x0", "z"))
         t = lognorm_time(z, args.lognorm_mu, args.lognorm_sigma)
         opt.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup))
         opt.zero_grad()
-        with run.counting():
-            with autocast(here, precision):
-                mse, cos = (term.mean() for term in flow_loss(net, x1, x0, t, batch["y"].to(here)))      # point from noise to data
-            (mse + cos).backward()
+        with autocast(here, precision), run.counting(times=3):
+            mse, cos = (term.mean() for term in flow_loss(net, x1, x0, t, batch["y"].to(here)))          # point from noise to data
+        (mse + cos).backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in weights])         # looked at, not clipped (LightningDiT)
         if run.sound(mse + cos, norm):
             opt.step()
@@ -433,7 +432,7 @@ def main(argv=None):
     args = parse(argv)
     try:
         status = {"latents": latents, "train": train, "sample": sample}[args.command](args)
-    except (ValueError, FileNotFoundError) as problem:                           # our rooms' sentences to the user
+    except (ValueError, OSError) as problem:                           # our rooms' sentences to the user
         raise SystemExit(f"dit.py {args.command}: {problem}") from problem
     finally:
         stop()

@@ -263,6 +263,8 @@ def fid(args, device):
     by_data, saved, n = not reference and (args.run or args.data), isinstance(samples, Saved), len(samples)
     if n or not saved:
         enough(n, args)
+    if reference and len(reference):
+        enough(len(reference), args)
     if not (by_data or reference or args.save_stats):
         raise ValueError("against which real pictures? Give --run RUN or --data, or --reference; --save-stats FILE alone keeps the samples' statistics")
     if args.features == "classifier" and (saved or not by_data):
@@ -270,6 +272,7 @@ def fid(args, device):
     side = (settings.get("image") or 256) if saved else samples.size[0]
     if by_data and not saved and samples.size != (side, side):
         raise ValueError(f"{samples.what}: {samples.size[0]}x{samples.size[1]}; real pictures are cut to squares, so samples must be square")
+    train, val = (pictures(args, settings, split, side) for split in ("train", "val")) if by_data else (None, None)
     features, name = comparing(args.features, args, settings, side, device)
 
     def moments(source):
@@ -288,7 +291,6 @@ def fid(args, device):
                f"{what}; against {len(reference) or 'an unstated number of'} pictures of {reference.what}{few(len(reference))}; pytorch-fid's Inception")
     if not by_data:
         return
-    train, val = (pictures(args, settings, split, side) for split in ("train", "val"))
     if args.features == "classifier":
         judge, accuracy = judge_of(args, settings, side, device)
         metric(args.out, "classifier accuracy", accuracy,
@@ -303,7 +305,7 @@ def fid(args, device):
     protocol = f"{min(args.train_limit, len(train))} training pictures of {train.spec}, ADM crop {side} px"
     metric(args.out, name, frechet_distance(*found, *against), f"{what}; against {protocol}")
     metric(args.out, f"{name} of real", frechet_distance(*real(val, held), *against),
-           f"{held} validation pictures in place of the samples: what a perfect generator would get; against {protocol}")
+           f"{held} validation pictures in place of the samples{few(held)}: what a perfect generator would get; against {protocol}")
 
 
 def how(samples):
@@ -482,7 +484,7 @@ def main():
         home = args.run or getattr(args, "samples", None)
         args.out = args.out or (str(home if Path(home).is_dir() else Path(home).parent if args.command == "fid" else ".") if home else None)
         args.go(args, device)
-    except (ValueError, FileNotFoundError) as problem:
+    except (ValueError, OSError) as problem:
         raise SystemExit(f"eval.py {args.command}: {problem}") from None
     finally:
         stop()

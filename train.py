@@ -23,11 +23,13 @@ from torch.utils.checkpoint import checkpoint
 from data import Steps, batches, open_data
 from tokenizer import get_tokenizer
 from vtp_min import baselines, gan
-from vtp_min.dist import rank, say, start, stop, total, world
+from vtp_min.dist import rank, say, start, stop, world
+from vtp_min.gauges import advice, entropy, spread
 from vtp_min.losses import (Perceptual, centered_softmax, clip_loss, dino_loss, ibot_loss, koleo_loss, moved_center, rec_loss,
                             siglip_loss, sinkhorn_center, wide)
 from vtp_min.model import SIZES, DINOHead, Student, Teacher, VTPConfig, VTPModel
 from vtp_min.run import STOPPED, Run, autocast, choose_precision
+from vtp_min.schedules import cosine, param_groups, ramp, set_lr_and_decay, warmup_cosine
 from vtp_min.text import TextBlock
 from vtp_min.vit import Block, StochasticDepth
 from vtp_min.views import mask_indices_and_weights, normalize
@@ -52,8 +54,7 @@ DEFAULTS = {   # flag: (nano, S/B/L, where the second comes from). nano's are ou
 BETAS, EPS = (0.9, 0.98), 1e-6            # AdamW: OpenCLIP's for ViTs
 DECAY = 0.04, 0.2                         # weight decay, first and last step, cosine: DINOv2's ViT-L recipe (0.2 is OpenCLIP's too)
 TEMPERATURE = 0.04, 0.3                   # of the teacher at first; share of the run in which it rises to --teacher-temp: DINOv2's default recipe
-HEAD_RESTS = 0.01                         # share of the run during which the DINO head's last layer does not move: DINOv2's default recipe
-LR_FLOOR = 1e-6                           # where the cosine ends: DINOv2. Its layer-wise rates (0.9 a block, 0.2 for the patch embedding) are left out
+HEAD_RESTS = 0.01                         # share of the run during which the DINO head's last layer does not move, less one step: DINOv2's default recipe; short runs need no rest
 
 
 def main(args):
@@ -64,7 +65,7 @@ def main(args):
         raise ValueError("--precision fp16 is for GPUs; on a CPU take bf16 or fp32")
     torch.set_default_dtype(torch.float64 if precision == "fp64" else torch.float32)
     clip, ssl, rec = args.w_clip > 0, args.w_ssl > 0, args.w_rec > 0
-    settings = vars(args) | {"machine": f"{device}, {precision}"}
+    settings = vars(args) | {"precision": precision, "machine": str(device)}
     args.warmup = max(args.steps // 10, 1) if args.warmup is None else args.warmup     # not a setting: --steps may change when a run goes on
 
     # ---- the models
@@ -84,11 +85,11 @@ def main(args):
 
     # ---- the data
     tokenizer = get_tokenizer("ViT-B-32", config.text_context_length)
-    source = open_data(args.data, "train", args.seed, side=args.image)
-    data = Steps(source, tokenizer, seed=args.seed, batch=args.batch, batch_ssl=args.batch_ssl, batch_rec=args.batch_rec,
+    refuse_unequal_pieces(args)
+    data = Steps(None, tokenizer, seed=args.seed, batch=args.batch, batch_ssl=args.batch_ssl, batch_rec=args.batch_rec,
                  clip=clip, ssl=ssl, rec=rec, image=args.image, local_image=args.local_image, n_local=args.locals, patch=args.patch,
                  rank=rank(), world=world())
-    refuse_unequal_pieces(args)
+    data.source = open_data(args.data, "train", args.seed, side=args.image)             # last: thousands of tars take their time
 
     # ---- the run, new or gone on with
     run = Run(args.out, settings, args.fresh)
@@ -100,7 +101,7 @@ def main(args):
             teacher.load_state_dict(run.state["teacher"])
             center = {k: v.to(device) for k, v in run.state["center"].items()}
         run.state = None                                                                # free its memory
-    introduce(args, model, head, source, device, precision)
+    introduce(args, model, head, data.source, device, precision)
     if args.recompute:
         forget_activations(student)
     ddp = student
@@ -113,26 +114,28 @@ def main(args):
                 "teacher": teacher.state_dict() if ssl else {}, "center": center}
 
     warned = set()
-    for step, batch in run.walk(args, batches(data, run.first, args.steps, args.workers), device, precision, keep, lambda: model.save_pretrained(args.out)):
+    for step, batch in run.walk(args, data.rows, batches(data, run.first, args.steps, args.workers), device, precision, keep,
+                                lambda step: model.save_pretrained(args.out)):
         lr, wd = warmup_cosine(step, args.lr, args.warmup, args.steps), cosine(step, *DECAY, args.steps)
         temp = ramp(step, TEMPERATURE[0], args.teacher_temp, TEMPERATURE[1] * args.steps)
         set_lr_and_decay(opt, lr, wd, head_rests=step < HEAD_RESTS * args.steps - 1)
         opt.zero_grad()
 
         # ================================================================ the method
-        with run.counting():
-            if args.micro:                                                              # the same gradient, with less memory: see there
-                terms, gauges, after = in_pieces(args, ddp, teacher, perceptual, batch, step, temp, center, scaler, device, precision)
-            else:
-                batch = to_device(batch, device)
-                with autocast(device, precision):
-                    out = ddp(batch, stochastic_depth(args, step, batch))               # one forward: DDP syncs gradients once
+        if args.micro:                                                                  # the same gradient, with less memory: see there
+            terms, gauges, after = in_pieces(args, ddp, teacher, perceptual, batch, step, temp, center, scaler, run, device, precision)
+        else:
+            batch, drop = to_device(batch, device), stochastic_depth(args, step, batch)
+            with autocast(device, precision):
+                with run.counting(times=3):
+                    out = ddp(batch, drop)                                              # one forward: DDP syncs gradients once
+                with run.counting():
                     seen = teacher(batch["crops"], batch["mask"]) if ssl else {}        # what the teacher makes of the whole crops: logits
-                now, after = balance(args.teacher, {k: lambda x=x: [x.flatten(0, -2)] for k, x in seen.items()}, temp, center)
-                targets = {k: centered_softmax(x, now[k], temp) for k, x in seen.items()}
-                terms = of_the_batch(args, out) | of_each_row(out, batch, targets, perceptual)
-                scaler.scale(weighted(args, terms)).backward()
-                gauges = {"teacher_entropy": entropy(targets["cls"]), "spread": spread(out["tokens"][0])} if ssl and run.due else {}
+            now, after = balance(args.teacher, {k: lambda x=x: [x.flatten(0, -2)] for k, x in seen.items()}, temp, center)
+            targets = {k: centered_softmax(x, now[k], temp) for k, x in seen.items()}
+            terms = of_the_batch(args, out) | of_each_row(out, batch, targets, perceptual)
+            scaler.scale(weighted(args, terms)).backward()
+            gauges = {"teacher_entropy": entropy(targets["cls"]), "spread": spread(out["tokens"][0])} if ssl and run.due else {}
         scaler.unscale_(opt)
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip_grad)
         loss = weighted(args, terms)
@@ -190,10 +193,10 @@ def balance(how, logits, temp, center):
     """logits {name: () -> the teacher's logits, (n, K) at a time} -> {name: center (K,)} for this batch's targets, and to go on with"""
     if how == "sinkhorn":
         return {k: sinkhorn_center(pieces, temp) for k, pieces in logits.items()}, center
-    return center, {k: moved_center(center[k], pieces()) for k, pieces in logits.items()}
+    return center, {k: moved_center(center[k], pieces) for k, pieces in logits.items()}
 
 
-def in_pieces(args, ddp, teacher, perceptual, batch, step, temp, center, scaler, device, precision):
+def in_pieces(args, ddp, teacher, perceptual, batch, step, temp, center, scaler, run, device, precision):
     """The gradient of the whole batch with the memory of --micro pictures -> terms, gauges, center, as above.   Gradient caching, Gao et al. 2021
 
     1  All pieces, without a graph: a vector a row for the losses that compare rows; the teacher's points, and from them its center.
@@ -210,9 +213,14 @@ def in_pieces(args, ddp, teacher, perceptual, batch, step, temp, center, scaler,
             if args.w_clip or args.w_ssl and args.w_koleo:
                 vectors.append(student(piece, drop, heads=False))                       # img, txt, scale, bias, tokens
             if teacher:
-                points.append(teacher.points(piece["crops"], piece["mask"]))
-        logits = {k: lambda k=k: (teacher.dino_head.compare(p[k].flatten(0, -2)) for p in points) for k in (points[0] if points else ())}
-        now, after = balance(args.teacher, logits, temp, center)
+                with run.counting():
+                    points.append(teacher.points(piece["crops"], piece["mask"]))
+
+    def compare(point):
+        with autocast(device, precision), torch.no_grad():
+            return teacher.dino_head.compare(point)
+    logits = {k: lambda k=k: (compare(p[k].flatten(0, -2)) for p in points) for k in (points[0] if points else ())}
+    now, after = balance(args.teacher, logits, temp, center)
 
     at = {k: torch.cat([v[k] for v in vectors], 1) if k == "tokens" else torch.cat([v[k] for v in vectors]) if k in ("img", "txt") else x
           for k, x in (vectors[0].items() if vectors else ())}
@@ -227,8 +235,9 @@ def in_pieces(args, ddp, teacher, perceptual, batch, step, temp, center, scaler,
         piece = to_device(piece, device)
         with ddp.no_sync() if world() > 1 and k + 1 < n else nullcontext():
             with autocast(device, precision):
-                out = ddp(piece, drop)
-                targets = {key: centered_softmax(teacher.dino_head.compare(p), now[key], temp) for key, p in points[k].items()} if teacher else {}
+                with run.counting(times=3):
+                    out = ddp(piece, drop)
+            targets = {key: centered_softmax(compare(p), now[key], temp) for key, p in points[k].items()} if teacher else {}
             own = of_each_row(out, piece, targets, perceptual)
             carried = sum((wide(out[key]) * slope[k]).sum() for key, slope in slopes.items())
             scaler.scale(weighted(args, own) / n + carried).backward()
@@ -267,43 +276,7 @@ def forget_activations(student):
             m.forward = partial(checkpoint, m.forward, use_reentrant=False)
 
 
-# ---------------------------------------------------------------- schedules
-def cosine(step, a, b, steps):
-    """a at step 0, b at the last, half a cosine between"""
-    return b + (a - b) * (1 + math.cos(math.pi * min(step / max(steps - 1, 1), 1))) / 2
-
-
-def ramp(step, a, b, steps):
-    """a at step 0, b from `steps` on, a straight line between"""
-    return a + (b - a) * min(step / max(steps, 1), 1)
-
-
-def warmup_cosine(step, lr, warmup, steps, floor=LR_FLOOR):
-    """Linear to lr in `warmup` steps (OpenCLIP: the first step already moves), then half a cosine down to `floor` (DINOv2's)"""
-    return lr * (step + 1) / warmup if step < warmup else cosine(step - warmup, lr, min(floor, lr), steps - warmup)
-
-
-def param_groups(student, layer_decay=1.0, patch_lr=1.0):
-    """No weight decay for vectors (biases, norms, LayerScale, log-scale) and position tables, as OpenCLIP and DINOv2; class and
-    mask token and the head's gains do decay, as in DINOv2. The head's last layer stands apart, because it rests at first.
-
-    layer_decay, patch_lr  DINOv2's factors on the learning rate (0.9, 0.2): one for each block that stands above a parameter of the trunk
-    """
-    groups, depth = {}, len(student.model.trunk.blocks)
-    for name, p in student.named_parameters():
-        place = name.removeprefix("model.trunk.").split(".")
-        above = depth - int(place[1]) if place[0] == "blocks" else depth + 1 if place[0] in ("cls_token", "mask_token", "patch_embed") else 0
-        key = p.ndim > 1 and "positional" not in name, "last_layer" in name, layer_decay ** above * (patch_lr if place[0] == "patch_embed" else 1)
-        groups.setdefault(key, []).append(p)
-    return [{"params": ps, "decay": decay, "last": last, "factor": factor} for (decay, last, factor), ps in groups.items()]
-
-
-def set_lr_and_decay(opt, lr, wd, head_rests):
-    for g in opt.param_groups:
-        g["lr"] = 0.0 if g["last"] and head_rests else lr * g["factor"]
-        g["weight_decay"] = wd if g["decay"] else 0.0
-
-
+# ---------------------------------------------------------------- a step's draws, and its pixels
 def stochastic_depth(args, step, batch):
     """One draw an objective over the rows of the global batch that it uses. DINO's global and local crops are drawn apart."""
     def draw(rate, rows, n, objective, crops=1):
@@ -322,43 +295,12 @@ def stochastic_depth(args, step, batch):
     return drop
 
 
-# ---------------------------------------------------------------- bookkeeping
 def to_device(batch, device):
     """Pixels travel as bytes and become ImageNet-normalised floats on arrival."""
     out = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) and not k.startswith("rows") else v for k, v in batch.items()}
     if "mask" in out:
         out["mask_weight"] = mask_indices_and_weights(out["mask"])[1]
     return out | {k: normalize(out[k]).to(torch.get_default_dtype()) for k in ("image", "crops", "locals") if k in out}
-
-
-def entropy(p):
-    """Mean entropy of the teacher's answers, in nats. ln K: it says nothing (collapse). 0: one prototype each."""
-    return -(p * p.clamp_min(1e-30).log()).sum(-1).mean()
-
-
-def spread(x):
-    """How far class tokens (B, D) of all ranks lie apart: 1 random directions, 0 all in one place (collapse)"""
-    center = total(torch.nn.functional.normalize(wide(x.detach()), dim=-1).mean(0)) / world()
-    return (1 - center.square().sum()).clamp_min(0).sqrt()
-
-
-def advice(args, values, step, warned):
-    """What the gauges say when something has collapsed, and which knob helps: said once a kind, and in the log while it lasts. After warm-up only."""
-    lnK, lnB = math.log(args.prototypes), math.log(args.batch)
-    entropy, spread, clip = values.get("teacher_entropy", lnK / 2), values.get("spread", 1.0), values.get("clip", 0.0)
-    kinds = {"uniform teacher": (entropy > 0.99 * lnK, f"the teacher's entropy {entropy:.2f} is ln K = {lnK:.2f}: it says nothing, DINO and iBOT teach nothing yet. "
-                                                       "If it stays: a lower --teacher-temp, fewer --prototypes, a larger --batch-ssl, a smaller --lr"),
-             "constant teacher": (entropy < 0.02 * lnK, f"the teacher's entropy {entropy:.3f} is near 0: it picks one prototype whatever it sees. Try --teacher sinkhorn, "
-                                                        "a higher --teacher-temp, a larger --ema"),
-             "collapsed features": (spread < 0.05, f"class tokens hardly differ (spread {spread:.3f}; random ones have 1). Try a smaller --lr, a longer --warmup, "
-                                                   "--w-koleo 0.1, a larger --ema"),
-             "blind contrast": (clip > 0.98 * lnB and args.clip_loss == "clip", f"clip {clip:.2f} is ln B = {lnB:.2f}: pictures and captions do not find each other. Look at the "
-                                                                              "captions (python data.py), try a smaller --lr or a longer --warmup")}
-    found = {kind: words for kind, (true, words) in kinds.items() if true and step > args.warmup}
-    for kind in found.keys() - warned:
-        say(f"\nwarning, step {step + 1}: {found[kind]}")
-        warned.add(kind)
-    return ", ".join(found)
 
 
 def introduce(args, model, head, source, device, precision):
@@ -486,5 +428,5 @@ if __name__ == "__main__":
         args = arguments()
         go = gan.train if args.stage == 2 else baselines.train if args.baseline else main
         raise SystemExit(go(args))
-    except (ValueError, FileNotFoundError) as problem:
+    except (ValueError, OSError) as problem:
         raise SystemExit(f"train.py: {problem}") from problem

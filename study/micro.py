@@ -1,25 +1,32 @@
-"""Peak memory of one step of nano (built-in shapes, 48 px, bf16, the paper's proportions) against the batch, --micro and --recompute.
+"""Peak memory, and seconds of a step, of nano (built-in shapes, 48 px, bf16, the paper's proportions) against the batch, --micro and --recompute.
 
-    python study/micro.py        a few minutes -> study/micro.txt
+    python study/micro.py        several minutes -> study/micro.txt
 """
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-HOW = {"all at once": [], "--micro 64": ["--micro", "64"], "--micro 64 --recompute": ["--micro", "64", "--recompute"]}
+ROOT, RUN = Path(__file__).parents[1], Path(__file__).parents[1] / "runs/micro"
+HOW = ["", "--micro 16", "--micro 64", "--micro 256", "--micro 64 --recompute"]
+
+
+def measure(batch, how):
+    """Two steps -> GB at the peak, seconds of the second without its wait for data"""
+    words = (f"train.py --out {RUN} --fresh --steps 2 --log-every 1 --save-every 9 --batch {batch} --batch-ssl {batch // 4} --batch-rec {batch // 8} "
+             f"--perceptual none --precision bf16 {how}").split()
+    said = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    last = json.loads((RUN / "log.jsonl").read_text().splitlines()[-1])
+    return float(re.search("Peak memory ([0-9.]+) GB", said)[1]), batch / last["images_per_s"] * (1 - last["data_wait"])
 
 
 def main():
     lines = []
-    for batch in (64, 512, 4096):
-        for name, flags in HOW.items():
-            command = [sys.executable, ROOT / "train.py", "--out", ROOT / "runs/micro", "--fresh", "--steps", 1, "--batch", batch, "--batch-ssl", batch // 4,
-                       "--batch-rec", batch // 8, "--perceptual", "none", "--precision", "bf16", *flags]
-            said = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True).stdout
-            lines.append(f"batch {batch:4d} / {batch // 4:4d} / {batch // 8:3d}   {name:24s} {re.search('Peak memory ([0-9.]+) GB', said)[1]} GB")
-            print(lines[-1], flush=True)
+    for batch, how in [(64, "")] + [(batch, how) for batch in (512, 4096) for how in HOW]:
+        memory, seconds = measure(batch, how)
+        lines.append(f"batch {batch:4d} / {batch // 4:4d} / {batch // 8:3d}   {how or 'all at once':24s} {memory:5.2f} GB {seconds:7.2f} s")
+        print(lines[-1], flush=True)
     (ROOT / "study/micro.txt").write_text("\n".join(lines) + "\n")
 
 

@@ -144,7 +144,7 @@ def self_distillation(g):
                         continue
                     logits = x["teacher_logits_masked" if ibot else "teacher_logits"].to(dtype)
                     probs = centered_softmax(logits, center, temp) if mode == "centering" else sinkhorn(logits.flatten(0, -2), temp).view_as(logits)
-                    center = moved_center(torch.zeros(logits.shape[-1], dtype=dtype) + center, [logits.flatten(0, -2)])
+                    center = moved_center(torch.zeros(logits.shape[-1], dtype=dtype) + center, lambda: [logits.flatten(0, -2)])
                     found, students = {"teacher_probs": probs}, [leaf(x[k], dtype) for k in crops if k in x]
                     if students:
                         loss = ibot_loss(*students, probs, x["masks_weight"], len(x["masks"])) if ibot else dino_loss(torch.cat(students), probs)

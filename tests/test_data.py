@@ -384,7 +384,7 @@ def test_a_damaged_picture_is_replaced_named_and_the_same_on_every_machine(tmp_p
 def test_a_source_that_has_gone_stops_training_with_a_sentence(tmp_path):
     source = open_data(folder(tmp_path))
     source.root = tmp_path / "gone"
-    with pytest.raises(ValueError, match="ten samples in a row"):
+    with pytest.raises(ValueError, match="a hundred samples in a row"):
         steps(source)[0]
 
 

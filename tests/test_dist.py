@@ -137,7 +137,7 @@ def targets(rank_, folder):
         logits, center = g[f"{kind}_logits"], torch.zeros(40)
         out[f"{kind}_sinkhorn"] = sinkhorn(logits, 0.05)
         for n in (1, 2):
-            center = out[f"{kind}_center_{n}"] = moved_center(center, [logits])
+            center = out[f"{kind}_center_{n}"] = moved_center(center, lambda: [logits])
     out["none here"] = sinkhorn(g["patch_logits"][:0] if rank_ else g["patch_logits"], 0.05)
     return out
 
@@ -151,7 +151,7 @@ def test_sinkhorn_and_centres_are_those_of_the_pooled_batch(ranks, golden):
         assert agree(torch.cat([r[f"{kind}_sinkhorn"] for r in ranks]), sinkhorn(pooled, 0.05), 2e-6)
         center = torch.zeros(40)
         for n in (1, 2):
-            center = moved_center(center, [pooled])
+            center = moved_center(center, lambda: [pooled])
             for r in range(2):
                 assert agree(ranks[r][f"{kind}_center_{n}"], center, 2e-6)
                 assert kind == "patch" or agree(center, g[f"rank{r}/cls_center_{n}"], 2e-5)
@@ -182,7 +182,7 @@ def step(rank_, world_=2):
     ddp = DistributedDataParallel(student) if world_ > 1 else student                                  # kept until backward is through
     out = ddp(batch, stochastic_depth(FLAGS, 7, batch))
     target = sinkhorn(out["cls"][:2].detach().flatten(0, 1), 0.05).view(2, n, K)
-    hidden = centered_softmax(out["patch"].detach(), moved_center(torch.zeros(K).double(), [out["patch"].detach()]), 0.05)
+    hidden = centered_softmax(out["patch"].detach(), moved_center(torch.zeros(K).double(), lambda: [out["patch"].detach()]), 0.05)
     loss = (clip_loss(out["img"], out["txt"], out["scale"]) + dino_loss(out["cls"], target) + ibot_loss(out["patch"], hidden, weight, 2 * n)
             + sum(map(koleo_loss, out["tokens"])) + (out["pixels"] - image[rec]).abs().mean())
     loss.backward()

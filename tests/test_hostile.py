@@ -1,6 +1,5 @@
 """Whatever lies in a folder or a tar: right pixels and words where there are any, else left out, named and counted. All files are made here."""
 import io
-import json
 import os
 import struct
 import subprocess

@@ -1,4 +1,5 @@
 """Every command that README, Makefile and study/ show is one that its script understands; its Python code runs."""
+import ast
 import re
 import shlex
 import sys
@@ -23,7 +24,7 @@ def commands():
     text += "".join(path.read_text() for path in [ROOT / "Makefile", *sorted((ROOT / "study").glob("*.sh"))])
     text = re.sub(r"\$[({]?(\w+)[)}]?", r"\1", text.replace("\\\n", " "))
     for line in re.split(r"\n|&&", text):
-        words = shlex.split(line, comments=True)
+        words = shlex.split(re.sub(r" \d?>.*", "", line), comments=True)
         for script in PARSERS:
             if script in words:
                 yield pytest.param(script, words[words.index(script) + 1:], id=" ".join(words)[:80])
@@ -37,6 +38,20 @@ def test_a_command_that_we_show_is_understood(script, words, monkeypatch):
 
 def test_no_command_hides_from_this_test():
     assert len(list(commands())) >= 20
+
+
+def test_a_file_imports_only_from_files_further_down_in_the_table():
+    order = re.findall(r"^\|[^|]*\| `([\w/]+\.py)` \|", (ROOT / "README.md").read_text(), re.M)
+    there = {str(path.relative_to(ROOT)) for folder in (ROOT, ROOT / "vtp_min") for path in folder.glob("*.py")} - {"vtp_min/__init__.py"}
+    assert sorted(order) == sorted(there)
+
+    def imported(file):
+        for node in ast.walk(ast.parse((ROOT / file).read_text())):
+            if isinstance(node, ast.ImportFrom):
+                module = ("vtp_min." * bool(node.level) + (node.module or "")).strip(".")
+                yield from [f"{module}/{name.name}.py" for name in node.names] if module == "vtp_min" else [module.replace(".", "/") + ".py"]
+    for k, file in enumerate(order):
+        assert not set(order[:k + 1]) & set(imported(file)), file
 
 
 @pytest.mark.filterwarnings("ignore:.*CUDA is not available")                       # what autocast says without CUDA

@@ -188,7 +188,7 @@ def walk(folder, do=lambda run, step: None, batches=None, args=FLAGS):
     """A loop without a model: `do` is its body -> the run"""
     run, before = Run(folder, SETTINGS), {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
-        for step, batch in run.walk(args, iter(batches or [{}] * (args.steps - run.first)), CPU, "fp32", lambda: weights(run.first)):
+        for step, batch in run.walk(args, args.batch, iter(batches or [{}] * (args.steps - run.first)), CPU, "fp32", lambda: weights(run.first)):
             do(run, step)
             run.sound(torch.tensor(float(step)), torch.tensor(1.0)) if run.in_a_row == 0 else None
             run.note(loss=float(step)) if run.due else None
@@ -205,6 +205,21 @@ def test_a_walk_logs_and_saves_when_due_and_goes_on_where_it_stopped(tmp_path):
     assert [torch.load(tmp_path / name)["step"] for name in ("last.pt", "previous.pt")] == [6, 3]
     walk(tmp_path, lambda run, step: seen.append(step), args=Namespace(**vars(FLAGS) | {"steps": 8}))
     assert seen[6:] == [6, 7] and steps_of(tmp_path) == [1, 2, 4, 6, 8]
+
+
+def test_a_run_that_ended_without_its_weights_writes_them_when_it_is_called_again(tmp_path):
+    """The last checkpoint was saved, but a kill or a full disk came before the export."""
+    walk(tmp_path)
+    exported = []
+    run = Run(tmp_path, SETTINGS)
+    assert not list(run.walk(FLAGS, 4, iter([]), CPU, "fp32", lambda: {}, lambda step: exported.append(1))) and exported == [1]
+
+
+def test_a_damaged_checkpoint_never_takes_the_place_of_a_good_one(tmp_path):
+    three_checkpoints(tmp_path)
+    (tmp_path / "last.pt").write_bytes(b"nonsense")
+    Run(tmp_path, SETTINGS).save(4, weights(4))
+    assert [torch.load(tmp_path / name)["step"] for name in ("last.pt", "previous.pt")] == [4, 2]
 
 
 def test_a_signal_ends_the_walk_after_the_step_it_met_with_a_checkpoint(tmp_path):
@@ -226,7 +241,7 @@ def test_unreadable_samples_are_named_once_counted_and_stop_the_run_above_the_st
     walk(tmp_path / "few", batches=few)
     assert [json.loads(line)["bad"] for line in (tmp_path / "few" / "log.jsonl").read_text().splitlines()] == [0, 0, 1, 1]
     many = [{"bad": [f"{step}{k}.jpg (OSError)" for k in range(4)] * 2} for step in range(6)]
-    with pytest.raises(ValueError, match=r"16 samples could not be read for 8 that were wanted, more than --max-bad 0.1"):
+    with pytest.raises(ValueError, match=r"16 of 24 samples could not be read, more than --max-bad 0.1"):
         walk(tmp_path / "many", batches=many)
     said = capsys.readouterr().err
     assert said.count("skipped a.jpg") == 1 and said.count("skipped 01.jpg") == 1

@@ -18,7 +18,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from train import cosine, entropy, param_groups, ramp, set_lr_and_decay, spread, stochastic_depth, warmup_cosine
+from train import advice, cosine, entropy, param_groups, ramp, set_lr_and_decay, spread, stochastic_depth, warmup_cosine
 from vtp_min import VTPConfig, VTPModel
 from vtp_min.model import DINOHead, Student
 from vtp_min.run import TIMING
@@ -110,6 +110,60 @@ def test_a_resumed_run_is_the_same_run(whole, out):
     """Bit for bit: the batches, the draws, the optimizer and the order of sums."""
     assert here(interrupted(whole, out), "--steps", 4, "--save-every", 2) == log(whole)
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def same(a, b):
+    """Nested states, to the bit"""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+@pytest.mark.parametrize("flags", [[], ["--teacher", "centering", "--clip-loss", "siglip", "--micro", 4]], ids=["", "centring siglip micro"])
+def test_all_that_a_checkpoint_holds_goes_on_as_it_was(out, tmp_path, flags):
+    """Weights, teacher, its center, optimizer, scaler, counts: 4 steps = 2 + a kill + 2."""
+    here(out, "--steps", 4, "--save-every", 2, *flags)
+    here(interrupted(out, tmp_path / "killed"), "--steps", 4, "--save-every", 2, *flags)
+    one, two = (torch.load(folder / "last.pt") for folder in (out, tmp_path / "killed"))
+    one["settings"].pop("out"), two["settings"].pop("out")
+    assert one.keys() == {"step", "settings", "skipped", "bad", "student", "teacher", "opt", "scaler", "center"} and same(one, two)
+
+
+@pytest.mark.parametrize("flags", [[], ["--micro", 4, "--teacher", "centering"]], ids=["whole", "in pieces"])
+def test_a_step_with_a_loss_that_is_not_finite_is_skipped_and_changes_nothing(out, flags, monkeypatch):
+    import vtp_min.losses
+    whole, calls = vtp_min.losses.dino_loss, []
+
+    def sick(*args):
+        calls.append(1)
+        return whole(*args) * (math.nan if len(calls) > 2 * (2 if flags else 1) else 1)                # pieces ask twice a step
+    monkeypatch.setattr(vtp_min.losses, "dino_loss", sick)
+    lines = here(out, "--steps", 3, "--save-every", 1, *flags)
+    assert [line.get("skipped", 0) for line in lines] == [0, 0, 1] and lines[2]["dino"] == "nan"
+    one, two = (torch.load(out / name) for name in ("previous.pt", "last.pt"))
+    assert (one["step"], two["step"]) == (2, 3) and all(same(one[k], two[k]) for k in ("student", "teacher", "center"))
+    assert same(one["opt"]["state"], two["opt"]["state"])
+
+
+def test_collapse_is_named_with_the_knob_that_helps_and_health_is_left_alone(capsys):
+    args = Namespace(prototypes=256, batch=64, warmup=10, clip_loss="clip")
+    health = {"teacher_entropy": 4.4, "spread": 0.9, "clip": 1.0}
+    sick = {"uniform teacher": ({"teacher_entropy": math.log(256)}, "--teacher-temp"), "constant teacher": ({"teacher_entropy": 0.01}, "--teacher sinkhorn"),
+            "collapsed features": ({"spread": 0.01}, "--w-koleo"), "blind contrast": ({"clip": math.log(64)}, "captions")}
+    assert advice(args, health, 50, set()) == ""
+    for kind, (values, knob) in sick.items():
+        warned = set()
+        assert advice(args, health | values, 5, warned) == "" and advice(args, health | values, 50, warned) == kind
+        assert knob in capsys.readouterr().out
+        assert advice(args, health | values, 60, warned) == kind and capsys.readouterr().out == ""      # said once, logged while it lasts
+
+
+def test_small_batches_are_remarked_upon_with_the_reason(out, capsys):
+    here(out, "--steps", 1)
+    said = capsys.readouterr().out
+    assert "4 images are few: Sinkhorn shares 32 prototypes" in said and "7 wrong captions" in said
 
 
 def test_a_longer_run_may_go_on_from_a_shorter_one(whole, out):

@@ -7,6 +7,8 @@
     python train.py --baseline ldm
     python train.py --baseline vavae --encoder RUN        RUN: a run of train.py, or released weights; rae likewise
 L1 + LPIPS + GAN, optimizer, EMA and run folder are those of stage 2 (gan.py); evaluation and DiT read a baseline's run as any other: see `load`.
+The paper's VA-VAE and RAE stand on DINOv2; ours on any VTPModel, so Fig. 8 and 9 are re-enacted, not repeated. What LDM, VA-VAE and RAE draw (noise) depends on the rank:
+a resumed run draws the same, another number of processes does not.
 Their papers publish more settings than VTP does; each constant names its source. Read from memory of LDM's, VA-VAE's and RAE's papers and code, none of which was at hand.
 
 B images    d latent channels    D width of the frozen encoder    h, w latent grid    N = h*w
@@ -231,7 +233,7 @@ def features(encoder, img, h, w):
 def as_strong_as(rec, other, at):
     """|slope of rec| / |slope of other| at the parameter `at`, over the whole batch: what makes the two pull alike.   VA-VAE's w_adaptive, after VQGAN"""
     a, b = (total(torch.autograd.grad(x, at, retain_graph=True)[0]).norm() / world() for x in (rec, other))
-    return (a / (b + 1e-4)).clamp(0, 1e8)                                                          # both numbers: VQGAN
+    return (a / (b + 1e-4)).clamp(0, 1e8)                                                          # 1e-4: VQGAN; 1e8: VA-VAE, as we remember it
 
 
 def paint_vavae(encoder, perceptual, model, img):

@@ -119,7 +119,7 @@ def fit(args, model, paint, device, precision, last):
             What it draws with torch follows from seed, step and rank: a resumed run draws the same
     last    the parameter nearest to the pixels: where the adaptive weight compares slopes
     """
-    settings = vars(args) | {"machine": f"{device}, {precision}"}
+    settings = vars(args) | {"precision": precision, "machine": str(device)}
     warmup, ahead = (max(round(args.steps * share), 1) for share in (WARMUP, HEAD_START))      # not settings: --steps may change when a run goes on
     warmup = warmup if args.warmup is None else args.warmup
     listens = ahead if args.gan_start is None else args.gan_start                             # the step from which the decoder listens
@@ -160,7 +160,7 @@ def fit(args, model, paint, device, precision, last):
         for p, e in zip(trained.values(), ema.values()):
             p.data, e.data = e.data, p.data
 
-    def export():
+    def export(step):
         swap()
         model.save_pretrained(args.out)
         swap()
@@ -169,7 +169,7 @@ def fit(args, model, paint, device, precision, last):
         return torch.autograd.grad(scaler.scale(loss), x, retain_graph=True)[0] / scaler.get_scale()
 
     warned = set()
-    for step, batch in run.walk(args, batches(data, run.first, args.steps, args.workers), device, precision, keep, export):
+    for step, batch in run.walk(args, data.rows, batches(data, run.first, args.steps, args.workers), device, precision, keep, export):
         lr = args.lr * min((step + 1) / warmup, 1) if warmup else args.lr
         for optimizer in (opt, opt_disc) if disc else (opt,):
             optimizer.param_groups[0]["lr"] = lr

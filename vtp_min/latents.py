@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .run import write_aside
-from .views import DRAW, NOISE, ORDER, STATS, lots
+from .views import DRAW, ORDER, STATS, lots
 
 
 def shards(folder):

@@ -5,7 +5,7 @@
     patches    ibot_loss                   a hidden patch follows from its surroundings         VTP Sec. 3.3, masked image modelling
     spread     koleo_loss                  no two pictures in one place (DINOv2)
     pixels     rec_loss, Perceptual        the picture comes back: L1 + LPIPS                   VTP Sec. 3.2
-The teacher's targets come from `sinkhorn` or `centered_softmax`. What looks at the whole batch gathers over ranks: each
+The teacher's targets are its `centered_softmax`, with a center by Sinkhorn (`sinkhorn_center`) or by DINO's running mean (`moved_center`). What looks at the whole batch gathers over ranks: each
 rank returns the loss of its own rows, and the mean over ranks (which is what DDP makes of the gradients) is the loss of
 one process holding the whole batch.
 
@@ -100,11 +100,11 @@ def centered_softmax(logits, center, temp):
 def moved_center(center, pieces, momentum=0.9):
     """center <- 0.9 center + 0.1 mean logit, used from the next batch on.   DINO Eq. 4; momentum from DINOv2
 
-    pieces  the batch's logits, (n, K) at a time. The mean is over the rows of all pieces and ranks together. (DINOv2's iBOT
+    pieces  () -> the batch's logits, (n, K) at a time. The mean is over the rows of all pieces and ranks together. (DINOv2's iBOT
     centre averages each rank's own mean instead, so that a rank with few masked patches counts as much as one with many.)
     """
     s, rows = torch.zeros_like(center), torch.zeros_like(center[:1])
-    for logits in pieces:
+    for logits in pieces():
         s, rows = s + wide(logits).sum(0), rows + len(logits)
     s, rows = total(s), total(rows)
     return torch.where(rows > 0, momentum * center + (1 - momentum) * s / rows.clamp_min(1), center)     # nothing was hidden: it stays

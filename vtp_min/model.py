@@ -14,6 +14,7 @@ import copy
 import json
 import math
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import safetensors.torch
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .decoder import PixelDecoder
+from .dist import rank, wait
 from .losses import wide
 from .run import write_aside
 from .text import POOLS, TextTransformer, pool
@@ -305,7 +307,11 @@ def from_hub(name):
         from huggingface_hub import snapshot_download
     except ImportError:
         raise FileNotFoundError(f"{wanted}. If it is a Hub id: pip install huggingface_hub") from None
-    return snapshot_download(name, allow_patterns=["config.json", "model.safetensors"])
+    fetch = partial(snapshot_download, name, allow_patterns=["config.json", "model.safetensors"])
+    if rank() == 0:
+        fetch()
+    wait()                                                                # the others find it in the cache
+    return fetch()
 
 
 # ---------------------------------------------------------------- what training adds

@@ -4,7 +4,7 @@
     log.jsonl       one logged step a line                      last.pt, previous.pt   the two newest checkpoints
 
     run = Run(folder, settings, fresh)                          run.state: what the last checkpoint held, or None
-    for step, batch in run.walk(args, batches, device, precision, keep):
+    for step, batch in run.walk(args, rows, batches, device, precision, keep):
         ... loss, backward ...
         if run.sound(loss, norm): ... optimizer ...             the same answer on every rank; False: a step is skipped
         if run.due: run.note(**run.means(loss=loss, ...), ...)  what the log says of this step
@@ -18,14 +18,14 @@ import signal
 import sys
 import time
 import zipfile
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from .dist import rank, say, total, world
+from .dist import highest, rank, say, total, world
 
 FREE = {"steps", "workers", "device", "log_every", "save_every", "micro", "recompute", "max_bad", "out", "fresh", "val_data", "machine"}   # may change when a run goes on
 TIMING = {"seconds", "images_per_s", "share_of_peak", "data_wait"}        # may differ between equal runs
@@ -45,7 +45,8 @@ class Run:
         """
         self.folder, self.settings = Path(folder), json.loads(json.dumps(settings))
         self.stopping = self.leaving = False                              # this process was signalled; any was, so all leave
-        self.due, self.values, self.counter, self.flops = False, {}, None, None
+        self.damaged = False                                              # last.pt is, and must not take the place of previous.pt
+        self.due, self.values, self.flops, self.flops_known = False, {}, 0, False      # flops: of matrix products, a step
         self.bad, self.skipped, self.in_a_row, self.named = 0, 0, 0, set()      # unreadable samples on this rank; unusable steps; names said
         fresh = fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"       # torchrun restarts with the flags it had
         if fresh and rank() == 0:
@@ -74,6 +75,7 @@ class Run:
                     return torch.load(path, map_location="cpu", weights_only=True)
                 except Exception as problem:
                     say(f"{path} is damaged ({type(problem).__name__}: {problem}); trying the one before")
+                    self.damaged = True
         if (self.folder / "last.pt").exists() or (self.folder / "previous.pt").exists():
             raise ValueError(f"no checkpoint in {self.folder} can be read; bring back a whole last.pt, take another --out, or start over with --fresh")
 
@@ -94,21 +96,25 @@ class Run:
     def save(self, step, state):
         """Keep the two newest: last.pt becomes previous.pt, then the new one takes its name."""
         if rank() == 0:
-            def write(path):
-                torch.save({"step": step, "settings": self.settings, "skipped": self.skipped, **state}, path)
-                if (self.folder / "last.pt").exists():
-                    os.replace(self.folder / "last.pt", self.folder / "previous.pt")
-            write_aside(self.folder / "last.pt", write)
+            state = {"step": step, "settings": self.settings, "skipped": self.skipped, **state}
+            write_aside(self.folder / "last.pt", lambda path: torch.save(state, path), keep=None if self.damaged else self.folder / "previous.pt")
+            self.damaged = False
 
     # ------------------------------------------------------------ the walk through the steps
-    def walk(self, args, batches, device, precision, keep, export=lambda: None):
+    def walk(self, args, rows, batches, device, precision, keep, export=lambda step: None):
         """Yields (step, batch) from self.first to args.steps - 1; between two steps it logs, saves and listens to signals.
 
-        args     steps, batch (over all processes), log_every, save_every; max_bad where batches name unreadable samples in batch["bad"]
-        keep     () -> dict of state dicts for the checkpoint      export  () -> None, writes the weights that others read
+        args     steps, log_every, save_every; max_bad where batches name unreadable samples in batch["bad"]
+        rows     pictures a step reads, over all processes
+        keep     () -> dict of state dicts for the checkpoint      export  (step) -> None, writes the weights that others read
         """
         self.finish_on_signals()
         peak = matmul_peak(device, precision)
+        low, high = -highest(torch.tensor(-float(self.first), device=device)), highest(torch.tensor(float(self.first), device=device))
+        if low != high:
+            raise ValueError(f"processes found checkpoints of different steps in {self.folder}, from {low:.0f} to {high:.0f}: --out must lie in a folder that all machines share")
+        if rank() == 0 and 0 < self.first >= args.steps:
+            export(self.first)                                            # the run had ended, but perhaps not written this
         bar = tqdm(total=args.steps, initial=self.first, desc=Path(sys.argv[0]).stem, unit="step", disable=rank() > 0, dynamic_ncols=True)
         clock = asked = time.perf_counter()
         waited, taken = 0.0, 0                                            # seconds for data, steps: since the last line of the log
@@ -117,23 +123,23 @@ class Run:
             self._report_bad(batch.get("bad", []))
             self.due = done % args.log_every == 0 or done in (1, args.steps)
             yield step, batch
-            self.flops = self.flops or (self.counter.get_total_flops() if self.counter else None)
+            self.flops_known = True
             save = done % args.save_every == 0 or done == args.steps or self.leaving
             if self.due or save:
                 bad = int(total(torch.tensor(self.bad, device=device)))
-                if "bad" in batch and bad > max(10, args.max_bad * done * args.batch):
-                    raise ValueError(f"{bad} samples could not be read for {done * args.batch} that were wanted, more than --max-bad {args.max_bad:g}; look at the files "
+                if "bad" in batch and bad > 10 and bad > args.max_bad * (bad + done * rows):
+                    raise ValueError(f"{bad} of {bad + done * rows} samples could not be read, more than --max-bad {args.max_bad:g}; look at the files "
                                      f"named above (python data.py --data ... shows them too), or allow more with --max-bad")
             if self.due:
                 seconds = (time.perf_counter() - clock) / taken           # of a step, on average since the last line
                 share = {"share_of_peak": self.flops / seconds / peak} if self.flops else {}
                 self.log(done, **self.values, **({"bad": bad} if "bad" in batch else {}), **({"skipped": self.skipped} if self.skipped else {}),
-                          images_per_s=args.batch / seconds, **share, data_wait=waited / taken / seconds)
+                          images_per_s=rows / seconds, **share, data_wait=waited / taken / seconds)
                 bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in list(self.values.items())[:6] if isinstance(v, float)))
             bar.update()
             if save and rank() == 0:
                 self.save(done, keep() | {"bad": bad})
-                export()
+                export(done)
             if self.leaving:
                 break
             if self.due or save:
@@ -168,12 +174,19 @@ class Run:
         """What this step's line of the log says"""
         self.values = values
 
-    def counting(self):
-        """Around the first step's forward and backward: how many floating-point operations its matrix products take"""
-        if self.counter is None:
-            self.counter = FlopCounterMode(display=False, custom_mapping=AS_IT_IS)
-            return self.counter
-        return nullcontext()
+    @contextmanager
+    def counting(self, times=1):
+        """Around a part of the first step: the operations of its matrix products, `times` over, are added to what a step costs.
+
+        3 around a forward pass that a backward pass follows, whose products are twice as many: cheaper than to follow them (the counter
+        keeps what it sees), and what --recompute does again is not counted.
+        """
+        if self.flops_known:
+            yield
+        else:
+            with FlopCounterMode(display=False, custom_mapping=AS_IT_IS) as counter:
+                yield
+            self.flops += times * counter.get_total_flops()
 
     def _report_bad(self, names):
         """Name each unreadable sample once, on the rank that met it"""
@@ -215,8 +228,8 @@ def metric(folder, name, value, protocol, **more):
             f.write(json.dumps({"name": name, "value": plain(value), "protocol": protocol, **more}) + "\n")
 
 
-def write_aside(path, write):
-    """write(temporary path), flush to disk, rename: the file is either the old one or the new one, never half."""
+def write_aside(path, write, keep=None):
+    """write(temporary path), flush to disk, rename: the file is either the old one or the new one, never half. keep: a name for the old one"""
     aside = path.with_name(path.name + ".part")
     try:
         write(aside)
@@ -226,6 +239,8 @@ def write_aside(path, write):
         aside.unlink(missing_ok=True)
         raise ValueError(f"{path} could not be written ({problem}); what stood there before is whole. If the disk is full, make room: "
                          f"the same command goes on from the last checkpoint") from problem
+    if keep and path.exists():
+        os.replace(path, keep)
     os.replace(aside, path)
 
 

@@ -58,7 +58,10 @@ def indexed(kept, tar):
     if new:
         head = json.dumps({"tar": os.path.abspath(tar), "samples": len(rows), "lost": len(lost), "first": lost[0] if lost else "", "end": end})
         aside = kept / f"{uuid.uuid4().hex}.aside"                        # ranks may meet at one tar: each writes its own, the last one stays
-        aside.write_bytes(head.encode() + b"\n" + rows.tobytes())
+        try:
+            aside.write_bytes(head.encode() + b"\n" + rows.tobytes())
+        except OSError as problem:
+            raise ValueError(f"the index of {tar} cannot be written into {kept} ({problem}); make room, or name another folder with $VTP_CACHE") from problem
         aside.replace(file)
     with open(file, "rb") as f:
         return json.loads(f.readline()) | {"tar": tar, "index": str(file), "start": f.tell(), "new": new}

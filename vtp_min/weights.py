@@ -1,4 +1,4 @@
-"""The few external files: where they are, which hash they have, how to fetch them. Nothing else in this project downloads.
+"""The few external files: where they are, which hash they have, how to fetch them. Nothing else downloads, but a Hub id that you type in place of a folder.
 
     vgg, alex, squeeze   trunks of the perceptual loss LPIPS, torchvision's ImageNet weights
     inception            the network that FID means, pytorch-fid's port of the 2015 TensorFlow file
