@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT, RUN = Path(__file__).parents[1], Path(__file__).parents[1] / "runs/micro"
-HOW = ["", "--micro 16", "--micro 64", "--micro 256", "--micro 64 --recompute"]
+RUNS = {64: [""], 512: ["", "--micro 16", "--micro 64", "--micro 256", "--micro 64 --recompute"], 4096: ["", "--micro 64", "--micro 64 --recompute"]}
 
 
 def measure(batch, how):
@@ -23,7 +23,7 @@ def measure(batch, how):
 
 def main():
     lines = []
-    for batch, how in [(64, "")] + [(batch, how) for batch in (512, 4096) for how in HOW]:
+    for batch, how in ((batch, how) for batch, ways in RUNS.items() for how in ways):
         memory, seconds = measure(batch, how)
         lines.append(f"batch {batch:4d} / {batch // 4:4d} / {batch // 8:3d}   {how or 'all at once':24s} {memory:5.2f} GB {seconds:7.2f} s")
         print(lines[-1], flush=True)
