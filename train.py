@@ -23,12 +23,12 @@ from torch.utils.checkpoint import checkpoint
 from data import Steps, batches, open_data
 from tokenizer import get_tokenizer
 from vtp_min import baselines, gan
-from vtp_min.dist import rank, say, start, stop, world
+from vtp_min.dist import rank, say, stop, world
 from vtp_min.gauges import advice, entropy, spread
 from vtp_min.losses import (Perceptual, centered_softmax, clip_loss, dino_loss, ibot_loss, koleo_loss, moved_center, rec_loss,
                             siglip_loss, sinkhorn_center, wide)
 from vtp_min.model import SIZES, DINOHead, Student, Teacher, VTPConfig, VTPModel
-from vtp_min.run import STOPPED, Run, autocast, choose_precision
+from vtp_min.run import STOPPED, Run, autocast, machine
 from vtp_min.schedules import cosine, param_groups, ramp, set_lr_and_decay, warmup_cosine
 from vtp_min.text import TextBlock
 from vtp_min.vit import Block, StochasticDepth
@@ -59,11 +59,7 @@ HEAD_RESTS = 0.01                         # share of the run during which the DI
 
 def main(args):
     """Stage 1 -> the exit status: 0, or STOPPED when a signal ended it early"""
-    device = start(args.device)
-    precision = args.precision or choose_precision(device)
-    if precision == "fp16" and device.type == "cpu":
-        raise ValueError("--precision fp16 is for GPUs; on a CPU take bf16 or fp32")
-    torch.set_default_dtype(torch.float64 if precision == "fp64" else torch.float32)
+    device, precision = machine(args)
     clip, ssl, rec = args.w_clip > 0, args.w_ssl > 0, args.w_rec > 0
     settings = vars(args) | {"precision": precision, "machine": str(device)}
     args.warmup = max(args.steps // 10, 1) if args.warmup is None else args.warmup     # not a setting: --steps may change when a run goes on

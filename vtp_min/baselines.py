@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import gan
-from .dist import say, start, total, world
+from .dist import say, total, world
 from .losses import Perceptual, rec_loss, wide
 from .model import SIZES, VTPConfig, VTPModel, load_weights
-from .run import choose_precision, write_aside
+from .run import machine, write_aside
 
 KL = 1e-6                    # weight of the KL term: LDM
 MARGINS = 0.5, 0.25          # m1 of the cosine loss, m2 of the matrix loss: VA-VAE
@@ -277,11 +277,7 @@ def rae(encoder, size, image, light_decoder=False):
 # ---------------------------------------------------------------- the command
 def train(args):
     """--baseline -> the exit status of its training"""
-    device = start(args.device)
-    precision = args.precision or choose_precision(device)
-    if precision == "fp16" and device.type == "cpu":
-        raise ValueError("--precision fp16 is for GPUs; on a CPU take bf16 or fp32")
-    torch.set_default_dtype(torch.float64 if precision == "fp64" else torch.float32)
+    device, precision = machine(args)
     encoder = VTPModel.from_pretrained(args.encoder).to(device).requires_grad_(False) if args.encoder else None
     take_over(args, encoder)
     torch.manual_seed(args.seed)

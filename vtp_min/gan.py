@@ -26,10 +26,10 @@ from torch.nn.utils import clip_grad_norm_
 
 from data import Steps, batches, open_data
 
-from .dist import rank, say, start, stop, total, world
+from .dist import rank, say, stop, total, world
 from .losses import Perceptual, rec_loss, wide
 from .model import VTPModel
-from .run import STOPPED, Run, autocast, choose_precision
+from .run import STOPPED, Run, autocast, machine
 from .views import PAINT, lots, normalize
 
 DEFAULTS = {   # flag: (nano, larger, where the second comes from). nano's are ours, for a CPU. L1 and LPIPS weigh 1 and 1, as in stage 1 (RAE too)
@@ -262,11 +262,7 @@ def paint(model, img):
 
 def train(args):
     """Stage 2 -> the exit status. All but the pixel decoder stands still; the run folder holds the whole model again."""
-    device = start(args.device)
-    precision = args.precision or choose_precision(device)
-    if precision == "fp16" and device.type == "cpu":
-        raise ValueError("--precision fp16 is for GPUs; on a CPU take bf16 or fp32")
-    torch.set_default_dtype(torch.float64 if precision == "fp64" else torch.float32)
+    device, precision = machine(args)
     model = VTPModel.from_pretrained(args.init).to(device)
     if not model.config.train_reconstruction:
         raise ValueError(f"{args.init} was trained without a decoder (--w-rec 0): there is nothing to fine-tune")

@@ -25,7 +25,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from .dist import highest, rank, say, total, world
+from .dist import highest, rank, say, start, total, world
 
 FREE = {"steps", "workers", "device", "log_every", "save_every", "micro", "recompute", "max_bad", "out", "fresh", "val_data", "machine"}   # may change when a run goes on
 TIMING = {"seconds", "images_per_s", "share_of_peak", "data_wait"}        # may differ between equal runs
@@ -245,6 +245,16 @@ def write_aside(path, write, keep=None):
 
 
 # ---------------------------------------------------------------- the machine
+def machine(args):
+    """--device, --precision -> the torch.device of this process, the precision's name. fp64 becomes torch's default type."""
+    device = start(args.device)
+    precision = args.precision or choose_precision(device)
+    if precision == "fp16" and device.type == "cpu":
+        raise ValueError("--precision fp16 is for GPUs; on a CPU take bf16 or fp32")
+    torch.set_default_dtype(torch.float64 if precision == "fp64" else torch.float32)
+    return device, precision
+
+
 def choose_precision(device):
     """bf16 where the hardware multiplies it, else fp16 on GPUs, else fp32 -> its name
 
