@@ -73,6 +73,8 @@ def same(out, reference, limit):
 
 def kill(run, out, moment, seconds):
     """SIGKILL some seconds after the start, or as soon as the half-written file `moment` stands there -> was it still running?"""
+    for scrap in out.glob("*.part"):                                  # of the kill before: only what this run writes counts
+        scrap.unlink()
     until = time.time() + seconds
     while run.poll() is None and (not (out / moment).exists() if moment else time.time() < until):
         time.sleep(0.001)

@@ -215,6 +215,12 @@ def test_a_run_that_ended_without_its_weights_writes_them_when_it_is_called_agai
     assert not list(run.walk(FLAGS, 4, iter([]), CPU, "fp32", lambda: {}, lambda step: exported.append(1))) and exported == [1]
 
 
+def test_what_a_kill_left_half_written_is_swept_away(tmp_path):
+    three_checkpoints(tmp_path)
+    (tmp_path / "last.pt.part").write_bytes(b"half")
+    assert Run(tmp_path, SETTINGS).state["step"] == 3 and not list(tmp_path.glob("*.part"))
+
+
 def test_a_damaged_checkpoint_never_takes_the_place_of_a_good_one(tmp_path):
     three_checkpoints(tmp_path)
     (tmp_path / "last.pt").write_bytes(b"nonsense")

@@ -60,6 +60,8 @@ class Run:
         self.first = self.state["step"] if self.state else 0              # steps taken so far = number of the next one
         if rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for scrap in self.folder.glob("*.part"):                      # what a kill left half written
+                scrap.unlink()
             write_aside(self.folder / "run.json", lambda path: path.write_text(json.dumps(self.settings, indent=2) + "\n"))
             self._drop_lines_beyond(self.first)
 
