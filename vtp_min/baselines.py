@@ -16,7 +16,6 @@ B images    d latent channels    D width of the frozen encoder    h, w latent gr
 import json
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from math import inf
 from pathlib import Path
 
 import safetensors.torch
@@ -307,19 +306,13 @@ def take_over(args, encoder):
 
 def flags(args, typed):
     """train.py's flags, and {name: value} of those that were typed -> the flags of a baseline. Those left open are None, for `take_over`."""
-    def spelled(names): return ", ".join(f"--{name.replace('_', '-')}" for name in names)
     if (args.baseline == "ldm") == bool(args.encoder):
         raise ValueError("--baseline ldm learns from pixels alone: leave --encoder out" if args.encoder else
                          f"--baseline {args.baseline} needs a frozen encoder: --encoder RUN, a run of train.py or released weights")
     known = [name for name in FLAGS if name not in ({"patch", "latent_dim"} if args.baseline == "rae" else {"light_decoder"})]      # RAE's are the encoder's
     if idle := typed.keys() - {*known}:
-        raise ValueError(f"--baseline {args.baseline} has no use for {spelled(sorted(idle))}; it knows {spelled(known)}")
-    for name in ("image", "patch", "latent_dim", "steps", "batch", "log_every", "save_every"):
-        if typed.get(name, 1) < 1:
-            raise ValueError(f"{spelled([name])} {typed[name]}: wanted 1 or more")
-    for name, top in (("w_gan", inf), ("gan_start", inf), ("ema_decoder", 1), ("max_bad", 1)):
-        if not 0 <= typed.get(name, 0) <= top:
-            raise ValueError(f"{spelled([name])} {typed[name]}: wanted 0 or more" + ", and at most 1" * (top == 1))
+        raise ValueError(f"--baseline {args.baseline} has no use for {gan.spelled(sorted(idle))}; it knows {gan.spelled(known)}")
+    gan.refuse_nonsense(typed)
     if args.size not in SIZES:
         raise ValueError(f"--size {args.size} is unknown; choose one of {', '.join(SIZES)}")
     return type(args)(**{name: getattr(args, name) for name in (*FLAGS, "stage")} | dict.fromkeys(DEFAULTS) | typed)

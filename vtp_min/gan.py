@@ -289,19 +289,27 @@ def take_over(args, config):
     say(f"stage 2      of {args.init}: its trunk, bottleneck and text tower stand still; {args.data}, seed {args.seed}, {args.image} px, patch {args.patch}; goes to {args.out}")
 
 
-def flags(args, typed):
-    """train.py's flags, and {name: value} of those that were typed -> the flags of stage 2. Those left open are None, for `take_over`."""
-    def spelled(names): return ", ".join(f"--{name.replace('_', '-')}" for name in names)
-    if not args.init:
-        raise ValueError("--stage 2 goes on from a run of stage 1, or from released weights: name its folder with --init RUN")
-    if idle := typed.keys() - {*OWN, *SHARED}:
-        raise ValueError(f"stage 2 trains the decoder alone and has no use for {spelled(sorted(idle))}; it knows {spelled(OWN + SHARED)}")
-    for name in ("image", "steps", "batch", "log_every", "save_every"):
+def spelled(names):
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
+
+
+def refuse_nonsense(typed):
+    """{flag: value} as typed -> ValueError for a value out of range"""
+    for name in ("image", "patch", "latent_dim", "steps", "batch", "log_every", "save_every"):
         if typed.get(name, 1) < 1:
             raise ValueError(f"{spelled([name])} {typed[name]}: wanted 1 or more")
     for name, top in (("w_gan", inf), ("gan_start", inf), ("ema_decoder", 1), ("max_bad", 1)):
         if not 0 <= typed.get(name, 0) <= top:
             raise ValueError(f"{spelled([name])} {typed[name]}: wanted 0 or more" + ", and at most 1" * (top == 1))
+
+
+def flags(args, typed):
+    """train.py's flags, and {name: value} of those that were typed -> the flags of stage 2. Those left open are None, for `take_over`."""
+    if not args.init:
+        raise ValueError("--stage 2 goes on from a run of stage 1, or from released weights: name its folder with --init RUN")
+    if idle := typed.keys() - {*OWN, *SHARED}:
+        raise ValueError(f"stage 2 trains the decoder alone and has no use for {spelled(sorted(idle))}; it knows {spelled(OWN + SHARED)}")
+    refuse_nonsense(typed)
     kept = {name: getattr(args, name) for name in OWN + SHARED} | dict.fromkeys(("data", "image", "seed", *DEFAULTS)) | typed
     kept["out"] = typed.get("out", args.init.rstrip("/") + "-gan")
     if Path(kept["out"]).resolve() == Path(args.init).resolve():
