@@ -1,6 +1,6 @@
 """Kills a training run twenty times (SIGKILL), half of the times in the middle of a save, and compares what comes out with a run left alone.
 
-    python tests/kill.py [FOLDER]        about four minutes on two cores; exit status 1 if a bit of the weights or a line of the log differs
+    python tests/kill.py [FOLDER]        about three minutes on two cores; exit status 1 if a bit of the weights or a line of the log differs
 """
 import random
 import sys
