@@ -31,7 +31,9 @@ def start(device=None):
         here = torch.device("cuda", here.index if here.index is not None else int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(here)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("nccl" if here.type == "cuda" else "gloo")
+        store, number, n = next(dist.rendezvous("env://"))    # torchrun keeps one store through its restarts: without a prefix of its own, a
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)       # new process may call on the address of a dead one
+        dist.init_process_group("nccl" if here.type == "cuda" else "gloo", store=store, rank=number, world_size=n)
     return here
 
 
