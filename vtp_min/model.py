@@ -424,4 +424,4 @@ class Teacher(nn.Module):
         pairs += [(self.proj, student.model.visual_proj)] if self.proj else []
         for mine, theirs in pairs:
             for t, s in zip(mine.parameters(), theirs.parameters()):
-                t.copy_(t * m + s * (1 - m))
+                t.mul_(m).add_(s * (1 - m))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .vit import LayerScale
+from .vit import LayerScale, attend
 
 
 class CausalAttention(nn.Module):
@@ -27,7 +27,7 @@ class CausalAttention(nn.Module):
     def forward(self, x):
         B, T, W = x.shape
         q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        x = attend(q, k, v, self.causal)
         return self.out_proj(x.transpose(1, 2).reshape(B, T, W))
 
 
