@@ -34,7 +34,7 @@ from vtp_min import shapes
 from vtp_min.dist import rank, say, world
 from vtp_min.tars import expand, index_folder, indexed
 from vtp_min.views import (CLEAN, CROPS, CUTS, ENDINGS, EVAL, ORDER, SAMPLE, SPARE, VIEWS, batch_masks, clean_view, lots, pixels, read_caption,
-                           read_image, shown, ssl_view)
+                           read_image, recolour, shown, ssl_crop)
 
 ASSETS = Path(__file__).parent / "vtp_min" / "assets"
 
@@ -296,17 +296,21 @@ class Steps:
         crops = np.empty((2, len(in_ssl), 3, self.image, self.image), np.uint8)
         small = np.empty((self.n_local, len(in_ssl), 3, self.local_image, self.local_image), np.uint8)
         captions, bad = [], []
+        changes = np.empty((2 + self.n_local, len(in_ssl)), object)       # lists: what is still to happen to each crop's colours
         for row in sorted({*in_image, *in_ssl}):
             picture, caption = self.sample(step, row, bad)
+            picture = np.array(picture)                                   # one conversion for all its views
             if row in in_image:
                 image[in_image.index(row)] = clean_view(lots(CLEAN, self.seed, step, row), picture, self.image)
                 captions.append(caption)
             if row in in_ssl:
                 rng, j = lots(CROPS, self.seed, step, row), in_ssl.index(row)
-                crops[0, j] = ssl_view(rng, picture, self.image, *VIEWS["global 1"])
-                crops[1, j] = ssl_view(rng, picture, self.image, *VIEWS["global 2"])
+                crops[0, j], changes[0, j] = ssl_crop(rng, picture, self.image, *VIEWS["global 1"])
+                crops[1, j], changes[1, j] = ssl_crop(rng, picture, self.image, *VIEWS["global 2"])
                 for v in range(self.n_local):
-                    small[v, j] = ssl_view(rng, picture, self.local_image, *VIEWS["local"])
+                    small[v, j], changes[2 + v, j] = ssl_crop(rng, picture, self.local_image, *VIEWS["local"])
+        recolour(crops.reshape(-1, *crops.shape[2:]), changes[:2].ravel())
+        recolour(small.reshape(-1, *small.shape[2:]), changes[2:].ravel())
         out = {"captions": captions, "bad": bad}
         if in_image:
             out |= {"image": torch.from_numpy(image), "rows_image": torch.tensor(in_image)}

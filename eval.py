@@ -27,7 +27,8 @@ from vtp_min.baselines import LDM, LDMConfig, load as load_model
 from vtp_min.check import try_out
 from vtp_min.cost import COUNTED, costs, describe, head_on_meta, on_meta, paper_says, table
 from vtp_min.dist import collect, rank, say, start, stop, total, wait, world
-from vtp_min.fid import Moments, Saved, frechet_distance, kept_judge, load_inception, open_samples, psnr, save_statistics, share, ssim, statistics
+from vtp_min.fid import (Moments, Saved, SqueezeNet, frechet_distance, kept_judge, load_inception, load_squeezenet, open_samples, psnr, save_statistics, share, ssim,
+                         statistics)
 from vtp_min.losses import Perceptual
 from vtp_min.model import SIZES, VTPConfig, VTPModel
 from vtp_min.probes import RATES, Part, augmented, knn, last_layer, last_layers, linear_probe, sgd_probe, text_encoder, zero_shot, zero_shot_classifier
@@ -187,7 +188,7 @@ def recon(args, device):
             raise ValueError(f"pictures of {side} px are too small for LPIPS; take 32 or more, or --perceptual none")
     try:
         enough(n, args)
-        features, name = comparing(args.features or "inception", args, settings, side, device)
+        features, name, seen = comparing(args.features or "inception", args, settings, side, device)
     except (ValueError, FileNotFoundError) as problem:
         if args.features:                                                            # asked for by name
             raise
@@ -217,7 +218,7 @@ def recon(args, device):
     if not lpips:
         say("LPIPS is not measured (--perceptual none)")
     if features:
-        metric(args.out, f"r{name}", frechet_distance(*fake.result(), *real.result()), f"{protocol}; reconstructions against those crops themselves{few(n)}")
+        metric(args.out, f"r{name}", frechet_distance(*fake.result(), *real.result()), f"{protocol}; reconstructions against those crops themselves{few(n)}; {seen}")
 
 
 # ---------------------------------------------------------------- fid
@@ -231,14 +232,16 @@ def few(n):
 
 
 def comparing(kind, args, settings, side, device):
-    """-> what a distance compares, a function uint8 (B, 3, H, W) -> (B, F), and the distance's name"""
+    """-> what a distance compares, a function uint8 (B, 3, H, W) -> (B, F); the distance's name; its features in words"""
     if kind == "inception":
         try:
-            return load_inception(device), "FID"
+            return load_inception(device), "FID", "pytorch-fid's Inception"
         except FileNotFoundError as problem:
-            raise FileNotFoundError(f"{problem}; or take --features classifier, whose distance is no FID") from None
+            raise FileNotFoundError(f"{problem}; or take --features classifier (or squeezenet, with its file), whose distance is no FID") from None
+    if kind == "squeezenet":
+        return load_squeezenet(device), "FD-squeezenet (no FID)", SqueezeNet.PROTOCOL
     judge, _ = judge_of(args, settings, side, device)
-    return lambda x: judge(x)[0], "FD-classifier"
+    return lambda x: judge(x)[0], "FD-classifier", "256-d features of the classifier trained on the real pictures"
 
 
 def judge_of(args, settings, side, device):
@@ -257,7 +260,7 @@ def real_pictures(source, side, args, limit, device):
 
 @torch.no_grad()
 def fid(args, device):
-    """Samples against real pictures: the run's training set, or --reference. Without Inception's weights: --features classifier, never called FID"""
+    """Samples against real pictures: the run's training set, or --reference. Without Inception's weights: --features classifier or squeezenet, never called FID"""
     samples, settings = open_samples(args.samples, args.jpeg), settings_of(args.run)
     reference = open_samples(args.reference, jpeg=True) if args.reference else None
     by_data, saved, n = not reference and (args.run or args.data), isinstance(samples, Saved), len(samples)
@@ -269,26 +272,28 @@ def fid(args, device):
         raise ValueError("against which real pictures? Give --run RUN or --data, or --reference; --save-stats FILE alone keeps the samples' statistics")
     if args.features == "classifier" and (saved or not by_data):
         raise ValueError("--features classifier learns from the run's own pictures: give pictures as SAMPLES, --run, and no --reference")
+    if args.save_real and not by_data:
+        raise ValueError("--save-real keeps the statistics of the training pictures: give --run or --data, and no --reference")
     side = (settings.get("image") or 256) if saved else samples.size[0]
     if by_data and not saved and samples.size != (side, side):
         raise ValueError(f"{samples.what}: {samples.size[0]}x{samples.size[1]}; real pictures are cut to squares, so samples must be square")
     train, val = (pictures(args, settings, split, side) for split in ("train", "val")) if by_data else (None, None)
-    features, name = comparing(args.features, args, settings, side, device)
+    features, name, seen = comparing(args.features, args, settings, side, device)
 
     def moments(source):
-        return source.moments() if isinstance(source, Saved) else statistics(features(x.to(device)) for x in source.batches(args.batch))
+        return source.moments(args.features) if isinstance(source, Saved) else statistics(features(x.to(device)) for x in source.batches(args.batch))
 
     def real(source, limit):
         return statistics(features(x.to(device)) for x, _, _ in reading(source, side, args, limit, "adm"))
 
     found = moments(samples)
     if args.save_stats:
-        save_statistics(args.save_stats, *found, n)
+        save_statistics(args.save_stats, *found, n, how(samples))
         say(f"mean and covariance of {samples.what} are in {args.save_stats}")
     what = f"{n or 'an unstated number of'} samples{few(n)}, {how(samples)}"
     if reference:
         metric(args.out, name, frechet_distance(*found, *moments(reference)),
-               f"{what}; against {len(reference) or 'an unstated number of'} pictures of {reference.what}{few(len(reference))}; pytorch-fid's Inception")
+               f"{what}; against {len(reference) or 'an unstated number of'} pictures of {reference.what}{few(len(reference))}; {seen}")
     if not by_data:
         return
     if args.features == "classifier":
@@ -303,6 +308,9 @@ def fid(args, device):
                    f"chance {1 / len(train.classes):.3f}, real pictures {accuracy:.3f}; {how(samples)}")
     against, held = real(train, args.train_limit), min(n or 10_000, len(val))
     protocol = f"{min(args.train_limit, len(train))} training pictures of {train.spec}, ADM crop {side} px"
+    if args.save_real:
+        save_statistics(args.save_real, *against, min(args.train_limit, len(train)), protocol)
+    protocol = f"{protocol}; {seen}"
     metric(args.out, name, frechet_distance(*found, *against), f"{what}; against {protocol}")
     metric(args.out, f"{name} of real", frechet_distance(*real(val, held), *against),
            f"{held} validation pictures in place of the samples{few(held)}: what a perfect generator would get; against {protocol}")
@@ -409,9 +417,9 @@ def arguments():
         p.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help=f"of the encoder; {official}")
 
     def distance(p, features, advice):
-        p.add_argument("--features", choices=["inception", "classifier"], default=features,
-                       help="classifier: a small network trained here on the real labelled pictures, when Inception's weights are not at hand; "
-                            f"its distance is no FID{advice}")
+        p.add_argument("--features", choices=["inception", "squeezenet", "classifier"], default=features,
+                       help="when Inception's weights are not at hand, and with a distance that is no FID: squeezenet, a small network of ImageNet's classes, whose "
+                            f"file you must have (eval.py fetch squeezenet says where from); classifier, one trained here on the real labelled pictures{advice}")
         p.add_argument("--few", action="store_true", help="measure on fewer than 2048 pictures, and say so")
         p.add_argument("--judge-steps", type=int, default=2400, help="training steps of the classifier (ours)")
 
@@ -444,6 +452,7 @@ def arguments():
     p.add_argument("--run", help="the tokenizer's run: says which pictures are real, and keeps the numbers")
     p.add_argument("--reference", help="what is real instead: a folder, an npz of pictures, or ADM's reference npz with mu and sigma (the paper's gFID)")
     p.add_argument("--save-stats", metavar="FILE", help="keep mean and covariance of SAMPLES as an npz that can stand for them later, also as --reference")
+    p.add_argument("--save-real", metavar="FILE", help="keep mean and covariance of the training pictures as an npz, to be the --reference of further samples")
     p.add_argument("--jpeg", action="store_true", help="SAMPLES are JPEG and meant to be")
     distance(p, "inception", "")
     measuring(p, 10_000, 10_000)
@@ -466,7 +475,7 @@ def arguments():
     p.add_argument("--seed", type=int, default=0, help="chooses the pictures that are shown")
     data(p)
     p = command(fetch)
-    p.add_argument("names", nargs="*", help=f"of {', '.join(weights.FILES)}; default: all")
+    p.add_argument("names", nargs="*", help=f"of {', '.join([*weights.FILES, *weights.BY_HAND])}; default: all that can be downloaded")
     return top.parse_args()
 
 

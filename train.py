@@ -102,7 +102,8 @@ def main(args):
         forget_activations(student)
     ddp = student
     if world() > 1:
-        ddp = DistributedDataParallel(student, [device] if device.type == "cuda" else None, broadcast_buffers=False)
+        ddp = DistributedDataParallel(student, [device] if device.type == "cuda" else None, broadcast_buffers=False,
+                                      find_unused_parameters=True)                      # neither part of a step reads all of them
     ddp.train()
 
     def keep():
@@ -122,16 +123,20 @@ def main(args):
             terms, gauges, after = in_pieces(args, ddp, teacher, perceptual, batch, step, temp, center, scaler, run, device, precision)
         else:
             batch, drop = to_device(batch, device), stochastic_depth(args, step, batch)
-            with autocast(device, precision):
-                with run.counting(times=3):
-                    out = ddp(batch, drop)                                              # one forward: DDP syncs gradients once
-                with run.counting():
-                    seen = teacher(batch["crops"], batch["mask"]) if ssl else {}        # what the teacher makes of the whole crops: logits
+            with autocast(device, precision), run.counting():
+                seen = teacher(batch["crops"], batch["mask"]) if ssl else {}            # what the teacher makes of the whole crops: logits
             now, after = balance(args.teacher, {k: lambda x=x: [x.flatten(0, -2)] for k, x in seen.items()}, temp, center)
             targets = {k: centered_softmax(x, now[k], temp) for k, x in seen.items()}
-            terms = of_the_batch(args, out) | of_each_row(out, batch, targets, perceptual)
-            scaler.scale(weighted(args, terms)).backward()
-            gauges = {"teacher_entropy": entropy(targets["cls"]), "spread": spread(out["tokens"][0])} if ssl and run.due else {}
+            terms, gauges = {}, {"teacher_entropy": entropy(targets["cls"])} if ssl and run.due else {}
+            for part, last in parts(batch):                                             # views; words and pixels
+                with nullcontext() if last or world() == 1 else ddp.no_sync():
+                    with autocast(device, precision):
+                        with run.counting(times=3):
+                            out = ddp(part, drop)
+                        own = of_the_batch(args, out) | of_each_row(out, part, targets, perceptual)
+                    scaler.scale(weighted(args, own)).backward()
+                terms |= {k: term.detach() for k, term in own.items()}
+                gauges |= {"spread": spread(out["tokens"][0])} if "tokens" in out and run.due else {}
         scaler.unscale_(opt)
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip_grad)
         loss = weighted(args, terms)
@@ -190,6 +195,15 @@ def balance(how, logits, temp, center):
     if how == "sinkhorn":
         return {k: sinkhorn_center(pieces, temp) for k, pieces in logits.items()}, center
     return center, {k: moved_center(center[k], pieces) for k, pieces in logits.items()}
+
+
+def parts(batch):
+    """-> (part, is it the last): the views, then the rest. Their graphs share nothing but weights, so each has its backward pass before the next
+    one grows: the same gradient in two thirds of the memory."""
+    views = {k: x for k, x in batch.items() if k in ("crops", "locals", "mask", "mask_weight")}
+    rest = {k: x for k, x in batch.items() if k not in views}
+    found = [part for part in (views, rest) if "crops" in part or "image" in part]
+    return [(part, part is found[-1]) for part in found]
 
 
 def in_pieces(args, ddp, teacher, perceptual, batch, step, temp, center, scaler, run, device, precision):

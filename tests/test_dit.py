@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,29 @@ def test_guidance_of_scale_1_is_none_and_guiding_all_channels_is_a_line_through_
     assert torch.allclose(early[0], cond[0], atol=1e-5) and not torch.allclose(early[1], cond[1], atol=1e-3)
 
 
+def test_where_guidance_has_not_begun_its_second_half_is_not_computed_and_the_walk_is_the_same(tiny):
+    model, g, _ = tiny
+    x, y, args = g("ode/z"), g("ode/y"), Namespace(cfg=3.0, cfg_start=0.5, cfg_channels="all")
+    pair, seen = torch.cat([y, torch.full_like(y, 10)]), []
+    model.register_forward_pre_hook(lambda model, inputs: seen.append(len(inputs[0])))
+    for t in (torch.full((2,), s) for s in (0.25, 0.5, 0.75)):
+        whole = model.forward_with_cfg(torch.cat([x, x]), torch.cat([t, t]), pair, 3.0, True, 0.5, channels=None)[:2]
+        assert torch.allclose(dit.field(model, y, 10, args)(x, t), whole, atol=1e-5)
+    assert seen == [4, 2, 4, 4, 4, 4]
+    config, grid = {"model": dict(in_channels=16, input_size=8)}, torch.tensor([0, 0.25, 0.5, 0.75, 1])
+    passes = [dit.operations(model, config, grid, Namespace(cfg=cfg, cfg_start=start)) for cfg, start in ((1.0, 0.0), (3.0, 0.5), (3.0, 0.0))]
+    assert passes[0] * 6 == passes[1] * 4 and passes[2] == 2 * passes[0] > 0
+
+
+@pytest.mark.parametrize("qknorm", [False, True])
+def test_bf16_is_fp32_but_for_its_rounding(tiny, qknorm):
+    g, model = tiny[1], LightningDiT(**TINY | dict(use_qknorm=qknorm)).eval()
+    model.load_state_dict(tiny[0].state_dict(), strict=not qknorm)
+    wide = model(g("fwd/x"), g("fwd/t"), g("fwd/y"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert close(model(g("fwd/x"), g("fwd/t"), g("fwd/y")).float(), wide.detach(), 2e-2)
+
+
 def test_rotary_attention_sees_only_how_far_apart_two_tokens_are():
     rope, (q, k) = Rotary(32, 8), torch.randn(2, 32)
     score = (rope(q.expand(1, 1, 64, 32)) @ rope(k.expand(1, 1, 64, 32)).transpose(2, 3))[0, 0].view(8, 8, 8, 8)      # row, col, row, col
@@ -216,7 +240,8 @@ def stand_ins(monkeypatch):
     kept = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     monkeypatch.setitem(SIZES, "nano", dict(hidden_size=32, depth=2, num_heads=2))
     monkeypatch.setattr(dit.baselines, "load", lambda folder: Folded())
-    monkeypatch.setattr(run, "matmul_peak", lambda device, precision: 1e12)
+    for room in (run, dit):
+        monkeypatch.setattr(room, "matmul_peak", lambda device, precision: 1e12)
     yield
     for s, handler in kept.items():
         signal.signal(s, handler)
@@ -400,7 +425,7 @@ def one_of_many(rank, count, folder, commands):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet{count}", rank=rank, world_size=count)
     sys.stdout = sys.stderr = open(folder / f"said{rank}of{count}", "w")
     SIZES["nano"], dit.baselines.load, dit.stop = dict(hidden_size=32, depth=2, num_heads=2), lambda folder: Folded(), lambda: None
-    run.matmul_peak = lambda device, precision: 1e12
+    run.matmul_peak = dit.matmul_peak = lambda device, precision: 1e12
     for name, *args in commands:
         {"encode": encode, "teach": teach, "paint": paint}[name](folder, *args)
     torch.distributed.destroy_process_group()
@@ -446,9 +471,10 @@ def test_samples_do_not_depend_on_the_batch_they_were_made_in(folder):
     assert set(drawn[0]) == {1, 4} and drawn[0][:9] == drawn[1]
 
 
-def test_samples_are_one_array_as_adm_s_evaluator_reads_it_and_the_same_pictures_as_png(folder):
+def test_samples_are_one_array_as_adm_s_evaluator_reads_it_and_the_same_pictures_as_png(folder, capsys):
     train(folder, "D", "--steps", "1")
     made = shoot(folder, "D", "out")
+    assert "images/s at" in capsys.readouterr().out
     assert made.files[0] == "arr_0" and made["arr_0"].shape == (7, 16, 16, 3) and made["arr_0"].dtype == np.uint8
     pictures = [np.asarray(Image.open(folder / "out" / "png" / f"{j:06d}.png")) for j in range(7)]
     assert np.array_equal(np.stack(pictures), made["arr_0"]) and len(list((folder / "out" / "png").iterdir())) == 7

@@ -103,6 +103,9 @@ def test_as_a_script_it_ends_with_a_sentence_and_no_traceback():
     (["fid", "RUN/nothing.npz", "--run", "RUN"], "there is no"),
     (["recon", "RUN", "--limit", "4", "--perceptual", "none", "--few", "--features", "inception"], "fetch inception.*--features classifier"),
     (["recon", "RUN", "--limit", "4"], "eval.py fetch"),
+    (["recon", "RUN", "--limit", "4", "--perceptual", "none", "--few", "--features", "squeezenet"], "squeezenet_v10.npz is missing.*Deep-Compression.*Put that file, sha256"),
+    (["recon", "RUN", "--limit", "4", "--perceptual", "none", "--features", "squeezenet"], "4 samples: below 2048"),
+    (["fetch", "squeezenet"], "cannot be fetched.*songhan/SqueezeNet-Deep-Compression.*BSD"),
     (["fid", "RUN/nothing", "--run", "RUN"], "no samples.npz and no pictures"),
     (["probe", "RUN", "--data", "nowhere"], "no folder nowhere")])
 def test_what_cannot_be_measured_is_said_in_a_sentence(run, here, command, told, monkeypatch, tmp_path):
@@ -177,11 +180,34 @@ def test_fid_is_the_same_from_a_folder_an_npz_and_saved_statistics(here, tmp_pat
         values.append(metrics(tmp_path / "kept")["FID"])
     assert values[0]["value"] == pytest.approx(values[1]["value"], rel=1e-6) and values[0]["value"] > 1
     assert all("7 samples, ONLY 7 SAMPLES" in v["protocol"] and "9 pictures of" in v["protocol"] and "ONLY 9 SAMPLES" in v["protocol"] for v in values)
-    save_statistics(tmp_path / "other.npz", torch.zeros(5), torch.eye(5), 4000)
-    for command, told in ((["a.npz", "--few", "--reference", "other.npz"], "5 numbers, but Inception's features are 2048"), (["a.npz", "--few"], "against which real pictures"),
+    save_statistics(tmp_path / "other.npz", torch.zeros(5), torch.eye(5), 4000, "five")
+    for command, told in ((["a.npz", "--few", "--reference", "other.npz"], "5 numbers, but features of inception are 2048"), (["a.npz", "--few"], "against which real pictures"),
                           (["a.npz", "--few", "--reference", "b", "--features", "classifier"], "learns from the run's own pictures"), (["b.npz", "--reference", "b"], "below 2048")):
         with pytest.raises(SystemExit, match=told):
             here("fid", *(tmp_path / c if not c.startswith("--") and c != "classifier" else c for c in command))
+
+
+def test_the_distance_on_squeezenets_features_says_that_it_is_no_fid_and_what_it_saw(run, here, tmp_path, monkeypatch):
+    """Training pictures whose statistics are kept once stand for themselves afterwards"""
+    monkeypatch.setattr(eval, "load_squeezenet", lambda device: lambda x: torch.nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1).repeat(1, 43)[:, :512])
+    samples = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), dtype=np.uint8)
+    np.savez(tmp_path / "samples.npz", arr_0=samples)
+    command = ["fid", tmp_path / "samples.npz", "--features", "squeezenet", "--out", tmp_path / "kept"]
+    with pytest.raises(SystemExit, match="below 2048"):
+        here(*command, "--run", run)
+    here(*command, "--run", run, "--few", "--limit", 20, "--train-limit", 30, "--save-real", tmp_path / "real.npz")
+    first = metrics(tmp_path / "kept")
+    assert first.keys() == {"FD-squeezenet (no FID)", "FD-squeezenet (no FID) of real"}
+    first = first["FD-squeezenet (no FID)"]
+    for part in ("12 samples, ONLY 12 SAMPLES", "30 training pictures of shapes", "ADM crop 16 px", "512-d average of fire9 of SqueezeNet v1.0", "squashed to 227 px"):
+        assert part in first["protocol"]
+    here(*command, "--few", "--reference", tmp_path / "real.npz")
+    again = metrics(tmp_path / "kept")["FD-squeezenet (no FID)"]
+    assert again["value"] == pytest.approx(first["value"], rel=1e-6) and "real.npz, saved statistics of 30 training pictures of shapes" in again["protocol"]
+    with pytest.raises(SystemExit, match="--save-real keeps the statistics of the training pictures"):
+        here(*command, "--few", "--reference", tmp_path / "real.npz", "--save-real", tmp_path / "x.npz")
+    here("recon", run, "--perceptual", "none", "--few", "--limit", 12, "--features", "squeezenet", "--out", tmp_path / "kept")
+    assert "fire9" in metrics(tmp_path / "kept")["rFD-squeezenet (no FID)"]["protocol"]
 
 
 # ---------------------------------------------------------------- check, cost

@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from vtp_min.fid import (Inception, Judge, frechet_distance, kept_judge, load_inception, open_samples, psnr, save_statistics, ssim, statistics,
-                         train_judge)
+from data import ASSETS
+from vtp_min.fid import (Inception, Judge, SqueezeNet, frechet_distance, kept_judge, load_inception, load_squeezenet, open_samples, psnr, save_statistics, ssim,
+                         statistics, train_judge)
+from vtp_min.weights import find
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "fid.npz")
 
@@ -83,6 +85,79 @@ def test_load_inception_forgives_missing_counters_and_nothing_else(inception, tm
     torch.save({k: v for k, v in weights.items() if k != "fc.bias"}, tmp_path / "inception.pth")
     with pytest.raises(ValueError, match="fc.bias"):
         load_inception()
+
+
+# ---- SqueezeNet
+
+@pytest.fixture
+def squeezenet():
+    try:
+        find("squeezenet")
+    except FileNotFoundError as problem:
+        pytest.skip(str(problem))
+    return load_squeezenet()
+
+
+def random_squeezenet():
+    torch.manual_seed(0)
+    return SqueezeNet()
+
+
+def test_squeezenet_has_the_published_count_of_parameters_and_512_features_of_any_picture():
+    net = random_squeezenet()
+    assert sum(p.numel() for p in net.parameters()) == 1_248_424                     # Iandola et al. 2016, Table 1, and its biases
+    img = torch.randint(256, (3, 3, 40, 70), dtype=torch.uint8)
+    assert net.grid(img).shape == (3, 512, 13, 13) and net(img).shape == (3, 512) and net.logits(img).shape == (3, 1000) and not net.training
+
+
+def test_features_of_a_picture_do_not_depend_on_its_neighbours():
+    net, img = random_squeezenet(), torch.randint(256, (5, 3, 64, 64), dtype=torch.uint8)
+    assert torch.allclose(net(img), torch.cat([net(x) for x in img.split(1)]), rtol=1e-5, atol=1e-6)
+
+
+def test_squeezenet_sees_blue_first_around_caffes_mean():
+    net = random_squeezenet()
+    mean = torch.tensor([123, 117, 104], dtype=torch.uint8)[:, None, None].expand(1, 3, 8, 8)      # red, green, blue
+    seen = []
+    net.conv1.register_forward_pre_hook(lambda layer, x: seen.append(x[0]))
+    net(mean), net(mean + torch.tensor([0, 0, 9], dtype=torch.uint8)[:, None, None])
+    assert seen[0].shape == (1, 3, 227, 227) and seen[0].abs().max() < 1e-4 and torch.allclose(seen[1].mean((0, 2, 3)), torch.tensor([9., 0, 0]), atol=1e-4)
+
+
+def test_squeezenet_shrinks_pictures_as_pil_does():
+    net, seen = random_squeezenet(), []
+    net.conv1.register_forward_pre_hook(lambda layer, x: seen.append(x[0]))
+    img = noise(1, 300)[0]
+    net(torch.from_numpy(img).permute(2, 0, 1)[None])
+    pil = torch.from_numpy(np.array(Image.fromarray(img).resize((227, 227), Image.BILINEAR))).permute(2, 0, 1).flip(0) - torch.tensor([104., 117, 123])[:, None, None]
+    assert (seen[0][0] - pil).abs().max() < 1.01                                     # PIL rounds twice
+
+
+def test_load_squeezenet_takes_half_precision_and_every_layer(tmp_path, monkeypatch):
+    monkeypatch.setattr("vtp_min.fid.find", lambda name: tmp_path / f"{name}.npz")
+    weights = {k: v.numpy().astype(np.float16) for k, v in random_squeezenet().state_dict().items()}
+    np.savez(tmp_path / "squeezenet.npz", **weights)
+    assert torch.equal(load_squeezenet().conv10.weight, torch.from_numpy(weights["conv10.weight"]).float())
+    np.savez(tmp_path / "squeezenet.npz", **{k: v for k, v in weights.items() if k != "conv10.bias"})
+    with pytest.raises(RuntimeError, match="conv10.bias"):
+        load_squeezenet()
+
+
+def test_the_real_squeezenet_gives_the_features_it_gave(squeezenet):
+    x = squeezenet(chw(GOLDEN["images"][:1]))
+    assert torch.allclose(x[0, :4], torch.tensor([0.0812554, 2.204534, 41.73498, 0]), rtol=1e-4, atol=1e-5)
+
+
+def test_the_real_squeezenet_names_photographs(squeezenet):
+    """VTP_PHOTOS: a folder of ImageNet pictures, a folder a class, named by WordNet id"""
+    if "VTP_PHOTOS" not in os.environ:
+        pytest.skip("VTP_PHOTOS names no folder of ImageNet pictures")
+    files, ids = sorted(Path(os.environ["VTP_PHOTOS"]).glob("n*/*")), (ASSETS / "imagenet_wnids.txt").read_text().split()
+    right = 0
+    for file in files:
+        with Image.open(file) as image:
+            right += squeezenet.logits(chw(np.array(image.convert("RGB"))[None])).argmax().item() == ids.index(file.parent.name)
+    assert right / len(files) > 0.5                                                  # 59.5 % of 200 were right; chance is 0.1 %
 
 
 # ---- the distance
@@ -239,11 +314,12 @@ def test_a_folder_is_read_in_the_order_of_names_and_not_below_itself(tmp_path):
 
 def test_statistics_come_back_as_they_were_saved_and_say_how_many(tmp_path):
     mu, cov = statistics([gaussian(50, 6, 6, seed=1)])
-    save_statistics(tmp_path / "stats.npz", mu, cov, 50)
+    save_statistics(tmp_path / "stats.npz", mu, cov, 50, "fifty of them")
     found = open_samples(tmp_path / "stats.npz")
     assert torch.equal(found.mu, mu) and torch.equal(found.sigma, cov) and len(found) == 50
-    with pytest.raises(ValueError, match="6 numbers, but Inception's features are 2048"):
-        found.moments()
+    assert found.what.endswith("saved statistics of fifty of them")
+    with pytest.raises(ValueError, match="6 numbers, but features of squeezenet are 512"):
+        found.moments("squeezenet")
     np.savez(tmp_path / "adm.npz", mu=mu.numpy().astype(np.float32), sigma=cov.numpy().astype(np.float32), arr_0=noise())       # as ADM's reference files
     assert len(open_samples(tmp_path / "adm.npz")) == 0 and frechet_distance(found.mu, found.sigma, *(getattr(open_samples(tmp_path / "adm.npz"), k) for k in ("mu", "sigma"))) < 1e-4
 

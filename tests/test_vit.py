@@ -242,11 +242,11 @@ def test_the_trunk_takes_any_whole_number_of_patches():
         assert cls.shape == (1, 32) and patches.shape == (1, h * w, 32)
 
 
-def test_all_parameters_but_the_bottleneck_get_a_gradient_with_and_without_a_mask():
-    for mask in (None, torch.tensor([[True, False, False, False]])):
+def test_all_parameters_but_the_bottleneck_get_a_gradient_and_the_mask_token_where_something_is_hidden():
+    for mask, deaf in ((None, {"mask_token"}), (torch.tensor([[True, False, False, False]]), set())):
         trunk = tiny()
         sum(x.square().sum() for x in trunk(torch.randn(1, 3, 8, 8), mask)).backward()
-        assert {k for k, p in trunk.named_parameters() if p.grad is None} == {"feature_bottleneck.weight"}
+        assert {k for k, p in trunk.named_parameters() if p.grad is None} == {"feature_bottleneck.weight"} | deaf
 
 
 def test_float64_differs_from_float32_by_rounding_alone():

@@ -77,7 +77,7 @@ def test_a_missing_file_is_said_with_size_address_folder_and_what_to_type(home):
 
 
 def test_a_name_outside_the_table_is_refused_with_the_names_in_it():
-    with pytest.raises(ValueError, match="vgg, alex, squeeze, inception"):
+    with pytest.raises(ValueError, match="vgg, alex, squeeze, inception.*squeezenet"):
         find("resnet")
 
 
@@ -94,6 +94,18 @@ def test_a_damaged_file_is_refused_and_hashed_anew_once_it_is_replaced(home):
         find("tiny")
     put(path, BYTES)
     assert find("tiny") == path
+
+
+def test_a_file_that_nobody_offers_says_what_it_is_and_where_to_put_it_and_is_not_sought_on_the_net(home, server):
+    for seek, error in ((find, FileNotFoundError), (fetch, SystemExit)):
+        with pytest.raises(error, match="squeezenet_v10.npz is missing, and no address offers it ready made") as told:
+            seek("squeezenet")
+        assert all(part in str(told.value) for part in ("songhan/SqueezeNet-Deep-Compression", "BSD 2-clause", weights.BY_HAND["squeezenet"][1], str(home / "ours")))
+    put(home / "ours" / "squeezenet_v10.npz", BYTES)
+    for seek, error in ((find, ValueError), (fetch, SystemExit)):
+        with pytest.raises(error, match="is damaged: its sha256 begins .*, not 1e67ccb7; copy it anew"):
+            seek("squeezenet")
+    assert server.asked == []
 
 
 def test_without_the_variable_files_live_in_the_users_cache(monkeypatch):

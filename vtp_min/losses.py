@@ -56,9 +56,10 @@ def dino_loss(student, teacher, tau=0.1):
 
     student (2+V, B, K) logits, the two global crops first      teacher (2, B, K) probabilities, no gradient
     """
-    logp = F.log_softmax(wide(student) / tau, dim=-1)
-    pairs = [(t, s) for t in range(2) for s in range(len(student)) if s != t]
-    return -sum((teacher[t] * logp[s]).sum(-1).mean() for t, s in pairs) / len(pairs)
+    z = wide(student) / tau
+    other = [teacher[1], teacher[0]] + (len(student) - 2) * [teacher.sum(0)]             # with what each view is compared: (B, K) of one teacher, or of two
+    asked = [1, 1] + (len(student) - 2) * [2]
+    return sum((n * x.logsumexp(-1) - torch.linalg.vecdot(t, x)).mean() for t, x, n in zip(other, z, asked)) / sum(asked)
 
 
 # ---------------------------------------------------------------- patches
@@ -68,8 +69,8 @@ def ibot_loss(student, teacher, weight, n_crops, tau=0.1):
     student (M, K) logits      teacher (M, K) probabilities      weight (M,) = 1 / (hidden patches of the same crop)
     n_crops  global crops on this rank, masked or not: DINOv2 divides by all of them
     """
-    logp = F.log_softmax(wide(student) / tau, dim=-1)
-    return -((teacher * logp).sum(-1) * weight).sum() / n_crops
+    z = wide(student) / tau
+    return ((z.logsumexp(-1) - torch.linalg.vecdot(teacher, z)) * weight).sum() / n_crops
 
 
 # ---------------------------------------------------------------- spread

@@ -348,8 +348,6 @@ class Student(nn.Module):
     def __init__(self, model, head=None):
         super().__init__()
         self.model, self.dino_head = model, head
-        if model.config.vision_bottleneck_ae_only and not model.config.train_reconstruction:
-            model.trunk.feature_bottleneck.requires_grad_(False)                 # nothing reads it, and DDP waits for every gradient
 
     def forward(self, batch, drop, heads=True):
         """batch: data.Steps' dict, images as normalised floats      drop: {'clip', 'rec', 'ssl', 'local': StochasticDepth or None}
@@ -365,7 +363,8 @@ class Student(nn.Module):
         if "text" in batch:
             out["img"] = F.normalize(wide(m.project(cls, patches)), dim=-1)
             out["txt"] = F.normalize(wide(m.get_clip_text_feature(batch["text"])), dim=-1)
-            out["scale"], out["bias"] = m.logit_scale.exp(), m.logit_bias
+            out["scale"] = m.logit_scale.exp()
+            out["bias"] = None if m.logit_bias is None else m.logit_bias.clone()  # a bare parameter would seem unused to DDP
         if "rec" in batch and heads:
             h, w = (side // m.config.vision_patch_size for side in batch["image"].shape[-2:])
             if drop["rec"] is not drop["clip"]:                                  # another rate: a forward of its own

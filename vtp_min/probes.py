@@ -22,7 +22,7 @@ from tqdm import tqdm
 from tokenizer import get_tokenizer
 
 from .dist import rank
-from .views import EVAL, lots, pixels, random_crop
+from .views import EVAL, lots, random_crop
 
 
 # ---- what is probed
@@ -206,7 +206,7 @@ def augmented(source, side, batch, seed, rows, step):
                 index = rng.integers(len(source))
         else:
             raise ValueError(f"ten pictures of {source.spec} in a row could not be read")
-        crop = pixels(random_crop(rng, picture, side, (0.08, 1)))
+        crop = random_crop(rng, picture, side, (0.08, 1))
         images.append(crop[..., ::-1].copy() if rng.random() < 0.5 else crop)
         labels.append(label)
     return torch.from_numpy(np.stack(images)), torch.tensor(labels)

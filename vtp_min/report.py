@@ -34,7 +34,7 @@ from .vit import rotate
 PAGE = Path(__file__).parent / "report.html"
 GALLERY = 256                                                                # pictures among which neighbours and captions are sought
 BLUE, ORANGE, GREEN = "#2f5fd0", "#d9772b", "#2c9a58"
-NO_CURVE = {"step", "seconds", "weight_decay", "bad", "images_per_s", "share_of_peak", "data_wait"}
+NO_CURVE = {"step", "seconds", "weight_decay", "bad", "images_per_s", "gflops", "share_of_peak", "data_wait"}
 esc = html.escape
 
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from .dist import highest, rank, say, start, total, world
 
 FREE = {"steps", "workers", "device", "log_every", "save_every", "micro", "recompute", "max_bad", "out", "fresh", "val_data", "machine"}   # may change when a run goes on
-TIMING = {"seconds", "images_per_s", "share_of_peak", "data_wait"}        # may differ between equal runs
+TIMING = {"seconds", "images_per_s", "gflops", "share_of_peak", "data_wait"}        # may differ between equal runs; gflops: of the first step since the start
 STOPPED = 75       # exit status of a run that a signal stopped, saved and ready to go on: sysexits' EX_TEMPFAIL, "try again"
 SKIPS = 25         # so many unusable steps in a row end a run (ours; the scaler of fp16 may need 16 to find its place)
 
@@ -134,7 +134,7 @@ class Run:
                                      f"named above (python data.py --data ... shows them too), or allow more with --max-bad")
             if self.due:
                 seconds = (time.perf_counter() - clock) / taken           # of a step, on average since the last line
-                share = {"share_of_peak": self.flops / seconds / peak} if self.flops else {}
+                share = {"gflops": self.flops / 1e9, "share_of_peak": self.flops / seconds / peak} if self.flops else {}
                 self.log(done, **self.values, **({"bad": bad} if "bad" in batch else {}), **({"skipped": self.skipped} if self.skipped else {}),
                           images_per_s=rows / seconds, **share, data_wait=waited / taken / seconds)
                 bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in list(self.values.items())[:6] if isinstance(v, float)))

@@ -32,8 +32,9 @@ Ground = namedtuple("Ground", "tone colour texture x y period turn")      # anch
 
 # --- outlines: points (x, y), y up, in units of the radius -> signed distance; all of them inside the unit disc
 
-def circle(x, y): return np.hypot(x, y) - 0.9
-def ring(x, y): return abs(np.hypot(x, y) - 0.7) - 0.22
+def norm(x, y): return np.sqrt(x * x + y * y)         # np.hypot, safe for huge numbers too: a fifth more time a picture
+def circle(x, y): return norm(x, y) - 0.9
+def ring(x, y): return abs(norm(x, y) - 0.7) - 0.22
 def square(x, y): return np.maximum(abs(x), abs(y)) - 0.7
 def cross(x, y): return np.maximum(np.maximum(abs(x), abs(y)) - 0.92, np.minimum(abs(x), abs(y)) - 0.3)
 def triangle(x, y): return np.maximum(abs(x) * math.sqrt(0.75) + y / 2, -y) - 0.5
@@ -45,13 +46,13 @@ def moon(x, y, R=0.94, r=0.78, c=0.45):
     hx = (R * R - r * r + c * c) / (2 * c)                                        # where the two circles meet: the horn (hx, hy)
     hy = math.sqrt(R * R - hx * hx)
     beyond = x * hy - y * hx > c * np.maximum(hy - y, 0)                          # the horn is what is nearest
-    return np.where(beyond, np.hypot(x - hx, y - hy), np.maximum(np.hypot(x, y) - R, r - np.hypot(x - c, y)))
+    return np.where(beyond, norm(x - hx, y - hy), np.maximum(norm(x, y) - R, r - norm(x - c, y)))
 
 
 def heart(x, y):
     x, y = abs(x) / 1.56, y / 1.56 + 0.63                                         # a right angle standing on its tip, two discs on it
-    disc = np.hypot(x - 0.25, y - 0.75) - math.sqrt(1 / 8)
-    return 1.56 * np.where(x + y > 1, disc, np.maximum((x - y) * math.sqrt(0.5), -np.hypot(x, y - 1)))
+    disc = norm(x - 0.25, y - 0.75) - math.sqrt(1 / 8)
+    return 1.56 * np.where(x + y > 1, disc, np.maximum((x - y) * math.sqrt(0.5), -norm(x, y - 1)))
 
 
 def star(x, y, inner=0.46):
@@ -89,7 +90,7 @@ def texture(name, x, y, pixels):
     if name == "cloudy":
         return 0.5 + 0.5 * np.sin(2 * x + 1.5 * np.sin(1.3 * y)) * np.cos(1.7 * y - 0.6 * x)
     if name == "dotted":
-        return cover((np.hypot(fold(x), fold(y)) - 0.3) * pixels)
+        return cover((norm(fold(x), fold(y)) - 0.3) * pixels)
     d = abs(fold(x)) - 0.25
     if name == "checkered":
         e = abs(fold(y)) - 0.25
@@ -121,17 +122,18 @@ def paint_thing(thing, at, canvas):
     rows, cols = (slice(max(0, math.floor((c - reach) * S)), math.ceil((c + reach) * S)) for c in (thing.y, thing.x))
     x, y = (at[None, cols] - thing.x) / r, (thing.y - at[rows, None]) / r             # (1, w), (h, 1)   y now goes up
     d = OUTLINES[thing.kind](*turned(x, y, thing.tilt))                               # (h, w)           evaluated once
-    far = np.maximum(d, 3 * np.hypot(x, y) - 3)                                       # keeps the shadows of pointed corners short
+    far = np.maximum(d, 3 * norm(x, y) - 3)                                           # keeps the shadows of pointed corners short
     shadow = np.clip(1 - far / 0.28, 0, 1) ** 2 * np.clip(0.4 + 0.3 * (x - y), 0, 0.6)  # light comes from the upper left
-    inner = cover((d + 0.1) * r * S)                                                  # all but a rim, which is plain and darker
+    edge = d * (r * S)                                                                # the distance in pixels
+    inner = cover(edge + 0.1 * r * S)                                                 # all but a rim, which is plain and darker
     period = 0.07 + 0.24 * r                                                         # coarse enough for 32 pixels, several to a thing
-    tx, ty = (t * (r / period) for t in turned(x, y, thing.turn))
+    tx, ty = turned(x * (r / period), y * (r / period), thing.turn)
     colour = rgb(thing.colour)
     ink = mix(colour, mix(colour, 255, 0.62), inner * texture(thing.texture, tx, ty, period * S))
-    ink = ink * ((0.62 + 0.38 * inner) * (1 + 0.11 * (y - x)))                        # (3, h, w)
+    ink *= (0.62 + 0.38 * inner) * (1 + 0.11 * (y - x))                              # (3, h, w)
     window = canvas[:, rows, cols]
     window *= 1 - shadow
-    window += (ink - window) * cover(d * r * S)
+    window += (ink - window) * cover(edge)
 
 
 # --- the lot
@@ -223,5 +225,5 @@ def draw(index, side, seed=0, objects=(1, 3), size=(0.3, 0.6)):
     canvas = paint_ground(ground, at)
     for thing in things:
         paint_thing(thing, at, canvas)
-    image = np.clip(np.rint(canvas), 0, 255).astype(np.uint8).transpose(1, 2, 0)
-    return np.ascontiguousarray(image), words, KINDS.index(things[0].kind)
+    image = np.clip(canvas.round(), 0, 255).astype(np.uint8)
+    return np.stack(image, -1), words, KINDS.index(things[0].kind)

@@ -230,8 +230,7 @@ class VisionTransformer(nn.Module):
         x = x.flatten(2).transpose(1, 2)                                                # (B, N, D)
         if mask is not None:
             x = torch.where(mask[..., None], self.mask_token, x)
-        cls = self.cls_token + 0 * self.mask_token                                      # 0 * : DDP wants every parameter used
-        x = torch.cat([cls.expand(len(x), -1, -1), x], 1)                               # (B, 1+N, D)   float32 under autocast too
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)                    # (B, 1+N, D)   float32 under autocast too
         rope = self.rope_embed(h, w, prefix=1)
         for i, block in enumerate(self.blocks):
             x = block(x, rope, drop(i) if drop else (None, None))

@@ -2,13 +2,14 @@
 
     vgg, alex, squeeze   trunks of the perceptual loss LPIPS, torchvision's ImageNet weights
     inception            the network that FID means, pytorch-fid's port of the 2015 TensorFlow file
+    squeezenet           SqueezeNet v1.0 (LPIPS' squeeze is v1.1), a small judge of real photographs; nobody offers it ready made: put it there by hand
 
     find(name)   -> its path, hash checked; FileNotFoundError says what is missing and what to type
     fetch(name)  downloads it: `python eval.py fetch vgg`; an interrupted download goes on where it stopped
     heads(name)  -> path of LPIPS' linear heads: nothing to fetch, the pip package lpips brings them; hash checked too
 They live in $VTP_WEIGHTS, or in ~/.cache/vtp_min; what torch.hub has downloaded before is found too.
 
-Of each file only the first 8 digits of its sha256 are published, in its name (the custom of torch.hub); the rest is known to nobody here,
+Of each download only the first 8 digits of its sha256 are published, in its name (the custom of torch.hub); the rest is known to nobody here,
 so that is what is checked: enough against a damaged file, not against a forged one.
 """
 import errno
@@ -32,6 +33,12 @@ FILES = {      # name: (about how many MB, address)
     "inception": (96,  "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"),
 }
 
+BY_HAND = {    # name: (file, sha256, what it is)
+    "squeezenet": ("squeezenet_v10.npz", "1e67ccb770ea9a2c04a079d716c114a252a3df3c003a68c1595a685acda27b51",
+                   "ImageNet weights of SqueezeNet v1.0, decoded from compressed_SqueezeNet.net of https://github.com/songhan/SqueezeNet-Deep-Compression "
+                   "(BSD 2-clause) into float16 arrays LAYER.weight (O, I, kH, kW) and LAYER.bias, 0.8 MB"),
+}
+
 HEADS = {      # sha256 of lpips 0.1.4's weights/v0.1. The vgg one has MD5 d507d7349b931f0638a25a48a722f98a: the file that VTP's own evaluation asks for
     "vgg":     "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
     "alex":    "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0",
@@ -44,9 +51,12 @@ def folder():
 
 
 def entry(name):
-    """-> file name, sha256 prefix, megabytes, address"""
+    """-> file name, sha256 or its beginning, megabytes, address ("" for a file that comes by hand)"""
+    if name in BY_HAND:
+        file, digest, _ = BY_HAND[name]
+        return file, digest, 1, ""
     if name not in FILES:
-        raise ValueError(f"no external file is called '{name}'; there are: {', '.join(FILES)}")
+        raise ValueError(f"no external file is called '{name}'; there are: {', '.join([*FILES, *BY_HAND])}")
     size, address = FILES[name]
     file = address.rsplit("/", 1)[1]
     return file, Path(file).stem.rsplit("-", 1)[1], size, address
@@ -59,8 +69,12 @@ def find(name):
         if path.exists():
             found = sha256(path, path.stat().st_mtime_ns)
             if not found.startswith(digest):
-                raise ValueError(f"{path} is damaged: its sha256 begins {found[:8]}, not {digest}; `python eval.py fetch {name}` replaces it")
+                cure = f"`python eval.py fetch {name}` replaces it" if address else "copy it anew"
+                raise ValueError(f"{path} is damaged: its sha256 begins {found[:8]}, not {digest[:8]}; {cure}")
             return path
+    if not address:
+        raise FileNotFoundError(f"{file} is missing, and no address offers it ready made, so it cannot be fetched: it holds {BY_HAND[name][2]}. "
+                                f"Put that file, sha256 {digest}, into {folder()}")
     raise FileNotFoundError(f"{file} is missing (about {size} MB, from {address}); type `python eval.py fetch {name}`, "
                             f"or put the file into {folder()}")
 
@@ -90,7 +104,9 @@ def fetch(name):
     file, digest, size, address = entry(name)
     try:
         return find(name)
-    except (FileNotFoundError, ValueError):                              # missing or damaged: what we are here for
+    except (FileNotFoundError, ValueError) as problem:                   # missing or damaged: what we are here for
+        if not address:
+            raise SystemExit(str(problem)) from None
         print(f"{file}, about {size} MB, goes to {folder()}", flush=True)
     part = folder() / (file + ".part")
     elsewhere = "or name another folder: export VTP_WEIGHTS=FOLDER"
