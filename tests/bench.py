@@ -1,32 +1,42 @@
 """How fast, and against what: ours beside a plain arrangement of the same mathematics (tests/yardstick.py), in turns in one process, medians.
 
-    python tests/bench.py joint                    the training step: nano and S at 64 px, fp32 and bf16
-    python tests/bench.py                          everything (about 25 minutes on two quiet cores) -> study/bench.json, study/bench.txt
+    python tests/bench.py joint                    the training step: nano, S and B at 64 px
+    python tests/bench.py                          everything (half an hour on two quiet cores) -> study/bench.json, study/bench.txt
 Ratios compare; images/s belong to the machine that is named with them. Anything else that runs beside a benchmark spoils it.
 """
 import copy
 import json
 import math
-import resource
+import os
+import platform
+import re
 import subprocess
 import sys
+import tempfile
 import time
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from statistics import median
 
 import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+import dit                                                                 # noqa: E402
 import train as T                                                          # noqa: E402
 import yardstick as plain                                                  # noqa: E402
-from data import Steps, open_data                                          # noqa: E402
+from data import Steps, eval_batches, in_workers, open_data                # noqa: E402
 from tokenizer import get_tokenizer                                        # noqa: E402
+from vtp_min import latents, shapes                                        # noqa: E402
+from vtp_min.fid import Inception                                          # noqa: E402
+from vtp_min.lightning import SIZES, LightningDiT                          # noqa: E402
 from vtp_min.losses import centered_softmax                                # noqa: E402
 from vtp_min.model import DINOHead, Student, Teacher, VTPConfig, VTPModel  # noqa: E402
-from vtp_min.run import autocast, matmul_peak                              # noqa: E402
+from vtp_min.run import autocast, choose_precision, give_back_memory, matmul_peak   # noqa: E402
 from vtp_min.schedules import param_groups                                 # noqa: E402
-from vtp_min.views import block_mask                                       # noqa: E402
+from vtp_min.views import normalize                                        # noqa: E402
 
 CPU, TEMP, EMA = torch.device("cpu"), 0.07, 0.994
 WEIGHTS = Namespace(w_clip=1.0, w_ssl=1.0, w_rec=0.1, w_koleo=0.1, clip_loss="clip")
@@ -85,3 +95,272 @@ class Joint:
         self.opt.step()
         plain.follow(self.teacher, self.student, EMA)
         return {k: x.item() for k, x in terms.items()}
+
+
+def batches_of(n, size, batch, side=64, patch=8, source="shapes"):
+    local = max(round(side * 96 / 224 / patch), 1) * patch                            # train.py's default
+    steps = Steps(None, get_tokenizer("ViT-B-32", 77), seed=0, batch=batch, batch_ssl=max(batch // 4, 1), batch_rec=max(batch // 8, 1), clip=True, ssl=True, rec=True,
+                  image=side, local_image=local, n_local=8, patch=patch)
+    steps.source = open_data(source, "train", 0, side=side)
+    return [steps[i] for i in range(n)] if n else steps
+
+
+def in_turns(calls, rounds):
+    """{name: step -> anything} -> {name: seconds of each round}, the first round left out"""
+    seconds = {name: [] for name in calls}
+    for r in range(rounds + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call(r)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: s[1:] for name, s in seconds.items()}
+
+
+def ratio(seconds, slow, fast):
+    return median(a / b for a, b in zip(seconds[slow], seconds[fast]))
+
+
+def joint_flops(joint, batch):
+    """Of the matrix products of ours, as run.counting counts them: 3 x the student's forward pass, and the teacher's"""
+    batch = T.to_device(batch, CPU)
+    with FlopCounterMode(display=False) as student, autocast(CPU, joint.precision):
+        joint.student(batch, NO_DROP)
+    with FlopCounterMode(display=False) as teacher, autocast(CPU, joint.precision):
+        joint.teacher(batch["crops"], batch["mask"])
+    return 3 * student.get_total_flops() + teacher.get_total_flops()
+
+
+def joint(rounds):
+    """The training step at 64 px, patch 8, of three objectives, 8 : 2 : 1 pictures for words, views, pixels; batches made beforehand"""
+    for size, precision in (("nano", "fp32"), ("nano", "bf16"), ("S", "fp32"), ("S", "bf16"), ("B", "bf16")):
+        n, compiles = BATCH[size], precision == "bf16" and size != "B"
+        made, pair = batches_of(4, size, n), {how: Joint(size, precision, how) for how in ("plain", "ours", "compiled")[:2 + compiles]}
+        flops, losses, apart = joint_flops(pair["ours"], made[0]), {}, []             # counting takes no step: the weights are still equal
+        if compiles:
+            T.compile_blocks(pair["compiled"].student, pair["compiled"].teacher)
+            for batch in made:
+                pair["compiled"].step(batch)
+
+        def step(how):
+            def call(r):
+                losses[how] = pair[how].step(made[r % 4])
+                if how == "ours":
+                    apart.append(max(abs(losses["plain"][k] / x - 1) for k, x in losses["ours"].items()))
+            return call
+        seconds, peak = in_turns({how: step(how) for how in pair}, rounds if size == "nano" else max(rounds // 3, 3)), matmul_peak(CPU, precision, 1)
+        pair.clear()
+        memory = {how: of_process("memory", size, precision, how) for how in ("plain", "ours")}
+        yield dict(what=f"joint step, {size}, {precision}", plain=n / median(seconds["plain"]), ours=n / median(seconds["ours"]), unit="images/s",
+                   ratio=ratio(seconds, "plain", "ours"), **({"ratio_compiled": ratio(seconds, "plain", "compiled")} if compiles else {}),
+                   share_of_peak=flops / median(seconds["ours"]) / peak, gflops=flops / 1e9, peak_gflops=peak / 1e9,
+                   first_step_losses_apart=apart[0], plain_gb=memory["plain"], ours_gb=memory["ours"], memory_ratio=memory["ours"] / memory["plain"],
+                   protocol=f"batch {n}, 8 local crops, cached batches, {rounds} rounds")
+
+
+def memory(size, precision, how):
+    """In a process of its own: GB that three steps need at most beyond what lies there before them: activations, gradients, AdamW's averages, copies"""
+    if how == "ours":
+        give_back_memory()
+    made, step = batches_of(2, size, BATCH[size]), Joint(size, precision, how).step
+    before = status("VmRSS")
+    for r in range(3):
+        step(made[r % 2])
+    print(status("VmHWM") - before)
+
+
+def status(field):
+    """GB, of this process. (resource's ru_maxrss would start with the parent's.)"""
+    return int(re.search(field + r":\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e6
+
+
+def of_process(*words):
+    return float(subprocess.run([sys.executable, __file__, *map(str, words)], capture_output=True, text=True, check=True).stdout)
+
+
+# ---------------------------------------------------------------- the data
+def data(rounds):
+    """One thread: DINOv2's ten views of 288 px JPEGs, globals of 224 and locals of 96, uint8 (ours) and normalised floats (torchvision's own transforms)"""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "shapes").mkdir()
+        for i in range(64):
+            Image.fromarray(shapes.draw(i, 288)[0]).save(Path(folder) / "shapes" / f"{i}.jpg", quality=90)
+        n, paths = 8, sorted(Path(folder, "shapes").iterdir())
+        steps = Steps(open_data(folder, "val", whole=True), None, seed=0, batch=n, batch_ssl=n, batch_rec=n, clip=False, ssl=True, rec=False,
+                      image=224, local_image=96, n_local=8, patch=16)
+
+        def plainly(floats):
+            return lambda r: [plain.views(paths[(r * n + i) % 64], 224, 96, 8, floats) for i in range(n)]
+        seconds = in_turns({"plain": plainly(True), "uint8": plainly(False), "ours": steps.__getitem__}, rounds)
+    torch.set_num_threads(threads)
+    yield dict(what="views, 1 thread", plain=n / median(seconds["plain"]), ours=n / median(seconds["ours"]), unit="images/s", ratio=ratio(seconds, "plain", "ours"),
+               ratio_without_floats=ratio(seconds, "uint8", "ours"), protocol=f"10 views of 288 px JPEGs of built-in pictures, {rounds} rounds of {n}")
+
+
+def fed(rounds):
+    """The joint step of nano with its data made beforehand, made in between, and made by one worker meanwhile, in turns: drawn pictures, and JPEGs of 64 px"""
+    n, precision = BATCH["nano"], choose_precision(CPU)
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(512):
+            (Path(folder) / f"train/{i % 8}").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(shapes.draw(i, 64)[0]).save(Path(folder) / f"train/{i % 8}/{i}.jpg", quality=90)
+        for source, name in (("shapes", "drawn"), (folder, "JPEGs")):
+            joint, steps = Joint("nano", precision, "ours"), batches_of(0, "nano", n, source=source)
+            made, worker = [steps[i] for i in range(4)], in_workers(steps.__getitem__, range(rounds + 1), 1)
+            seconds = in_turns({"made before": lambda r: joint.step(made[r % 4]), "by a worker": lambda r: joint.step(next(worker)),
+                                "in between": lambda r: joint.step(steps[r])}, rounds)
+            for way in ("in between", "by a worker"):
+                yield dict(what=f"step with data {name} {way}", plain=n / median(seconds["made before"]), ours=n / median(seconds[way]), unit="images/s",
+                           ratio=ratio(seconds, "made before", way), protocol=f"nano, 64 px, patch 8, 8 local crops, {precision}; plain: batches made before; {rounds} rounds")
+
+
+# ---------------------------------------------------------------- diffusion
+CLASSES, CHANNELS = 10, 64
+
+
+class Diffusion:
+    """A DiT with weights as after some training, latents on disk to train it on, and the step of dit.py or of the yardstick"""
+    def __init__(self, size, side, batch, precision, how, folder):
+        torch.manual_seed(0)
+        self.model = LightningDiT(input_size=side, patch_size=1, in_channels=CHANNELS, num_classes=CLASSES, **SIZES[size])
+        for p in self.model.parameters():
+            if p.requires_grad and p.ndim > 1 and not p.any():
+                torch.nn.init.normal_(p, std=0.02)                                    # what starts at zero
+        self.average, self.precision = copy.deepcopy(self.model).requires_grad_(False), precision
+        weights = [p for p in self.model.parameters() if p.requires_grad]
+        how_adam = dict(foreach=False) if how == "plain" else dict(fused=True)
+        self.opt = torch.optim.AdamW(weights, lr=1e-4, betas=(0.9, 0.95), weight_decay=0, **how_adam)
+        if not latents.shards(folder):
+            latents.write_shard(folder / "latents_rank00_shard000.safetensors", torch.randn(512, CHANNELS, side, side), torch.randn(512, CHANNELS, side, side),
+                                torch.randint(CLASSES, (512,)), "cpu")
+        self.data, self.stats = latents.Latents(folder), {"mean": torch.zeros(1, CHANNELS, 1, 1), "std": torch.ones(1, CHANNELS, 1, 1)}
+        self.steps = latents.Steps(self.data, self.stats, 0, batch, 0.1, CLASSES)
+        self.step = self.plain if how == "plain" else self.ours
+
+    def ours(self, r):
+        batch = self.steps[r]
+        self.opt.zero_grad()
+        with autocast(CPU, self.precision):
+            mse, cos = (term.mean() for term in dit.flow_loss(self.model, batch["x1"], batch["x0"], dit.lognorm_time(batch["z"], -0.5, 1.25), batch["y"]))
+        (mse + cos).backward()
+        self.opt.step()
+        dit.ema_(self.average, self.model, 0.99)
+        return (mse + cos).item()
+
+    def plain(self, r):
+        batch = self.steps[r]                                                         # the same draws; what reading plainly costs comes on top, its result unused
+        for i in range(len(batch["y"])):
+            plain.latent(self.data.paths[0], i, False, self.stats)
+        self.opt.zero_grad()
+        with autocast(CPU, self.precision):
+            loss = plain.flow_loss(self.model, batch["x1"], batch["x0"], dit.lognorm_time(batch["z"], -0.5, 1.25), batch["y"])
+        loss.backward()
+        self.opt.step()
+        plain.ema(self.average, self.model, 0.99)
+        return loss.item()
+
+    def flops(self):
+        """Of one picture, forward"""
+        x = torch.randn(1, CHANNELS, self.model.input_size, self.model.input_size)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            self.model(x, torch.zeros(1), torch.zeros(1, dtype=torch.long))
+        return counter.get_total_flops()
+
+
+def diffusion(rounds):
+    """The DiT's step, and Euler's walk with guidance off (decoding and files aside), both in bf16 where the machine has it"""
+    precision = choose_precision(CPU)
+    for size, side, batch, shots in (("nano", 4, 64, 50), ("nano", 8, 64, 50), ("B", 4, 32, 50), ("B", 16, 4, 4)):
+        n = rounds if size == "nano" else max(rounds // 3, 3)
+        with tempfile.TemporaryDirectory() as folder:
+            pair, losses = {how: Diffusion(size, side, batch, precision, how, Path(folder)) for how in ("plain", "ours")}, []
+            x, y, args = torch.randn(shots, CHANNELS, side, side), torch.arange(shots) % CLASSES, Namespace(cfg=1.0, cfg_start=0.0, cfg_channels="3")
+
+            def walk(r):
+                with torch.no_grad(), autocast(CPU, precision):
+                    dit.euler(dit.field(pair["ours"].model, y, CLASSES, args), x, dit.time_grid(6, 0.075))
+            seconds = in_turns({how: lambda r, how=how: losses.append(pair[how].step(r)) for how in pair} | {"sample": walk}, n)
+        peak, each = matmul_peak(CPU, precision, 1), pair["ours"].flops()
+        training = 3 * batch * each / median(seconds["ours"]) / peak
+        yield dict(what=f"DiT step, {size}, {side * side} tokens, {precision}", plain=batch / median(seconds["plain"]), ours=batch / median(seconds["ours"]), unit="images/s",
+                   ratio=ratio(seconds, "plain", "ours"), share_of_peak=training, first_step_losses_apart=abs(losses[1] / losses[0] - 1), protocol=f"batch {batch}, {n} rounds")
+        yield dict(what=f"sampling, {size}, {side * side} tokens, {precision}", ours=shots / (median(seconds["sample"]) / 5 * 249), unit="images/s of 249 steps",
+                   share_of_peak=5 * shots * each / median(seconds["sample"]) / peak, share_of_training=training, protocol=f"{shots} at once, guidance off, {n} rounds")
+
+
+@torch.no_grad()
+def encoding(rounds):
+    """Pictures and their mirror images -> latents, as dit.py latents does (fp32), drawing the pictures included"""
+    tokenizer, source = VTPModel(VTPConfig.of_size("nano", 64, 8, CHANNELS, clip=False)).eval(), open_data("shapes", seed=0, side=64)
+    n, img = 200, torch.zeros(1, 3, 64, 64)
+
+    def call(r):
+        for images, labels, _ in eval_batches(source, 64, 50, limit=n, crop="adm"):
+            dit.encode(tokenizer, normalize(images), labels)
+    seconds = in_turns({"ours": call}, rounds)["ours"]
+    with FlopCounterMode(display=False) as counter:
+        tokenizer.get_reconstruction_latents(img)
+    yield dict(what="latents, nano, 64 px, fp32", ours=n / median(seconds), unit="images/s", share_of_peak=2 * n * counter.get_total_flops() / median(seconds) / matmul_peak(CPU, "fp32", 1),
+               protocol=f"patch 8, batch 50, built-in pictures drawn meanwhile, each and its mirror image; {rounds} rounds of {n}")
+
+
+# ---------------------------------------------------------------- FID
+def fid(rounds):
+    """Inception's features of 64 px pictures, enlarged to 299"""
+    torch.manual_seed(0)
+    ours, n = Inception(), 32
+    for name, x in ours.state_dict().items():                                         # weights through which a signal survives
+        if name.endswith("conv.weight"):
+            torch.nn.init.kaiming_normal_(x, nonlinearity="relu")
+    both, img = {"plain": plain.inception(ours), "ours": ours}, torch.randint(256, (n, 3, 64, 64), dtype=torch.uint8)
+    seconds, (a, b) = in_turns({name: lambda r, net=net: net(img) for name, net in both.items()}, max(rounds // 2, 3)), (net(img) for net in both.values())
+    yield dict(what="Inception features, fp32", plain=n / median(seconds["plain"]), ours=n / median(seconds["ours"]), unit="images/s", ratio=ratio(seconds, "plain", "ours"),
+               features_apart=((a - b).abs().max() / a.abs().max()).item(), protocol=f"batch {n}, random weights, {max(rounds // 2, 3)} rounds")
+
+
+# ---------------------------------------------------------------- how cost grows
+def growth(rounds):
+    """Seconds of a joint step of ours in bf16 against batch, side, depth and width, and over processes; the exponent between neighbours"""
+    rounds, precision = max(rounds // 3, 3), choose_precision(CPU)
+
+    def cost(size="nano", batch=32, side=64, depth=None):
+        joint, made = Joint(size, precision, "ours", side, 8, depth=depth), batches_of(2, size, batch, side)
+        seconds = in_turns({"": lambda r: joint.step(made[r % 2])}, rounds)[""]
+        return median(seconds), joint_flops(joint, made[0]) / 1e9
+    curves = {"batch": [(b, dict(batch=b)) for b in (8, 16, 32, 64, 128)], "side in pixels": [(s, dict(batch=16, side=s)) for s in (32, 64, 128, 192)],
+              "depth": [(d, dict(depth=d)) for d in (2, 4, 8, 16)], "width (nano 192 x 4, S 384, B 768, 4 blocks each)": [(w, dict(size=z, depth=4, batch=8)) for w, z in ((192, "nano"), (384, "S"), (768, "B"))]}
+    for axis, points in curves.items():
+        before = None
+        for value, settings in points:
+            seconds, gflops = cost(**settings)
+            row = dict(what=f"{axis} {value}", seconds=seconds, gflops=gflops, unit="seconds a step", protocol=f"nano, 64 px, batch 32 unless said, {precision}, {rounds} rounds")
+            yield row | ({"exponent": math.log(seconds / before[1]) / math.log(value / before[0]), "exponent_of_flops": math.log(gflops / before[2]) / math.log(value / before[0])} if before else {})
+            before = value, seconds, gflops
+    for processes in (1, 2):                                                          # of one thread each
+        out = Path(tempfile.mkdtemp()) / "run"
+        launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+        subprocess.run([sys.executable, *launch, str(ROOT / "train.py"), "--out", str(out), "--perceptual", "none", "--steps", "40", "--device", "cpu"], env=os.environ | {"OMP_NUM_THREADS": "1"},
+                       capture_output=True, check=True)
+        rate = median(json.loads(line)["images_per_s"] for line in (out / "log.jsonl").read_text().splitlines()[2:])
+        yield dict(what=f"{processes} processes of one thread", ours=rate, unit="images/s", protocol="train.py, nano's defaults, 40 steps, the last three lines of the log")
+
+
+BENCHES = {f.__name__: f for f in (joint, data, fed, diffusion, encoding, fid, growth)}
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["memory"]:
+        memory(*sys.argv[2:])
+        raise SystemExit
+    p = ArgumentParser(description=__doc__)
+    p.add_argument("what", nargs="*", help=f"some of {', '.join(BENCHES)}; default: all")
+    p.add_argument("--rounds", type=int, default=15)
+    p.add_argument("--out", default=str(ROOT / "study" / "bench.json"), help="rows of the same name are replaced, the others stay")
+    args = p.parse_args()
+    machine = f"{torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}, {platform.machine()}"
+    kept = {row["what"]: row for row in (json.loads(Path(args.out).read_text()) if Path(args.out).exists() else [])}
+    for name in args.what or BENCHES:
+        for row in BENCHES[name](args.rounds):
+            kept[row["what"]] = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()} | {"bench": name, "machine": machine}
+            print(json.dumps(kept[row["what"]]), flush=True)
+            Path(args.out).write_text(json.dumps(list(kept.values()), indent=1) + "\n")

@@ -51,15 +51,33 @@ def siglip_loss(img, txt, scale, bias):
 
 
 # ---------------------------------------------------------------- views
+class CrossEntropy(torch.autograd.Function):
+    """H(p, softmax(x / tau)) = n logsumexp(x / tau) - p x / tau, for p of mass n; its slope in x is (n softmax - p) / tau
+
+    x (..., K) logits, p (..., K) targets -> (...,). Only these two are kept, not the K-wide steps between: in float32 at least, whatever autocast did before.
+    """
+    @staticmethod
+    def forward(ctx, x, p, n, tau):
+        z = wide(x) / tau
+        total = z.logsumexp(-1)
+        ctx.save_for_backward(x, p, total)
+        ctx.n, ctx.tau = n, tau
+        return n * total - torch.linalg.vecdot(p, z)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, p, total = ctx.saved_tensors
+        slope = (wide(x) / ctx.tau).sub_(total[..., None]).exp_().mul_(ctx.n).sub_(p)
+        return slope.mul_(g[..., None] / ctx.tau).to(x.dtype), None, None, None
+
+
 def dino_loss(student, teacher, tau=0.1):
     """Mean cross-entropy H(teacher, student) over pairs of different views.   DINO Eq. 3; pairs weigh alike as in DINOv2
 
     student (2+V, B, K) logits, the two global crops first      teacher (2, B, K) probabilities, no gradient
     """
-    z = wide(student) / tau
-    other = [teacher[1], teacher[0]] + (len(student) - 2) * [teacher.sum(0)]             # with what each view is compared: (B, K) of one teacher, or of two
-    asked = [1, 1] + (len(student) - 2) * [2]
-    return sum((n * x.logsumexp(-1) - torch.linalg.vecdot(t, x)).mean() for t, x, n in zip(other, z, asked)) / sum(asked)
+    seen = [(teacher[1], 1), (teacher[0], 1)] + (len(student) - 2) * [(teacher.sum(0), 2)]        # by the teacher, of what this view is compared with
+    return sum(CrossEntropy.apply(x, p, n, tau).mean() for x, (p, n) in zip(student, seen)) / sum(n for _, n in seen)
 
 
 # ---------------------------------------------------------------- patches
@@ -69,8 +87,7 @@ def ibot_loss(student, teacher, weight, n_crops, tau=0.1):
     student (M, K) logits      teacher (M, K) probabilities      weight (M,) = 1 / (hidden patches of the same crop)
     n_crops  global crops on this rank, masked or not: DINOv2 divides by all of them
     """
-    z = wide(student) / tau
-    return ((z.logsumexp(-1) - torch.linalg.vecdot(teacher, z)) * weight).sum() / n_crops
+    return (CrossEntropy.apply(student, teacher, 1, tau) * weight).sum() / n_crops
 
 
 # ---------------------------------------------------------------- spread

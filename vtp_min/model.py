@@ -357,32 +357,42 @@ class Student(nn.Module):
            cls (2+V, Bs, K) logits, patch (M, K) logits                pixels (Br, 3, H, W)
         heads  False: the first line alone, which is all that losses over the whole batch read
         """
-        m, out = self.model, {}
+        m, c, out = self.model, self.model.config, {}
         if "image" in batch:                                                     # one clean view serves words and pixels
-            cls, patches = m.trunk(batch["image"], drop=drop["clip"])
+            h, w = (side // c.vision_patch_size for side in batch["image"].shape[-2:])
+            paints = "rec" in batch and heads
+            alike = drop["rec"] is drop["clip"]                                  # else pixels want a forward of their own
+            read = torch.zeros(len(batch["image"]), h * w, dtype=torch.bool, device=batch["image"].device)
+            read[batch["rec"] if paints and alike else []] = True                # whose patches are read
+            if c.vision_clip_feat == "pooled":
+                read[:] = True
+            cls, patches = m.trunk(batch["image"], drop=drop["clip"], read=read)
+            patches = patches.unflatten(0, (-1, h * w))
         if "text" in batch:
             out["img"] = F.normalize(wide(m.project(cls, patches)), dim=-1)
             out["txt"] = F.normalize(wide(m.get_clip_text_feature(batch["text"])), dim=-1)
             out["scale"] = m.logit_scale.exp()
             out["bias"] = None if m.logit_bias is None else m.logit_bias.clone()  # a bare parameter would seem unused to DDP
-        if "rec" in batch and heads:
-            h, w = (side // m.config.vision_patch_size for side in batch["image"].shape[-2:])
-            if drop["rec"] is not drop["clip"]:                                  # another rate: a forward of its own
+        if "image" in batch and paints:
+            if not alike:
                 patches = m.trunk(batch["image"][batch["rec"]], drop=drop["rec"])[1]
-            else:
+            elif c.vision_clip_feat == "pooled":
                 patches = patches[batch["rec"]]
             out["pixels"] = m.pixel_decoder(m.latents(patches, h, w))
         if "crops" in batch:
-            cls, patches = m.trunk(batch["crops"].flatten(0, 1), mask=batch["mask"].flatten(0, 1), drop=drop["ssl"])
+            mask = batch["mask"].flatten(0, 1)
+            cls, hidden = m.trunk(batch["crops"].flatten(0, 1), mask=mask, drop=drop["ssl"], read=mask)      # hidden (M, D): what it could not see
             out["tokens"] = cls.unflatten(0, (2, -1))                            # (2, Bs, D)
         if "crops" in batch and heads:
             V = len(batch["locals"])
-            hidden = patches[batch["mask"].flatten(0, 1)]                        # (M, D) what the student could not see
             if V:
-                cls = torch.cat([cls, m.trunk(batch["locals"].flatten(0, 1), drop=drop["local"])[0]])
-            squeeze = nn.Identity() if m.config.vision_bottleneck_ae_only else m.trunk.feature_bottleneck
-            out["cls"] = self.dino_head(squeeze(cls)).unflatten(0, (2 + V, -1))  # (2+V, Bs, K)
-            out["patch"] = self.dino_head(squeeze(hidden))                       # (M, K)
+                small = batch["locals"].flatten(0, 1)
+                n = small.shape[-2] * small.shape[-1] // c.vision_patch_size ** 2
+                cls = torch.cat([cls, m.trunk(small, drop=drop["local"], read=mask.new_zeros(len(small), n))[0]])
+            squeeze = nn.Identity() if c.vision_bottleneck_ae_only else m.trunk.feature_bottleneck
+            logits = self.dino_head(squeeze(torch.cat([cls, hidden])))           # at once: its K directions are normalised once
+            cls, out["patch"] = logits.split([len(cls), len(hidden)])            # (M, K)
+            out["cls"] = cls.unflatten(0, (2 + V, -1))                           # (2+V, Bs, K)
         return out
 
 
@@ -407,14 +417,17 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def points(self, crops, mask):
         """crops (2, Bs, 3, H, W), nothing hidden; mask (2, Bs, N) -> points of the head's sphere {'cls': class tokens (2, Bs, .), 'patch': hidden (M, .)}"""
-        cls, patches = self.trunk(crops.flatten(0, 1))
+        cls, hidden = self.trunk(crops.flatten(0, 1), read=mask.flatten(0, 1))
         squeeze = nn.Identity() if self.ae_only else self.trunk.feature_bottleneck
-        return {"cls": self.dino_head.point(squeeze(cls)).unflatten(0, (2, -1)), "patch": self.dino_head.point(squeeze(patches[mask.flatten(0, 1)]))}
+        return {"cls": self.dino_head.point(squeeze(cls)).unflatten(0, (2, -1)), "patch": self.dino_head.point(squeeze(hidden))}
 
     @torch.no_grad()
     def forward(self, crops, mask):
         """The same crops and mask -> logits {'cls': of class tokens (2, Bs, K), 'patch': of hidden patches (M, K)}"""
-        return {k: self.dino_head.compare(x) for k, x in self.points(crops, mask).items()}
+        cls, hidden = self.points(crops, mask).values()
+        logits = self.dino_head.compare(torch.cat([cls.flatten(0, 1), hidden]))
+        cls, patch = logits.split([2 * cls.shape[1], len(hidden)])
+        return {"cls": cls.unflatten(0, (2, -1)), "patch": patch}
 
     @torch.no_grad()
     def follow(self, student, m):

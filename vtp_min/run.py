@@ -10,6 +10,7 @@
         if run.due: run.note(**run.means(loss=loss, ...), ...)  what the log says of this step
 Rank 0 writes; every rank reads. Checkpoints are written aside and renamed, so that a kill leaves the old one whole.
 """
+import ctypes
 import json
 import math
 import os
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 from .dist import highest, rank, say, start, total, world
 
-FREE = {"steps", "workers", "device", "log_every", "save_every", "micro", "recompute", "max_bad", "out", "fresh", "val_data", "machine"}   # may change when a run goes on
+FREE = {"steps", "workers", "device", "log_every", "save_every", "micro", "recompute", "compile", "max_bad", "out", "fresh", "val_data", "machine"}   # may change when a run goes on
 TIMING = {"seconds", "images_per_s", "gflops", "share_of_peak", "data_wait"}        # may differ between equal runs; gflops: of the first step since the start
 STOPPED = 75       # exit status of a run that a signal stopped, saved and ready to go on: sysexits' EX_TEMPFAIL, "try again"
 SKIPS = 25         # so many unusable steps in a row end a run (ours; the scaler of fp16 may need 16 to find its place)
@@ -250,11 +251,19 @@ def write_aside(path, write, keep=None):
 def machine(args):
     """--device, --precision -> the torch.device of this process, the precision's name. fp64 becomes torch's default type."""
     device = start(args.device)
+    if device.type == "cpu":
+        give_back_memory()
     precision = args.precision or choose_precision(device)
     if precision == "fp16" and device.type == "cpu":
         raise ValueError("--precision fp16 is for GPUs; on a CPU take bf16 or fp32")
     torch.set_default_dtype(torch.float64 if precision == "fp64" else torch.float32)
     return device, precision
+
+
+def give_back_memory():
+    """Freed tensors above 1 MB go back to the system at once, instead of lying in glibc's heap in pieces: an S step of 32 pictures needs 3.1 GB, not 3.7"""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).mallopt(-3, 2 ** 20)                            # M_MMAP_THRESHOLD
 
 
 def choose_precision(device):
