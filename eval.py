@@ -30,7 +30,7 @@ from vtp_min.dist import collect, rank, say, start, stop, total, wait, world
 from vtp_min.fid import (Moments, Saved, SqueezeNet, frechet_distance, kept_judge, load_inception, load_squeezenet, open_samples, psnr, save_statistics, share, ssim,
                          statistics)
 from vtp_min.losses import Perceptual
-from vtp_min.model import SIZES, VTPConfig, VTPModel
+from vtp_min.model import SIZES, SMALL, VTPConfig, VTPModel
 from vtp_min.probes import RATES, Part, augmented, knn, last_layer, last_layers, linear_probe, sgd_probe, text_encoder, zero_shot, zero_shot_classifier
 from vtp_min.report import write_report
 from vtp_min.run import autocast, metric
@@ -340,7 +340,7 @@ def cost(args, device):
     else:
         chosen = {}
         for size in [args.size] if args.size else [*SIZES, "ldm"]:                   # nano: train.py's picture and head; else the paper's picture, DINOv2's head
-            picture, head = (dict(image=48, patch=12), (256, 256, 64)) if size == "nano" else ({}, (65536, 2048, 256))
+            picture, head = (dict(image=48, patch=12), (256, 256, 64)) if size in SMALL else ({}, (65536, 2048, 256))
             if size == "ldm":
                 model, head = on_meta(LDM, LDMConfig(latent_dim=args.latent_dim)), None
             else:

@@ -27,7 +27,7 @@ from vtp_min.dist import rank, say, stop, world
 from vtp_min.gauges import advice, entropy, spread
 from vtp_min.losses import (Perceptual, centered_softmax, clip_loss, dino_loss, ibot_loss, koleo_loss, moved_center, rec_loss,
                             siglip_loss, sinkhorn_center, wide)
-from vtp_min.model import SIZES, DINOHead, Student, Teacher, VTPConfig, VTPModel
+from vtp_min.model import SIZES, SMALL, DINOHead, Student, Teacher, VTPConfig, VTPModel
 from vtp_min.run import STOPPED, Run, autocast, machine
 from vtp_min.schedules import cosine, param_groups, ramp, set_lr_and_decay, warmup_cosine
 from vtp_min.text import TextBlock
@@ -66,7 +66,7 @@ def main(args):
 
     # ---- the models
     torch.manual_seed(args.seed)
-    config = VTPConfig.of_size(args.size, args.image, args.patch, args.latent_dim, clip, rec, args.light_decoder)
+    config = VTPConfig.of_size(args.size, args.image, args.patch, args.latent_dim, clip, rec, args.light_decoder, args.decoder)
     config.vision_bottleneck_ae_only = not args.heads_after_bottleneck
     if args.clip_loss == "siglip":
         config.init_logit_scale, config.init_logit_bias = math.log(10), -10.0          # SigLIP's own start
@@ -122,13 +122,16 @@ def main(args):
         if args.micro:                                                                  # the same gradient, with less memory: see there
             terms, gauges, after = in_pieces(args, ddp, teacher, perceptual, batch, step, temp, center, scaler, run, device, precision)
         else:
-            batch, drop = to_device(batch, device), stochastic_depth(args, step, batch)
+            drop = stochastic_depth(args, step, batch)
+            batch = to_device(batch, device)
             with autocast(device, precision), run.counting():
-                seen = teacher(batch["crops"], batch["mask"]) if ssl else {}            # what the teacher makes of the whole crops: logits
-            now, after = balance(args.teacher, {k: lambda x=x: [x.flatten(0, -2)] for k, x in seen.items()}, temp, center)
-            targets = {k: centered_softmax(x, now[k], temp) for k, x in seen.items()}
+                seen = teacher(batch["crops"], batch["mask"]) if ssl else {}            # what the teacher makes of crops with nothing hidden: logits
+            logits = {k: lambda x=x: [x.flatten(0, -2)] for k, x in seen.items()}       # here in one piece; --micro makes many, anew whenever they are asked for
+            now, after = balance(args.teacher, logits, temp, center)                    # centers: for these targets; to go on with
+            del logits
+            targets = {k: centered_softmax(seen.pop(k), now[k], temp) for k in [*seen]}      # logits go as their targets come
             terms, gauges = {}, {"teacher_entropy": entropy(targets["cls"])} if ssl and run.due else {}
-            for part, last in parts(batch):                                             # views; words and pixels
+            for part, last in by_objective(batch):                                      # views; words and pixels
                 with nullcontext() if last or world() == 1 else ddp.no_sync():
                     with autocast(device, precision):
                         with run.counting(times=3):
@@ -199,9 +202,9 @@ def balance(how, logits, temp, center):
     return center, {k: moved_center(center[k], pieces) for k, pieces in logits.items()}
 
 
-def parts(batch):
+def by_objective(batch):
     """-> (part, is it the last): the views, then the rest. Their graphs share nothing but weights, so each has its backward pass before the next
-    one grows: the same gradient in two thirds of the memory."""
+    one grows: the same gradient in less memory."""
     views = {k: x for k, x in batch.items() if k in ("crops", "locals", "mask", "mask_weight")}
     rest = {k: x for k, x in batch.items() if k not in views}
     found = [part for part in (views, rest) if "crops" in part or "image" in part]
@@ -289,10 +292,10 @@ def forget_activations(student):
 
 
 def compile_blocks(*models):
-    """One kernel in place of many small ones: norms, rotations, residuals. Half a minute, anew for each size of crop, with and without gradients"""
-    torch._dynamo.config.recompile_limit = 64
+    """One kernel in place of many small ones: norms, rotations, residuals. It is compiled for each size of crop, with and without gradients"""
+    torch._dynamo.config.recompile_limit = 64                                           # each of these counts; beyond its limit of 8 torch would go back to the slow way
     for model in models:
-        for m in model.modules() if model else ():
+        for m in (model.modules() if model else ()):
             if isinstance(m, (Block, TextBlock)):
                 m.compile()
 
@@ -356,8 +359,9 @@ def arguments():
     p.add_argument("--fresh", action="store_true", help="start over in --out")
     flag("--data", str, "shapes, shapes:objects=1,size=0.6-0.9, a folder of class folders, or tar shards 'x-{000..099}.tar'", "shapes")
     flag("--val-data", str, "kept for eval.py, when --data has no val/ of its own")
-    flag("--size", str, f"one of {', '.join(SIZES)}: the paper's S, B, L, and nano for a CPU", "nano")
+    flag("--size", str, f"one of {', '.join(SIZES)}: the paper's S, B, L; pico, nano, micro for a CPU", "nano")
     p.add_argument("--light-decoder", action="store_true", help="the paper's decoder for fast experiments: 4 ViT-L layers (Sec. 4.1)")
+    flag("--decoder", str, "size of the pixel decoder, if it shall not be the trunk's", choices=[*SIZES])
     sized("--image", int, "side of pictures and global crops, pixels")
     sized("--patch", int, "side of a patch, pixels; one latent each")
     sized("--latent-dim", int, "d, channels of a latent; the paper also tries 256")
@@ -403,7 +407,7 @@ def arguments():
     flag("--precision", str, "fp32, bf16 or fp16 autocast (default by device, and said); fp64: for proofs, slow", choices=["fp32", "bf16", "fp16", "fp64"])
     flag("--micro", int, "pictures at a time on each process: the gradient stays that of the whole batch, memory does not grow with it; costs a third more (default 0: all at once)", 0)
     p.add_argument("--recompute", action="store_true", help="activation checkpointing: blocks compute themselves again for the backward pass, a third more work for much less memory")
-    p.add_argument("--compile", action="store_true", help="torch.compile for every block: about 1.2 times as fast (nano, CPU, bf16) after half a minute; wants a C++ compiler, on "
+    p.add_argument("--compile", action="store_true", help="torch.compile for every block: 1.1 to 1.2 times as fast (S, nano; 2 CPU cores, bf16) after half a minute or more; wants a C++ compiler, on "
                                                           "GPUs Triton. Its rounding differs, and the first step's is not compiled: going on is no longer equal to the bit")
     flag("--max-bad", float, "share of unreadable samples above which the run stops (and more than 10); ours", 0.1)
     flag("--log-every", int, "steps between lines of log.jsonl", 10)
@@ -422,7 +426,7 @@ def arguments():
         p.error(f"--size {args.size} is unknown; choose one of {', '.join(SIZES)}")
     for name, (nano, paper, _) in DEFAULTS.items():
         if getattr(args, name) is None:
-            setattr(args, name, nano if args.size == "nano" else paper)
+            setattr(args, name, nano if args.size in SMALL else paper)
     for name in ("image", "patch", "latent_dim", "steps", "batch", "batch_ssl", "batch_rec", "prototypes", "log_every", "save_every"):
         if getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: wanted 1 or more")

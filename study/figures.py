@@ -44,13 +44,13 @@ def distance(row):
     return next(name for name in ("FD-squeezenet (no FID)", "FD-classifier") if name in row["metrics"])
 
 
-def plain(rows):
+def nano_cells(rows):
     return [r for r in rows if r["size"] == "nano" and not r["decoder"] and not r["pictures"]]
 
 
 # ---------------------------------------------------------------- the figures: rows -> a figure, or None if nothing is there to be drawn
 def scaling(rows):
-    rows, fd = plain(rows), distance(rows[0])
+    rows, fd = nano_cells(rows), distance(rows[0])
     what = {PSNR: "PSNR, dB", f"r{fd}": "distance of reconstructions", PROBE: "linear probe on latents", fd: "distance of samples"}
     figure, axes = plt.subplots(1, 4, figsize=(15, 3.6))
     for ax, (name, label) in zip(axes, what.items()):
@@ -66,8 +66,10 @@ def scaling(rows):
 
 
 def objectives(rows):
-    rows, fd = plain(rows), distance(rows[0])
+    rows, fd = nano_cells(rows), distance(rows[0])
     here = [r["steps"] for r in rows]
+    if not here:
+        return None
     steps = max(set(here), key=lambda s: (here.count(s), -s))                   # where most cells are
     rows = [r for r in rows if r["steps"] == steps]
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.4))

@@ -39,7 +39,7 @@ TABLE = {
     "batch":    ("--batch 64 --batch-ssl 32 --batch-rec 64",) * 2 + ("nano's defaults; AE has the same pictures a step as ALL",),
     "recipe":   ("--lr 5e-4 --ema 0.98 --locals 2 --prototypes 256 --head-hidden 256 --head-bottleneck 64 --teacher-temp 0.04 --drop-ssl 0",) * 2
                 + ("nano's defaults, typed since larger sizes have others",),
-    "base":     (300, 250, "ours: S, the shortest training; the others are 3 S and 10 S"),
+    "base":     (300, 250, "ours: the shortest training; the others are 3 and 10 times as long"),
     "decoder":  (800, 400, "ours: further steps of every decoder on its frozen latents"),
     "latents":  (50_000, 10_000, "photographs: all of the training set"),
     "dit":      (6000, 2000, "ours: steps; fewer leave blobs"),
@@ -54,7 +54,7 @@ SECONDS = [({"AE": 0.20, "CLIP+AE": 0.28, "SSL+AE": 0.35, "ALL": 0.42}, 1300),  
 
 @dataclass(frozen=True)
 class Cell:
-    questions: str                    # of issue and README, 1 to 6
+    questions: str                    # of study/README.md, 1 to 6
     objective: str
     steps: int
     size: str = "nano"                # of trunk and text tower

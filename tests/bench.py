@@ -1,7 +1,7 @@
 """How fast, and against what: ours beside a plain arrangement of the same mathematics (tests/yardstick.py), in turns in one process, medians.
 
     python tests/bench.py joint                    the training step: nano, S and B at 64 px
-    python tests/bench.py                          everything (half an hour on two quiet cores) -> study/bench.json, study/bench.txt
+    python tests/bench.py                          everything (half an hour on two quiet cores) -> study/bench.json
 Ratios compare; images/s belong to the machine that is named with them. Anything else that runs beside a benchmark spoils it.
 """
 import copy
@@ -30,10 +30,11 @@ import yardstick as plain                                                  # noq
 from data import Steps, eval_batches, in_workers, open_data                # noqa: E402
 from tokenizer import get_tokenizer                                        # noqa: E402
 from vtp_min import latents, shapes                                        # noqa: E402
+from vtp_min.cost import costs, head_on_meta, on_meta                      # noqa: E402
 from vtp_min.fid import Inception                                          # noqa: E402
 from vtp_min.lightning import SIZES, LightningDiT                          # noqa: E402
 from vtp_min.losses import centered_softmax                                # noqa: E402
-from vtp_min.model import DINOHead, Student, Teacher, VTPConfig, VTPModel  # noqa: E402
+from vtp_min.model import SMALL, DINOHead, Student, Teacher, VTPConfig, VTPModel  # noqa: E402
 from vtp_min.run import autocast, choose_precision, give_back_memory, matmul_peak   # noqa: E402
 from vtp_min.schedules import param_groups                                 # noqa: E402
 from vtp_min.views import normalize                                        # noqa: E402
@@ -41,15 +42,15 @@ from vtp_min.views import normalize                                        # noq
 CPU, TEMP, EMA = torch.device("cpu"), 0.07, 0.994
 WEIGHTS = Namespace(w_clip=1.0, w_ssl=1.0, w_rec=0.1, w_koleo=0.1, clip_loss="clip")
 NO_DROP = dict.fromkeys(("clip", "rec", "ssl", "local"))
-BATCH = {"nano": 64, "S": 32, "B": 16}                                     # pictures a step: words 8 : views 2 : pixels 1, and 8 local crops
+BATCH = {"nano": 64, "S": 32, "B": 8}                                     # pictures a step: words 8 : views 2 : pixels 1, and 8 local crops
 
 
 # ---------------------------------------------------------------- the joint step
 class Joint:
-    """A student, its teacher and optimizer, and the step of train.py's loop (`ours`) or of the yardstick (`plain`): the same weights for the same seed"""
+    """A student, its teacher and optimizer, and a step: the method as train.py has it (`ours`: change both), or the yardstick's (`plain`). Equal weights"""
     def __init__(self, size, precision, how, side=64, patch=8, batch=None, depth=None):
         torch.manual_seed(0)
-        prototypes, hidden, bottleneck = ((256, 256, 64) if size == "nano" else (65536, 2048, 256))      # train.py's defaults
+        prototypes, hidden, bottleneck = ((256, 256, 64) if size in SMALL else (65536, 2048, 256))      # train.py's defaults
         config = VTPConfig.of_size(size, side, patch, 64, True, True, False)
         config.vision_depth = config.decoder_depth = depth or config.vision_depth
         model = VTPModel(config)
@@ -71,8 +72,8 @@ class Joint:
         with autocast(CPU, self.precision):
             seen = self.teacher(batch["crops"], batch["mask"])
         now, _ = T.balance("sinkhorn", {k: lambda x=x: [x.flatten(0, -2)] for k, x in seen.items()}, TEMP, None)
-        targets, terms = {k: centered_softmax(x, now[k], TEMP) for k, x in seen.items()}, {}
-        for part, _ in T.parts(batch):
+        targets, terms = {k: centered_softmax(seen.pop(k), now[k], TEMP) for k in [*seen]}, {}
+        for part, _ in T.by_objective(batch):
             with autocast(CPU, self.precision):
                 out = self.student(part, NO_DROP)
                 own = T.of_the_batch(WEIGHTS, out) | T.of_each_row(out, part, targets, None)
@@ -120,7 +121,7 @@ def ratio(seconds, slow, fast):
     return median(a / b for a, b in zip(seconds[slow], seconds[fast]))
 
 
-def joint_flops(joint, batch):
+def flops_of(joint, batch):
     """Of the matrix products of ours, as run.counting counts them: 3 x the student's forward pass, and the teacher's"""
     batch = T.to_device(batch, CPU)
     with FlopCounterMode(display=False) as student, autocast(CPU, joint.precision):
@@ -133,28 +134,27 @@ def joint_flops(joint, batch):
 def joint(rounds):
     """The training step at 64 px, patch 8, of three objectives, 8 : 2 : 1 pictures for words, views, pixels; batches made beforehand"""
     for size, precision in (("nano", "fp32"), ("nano", "bf16"), ("S", "fp32"), ("S", "bf16"), ("B", "bf16")):
-        n, compiles = BATCH[size], precision == "bf16" and size != "B"
-        made, pair = batches_of(4, size, n), {how: Joint(size, precision, how) for how in ("plain", "ours", "compiled")[:2 + compiles]}
-        flops, losses, apart = joint_flops(pair["ours"], made[0]), {}, []             # counting takes no step: the weights are still equal
-        if compiles:
-            T.compile_blocks(pair["compiled"].student, pair["compiled"].teacher)
+        hows = ["ours"] if size == "B" else ["plain", "ours"] if precision == "fp32" else ["plain", "ours", "compiled"]      # two of B want more than 20 GB
+        n, many, made = BATCH[size], rounds if size == "nano" else max(rounds // 3, 3), batches_of(4, size, BATCH[size])
+        steps, losses = {how: Joint(size, precision, how) for how in hows}, {how: [] for how in hows}
+        flops = flops_of(steps["ours"], made[0])                                      # counting takes no step: the weights are still equal
+        if "compiled" in steps:
+            T.compile_blocks(steps["compiled"].student, steps["compiled"].teacher)
             for batch in made:
-                pair["compiled"].step(batch)
-
-        def step(how):
-            def call(r):
-                losses[how] = pair[how].step(made[r % 4])
-                if how == "ours":
-                    apart.append(max(abs(losses["plain"][k] / x - 1) for k, x in losses["ours"].items()))
-            return call
-        seconds, peak = in_turns({how: step(how) for how in pair}, rounds if size == "nano" else max(rounds // 3, 3)), matmul_peak(CPU, precision, 1)
-        pair.clear()
-        memory = {how: of_process("memory", size, precision, how) for how in ("plain", "ours")}
-        yield dict(what=f"joint step, {size}, {precision}", plain=n / median(seconds["plain"]), ours=n / median(seconds["ours"]), unit="images/s",
-                   ratio=ratio(seconds, "plain", "ours"), **({"ratio_compiled": ratio(seconds, "plain", "compiled")} if compiles else {}),
-                   share_of_peak=flops / median(seconds["ours"]) / peak, gflops=flops / 1e9, peak_gflops=peak / 1e9,
-                   first_step_losses_apart=apart[0], plain_gb=memory["plain"], ours_gb=memory["ours"], memory_ratio=memory["ours"] / memory["plain"],
-                   protocol=f"batch {n}, 8 local crops, cached batches, {rounds} rounds")
+                steps["compiled"].step(batch)
+        seconds = in_turns({how: lambda r, how=how: losses[how].append(steps[how].step(made[r % 4])) for how in hows}, many)
+        steps.clear()
+        peak = matmul_peak(CPU, precision, 1)
+        row = dict(what=f"joint step, {size}, {precision}", ours=n / median(seconds["ours"]), unit="images/s", share_of_peak=flops / median(seconds["ours"]) / peak,
+                   gflops=flops / 1e9, peak_gflops=peak / 1e9, ours_gb=of_process("memory", size, precision, "ours"),
+                   protocol=f"batch {n}, 8 local crops, cached batches, {many} rounds")
+        if "plain" in hows:
+            gb = of_process("memory", size, precision, "plain")
+            row |= dict(plain=n / median(seconds["plain"]), ratio=ratio(seconds, "plain", "ours"), plain_gb=gb, memory_ratio=row["ours_gb"] / gb,
+                        first_step_losses_apart=max(abs(losses["plain"][0][k] / x - 1) for k, x in losses["ours"][0].items()))
+        if "compiled" in hows:
+            row |= dict(ratio_compiled=ratio(seconds, "plain", "compiled"))
+        yield row
 
 
 def memory(size, precision, how):
@@ -327,14 +327,14 @@ def growth(rounds):
     def cost(size="nano", batch=32, side=64, depth=None):
         joint, made = Joint(size, precision, "ours", side, 8, depth=depth), batches_of(2, size, batch, side)
         seconds = in_turns({"": lambda r: joint.step(made[r % 2])}, rounds)[""]
-        return median(seconds), joint_flops(joint, made[0]) / 1e9
+        return median(seconds), flops_of(joint, made[0]) / 1e9
     curves = {"batch": [(b, dict(batch=b)) for b in (8, 16, 32, 64, 128)], "side in pixels": [(s, dict(batch=16, side=s)) for s in (32, 64, 128, 192)],
-              "depth": [(d, dict(depth=d)) for d in (2, 4, 8, 16)], "width (nano 192 x 4, S 384, B 768, 4 blocks each)": [(w, dict(size=z, depth=4, batch=8)) for w, z in ((192, "nano"), (384, "S"), (768, "B"))]}
+              "depth": [(d, dict(depth=d)) for d in (2, 4, 8, 16)], "width": [(w, dict(size=z)) for w, z in ((96, "pico"), (192, "nano"), (384, "micro"))]}
     for axis, points in curves.items():
         before = None
         for value, settings in points:
             seconds, gflops = cost(**settings)
-            row = dict(what=f"{axis} {value}", seconds=seconds, gflops=gflops, unit="seconds a step", protocol=f"nano, 64 px, batch 32 unless said, {precision}, {rounds} rounds")
+            row = dict(what=f"{axis} {value}", seconds=seconds, gflops=gflops, unit="seconds a step", protocol=f"{settings}, else nano, 64 px, batch 32; {precision}, {rounds} rounds")
             yield row | ({"exponent": math.log(seconds / before[1]) / math.log(value / before[0]), "exponent_of_flops": math.log(gflops / before[2]) / math.log(value / before[0])} if before else {})
             before = value, seconds, gflops
     for processes in (1, 2):                                                          # of one thread each
@@ -346,7 +346,23 @@ def growth(rounds):
         yield dict(what=f"{processes} processes of one thread", ours=rate, unit="images/s", protocol="train.py, nano's defaults, 40 steps, the last three lines of the log")
 
 
-BENCHES = {f.__name__: f for f in (joint, data, fed, diffusion, encoding, fid, growth)}
+def plan(rounds):
+    """Counted, not timed: the paper's runs of S, B, L at 256 px, patch 16, in FLOPs, and in GPU-hours where a GPU reaches 40 % (a guess) of its bfloat16 peak"""
+    for size in ("S", "B", "L"):
+        model = on_meta(VTPModel, VTPConfig.of_size(size))
+        rows = {side: {part: work for part, _, _, work in costs(model, side, head_on_meta(model, (65536, 2048, 256)))} for side in (256, 112)}
+        trunk, small, part = rows[256]["encoder"], rows[112]["encoder"], rows[256]
+        words = 3 * trunk + 3 * part["text tower"] * 32 / 77                          # captions of 32 tokens, forward and backward: 3 x forward
+        tokens = 10 + 0.15 * 512, 2 + 0.15 * 512                                      # a picture's rows of the head: class tokens, hidden patches; of student, of teacher
+        views = 3 * (2 * trunk + 8 * small) + 2 * trunk + (3 * tokens[0] + tokens[1]) * part["DINO head"]
+        pixels = 3 * part["decoder"]
+        each = words + views / 4 + pixels / 8                                         # 16k : 4k : 2k
+        hours = {gpu: 1.1e9 * each / (0.4 * peak) / 3600 for gpu, peak in (("A100", 312e12), ("H100", 989e12))}
+        yield dict(what=f"plan {size}", gflops_a_sample=each / 1e9, flops_of_1_1_billion=1.1e9 * each, a100_hours=hours["A100"], h100_hours=hours["H100"], unit="",
+                   protocol="256 px, patch 16, 8 local crops of 112, captions of 32 tokens; 40 % of 312 and 989 TFLOP/s; Table 2 takes three times as long; LPIPS not counted")
+
+
+BENCHES = {f.__name__: f for f in (joint, data, fed, diffusion, encoding, fid, growth, plan)}
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["memory"]:

@@ -26,14 +26,14 @@ from torch import nn
 from . import gan
 from .dist import say, total, world
 from .losses import Perceptual, rec_loss, wide
-from .model import SIZES, VTPConfig, VTPModel, load_weights
+from .model import SIZES, SMALL, VTPConfig, VTPModel, load_weights
 from .run import machine, write_aside
 
 KL = 1e-6                    # weight of the KL term: LDM
 MARGINS = 0.5, 0.25          # m1 of the cosine loss, m2 of the matrix loss: VA-VAE
 W_ALIGN = 0.1                # weight of both together: VA-VAE's w_hyper
 TAU = 0.8                    # largest noise on the latents that RAE's decoder sees: RAE
-WIDTHS = {"nano": 32}        # channels at full resolution: nano's is ours; S, B and L all mean the paper's one CNN, LDM's 128
+WIDTHS = dict.fromkeys(SMALL, 32)        # channels at full resolution: nano's is ours; S, B and L all mean the paper's one CNN, LDM's 128
 MULTIPLES = {4: [1, 2, 4], 8: [1, 2, 4, 4], 16: [1, 1, 2, 2, 4], 32: [1, 1, 2, 2, 4, 4]}     # patch: what the width is multiplied by, level by level: LDM
 DEFAULTS = gan.DEFAULTS | {  # flag: (nano, larger, where the second comes from): stage 2's (mostly RAE's) for all three, so that they compare
     "image": (64, 256, "paper Sec. 4.2; with --encoder the encoder's own"),
@@ -299,7 +299,7 @@ def take_over(args, encoder):
     args.latent_dim = c.vision_embed_dim if args.baseline == "rae" else args.latent_dim
     for name, (nano, larger, _) in DEFAULTS.items():
         if getattr(args, name) is None:
-            setattr(args, name, nano if args.size == "nano" else larger)
+            setattr(args, name, nano if args.size in SMALL else larger)
     if args.image % args.patch:
         raise ValueError(f"--image {args.image} is no multiple of the patch, {args.patch}; try --image {max(args.image // args.patch, 1) * args.patch}")
 

@@ -28,7 +28,7 @@ from data import Steps, batches, open_data
 
 from .dist import rank, say, stop, total, world
 from .losses import Perceptual, rec_loss, wide
-from .model import VTPModel
+from .model import SMALL, VTPModel
 from .run import STOPPED, Run, autocast, machine
 from .views import PAINT, lots, normalize
 
@@ -285,7 +285,7 @@ def take_over(args, config):
     args.image, args.patch = args.image or config.image_size, config.vision_patch_size
     for name, (nano, larger, _) in DEFAULTS.items():
         if getattr(args, name) is None:
-            setattr(args, name, nano if told.get("size") == "nano" else larger)
+            setattr(args, name, nano if told.get("size") in SMALL else larger)
     say(f"stage 2      of {args.init}: its trunk, bottleneck and text tower stand still; {args.data}, seed {args.seed}, {args.image} px, patch {args.patch}; goes to {args.out}")
 
 

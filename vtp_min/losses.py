@@ -5,7 +5,8 @@
     patches    ibot_loss                   a hidden patch follows from its surroundings         VTP Sec. 3.3, masked image modelling
     spread     koleo_loss                  no two pictures in one place (DINOv2)
     pixels     rec_loss, Perceptual        the picture comes back: L1 + LPIPS                   VTP Sec. 3.2
-The teacher's targets are its `centered_softmax`, with a center by Sinkhorn (`sinkhorn_center`) or by DINO's running mean (`moved_center`). What looks at the whole batch gathers over ranks: each
+The teacher's targets are its `centered_softmax`, with a center by Sinkhorn (`sinkhorn_center`) or by DINO's running mean
+(`moved_center`). What looks at the whole batch gathers over ranks: each
 rank returns the loss of its own rows, and the mean over ranks (which is what DDP makes of the gradients) is the loss of
 one process holding the whole batch.
 
@@ -20,7 +21,7 @@ from .weights import find
 
 
 def wide(x):
-    """Probabilities over thousands of prototypes are taken in float32 at least, whatever autocast did before."""
+    """x in float32 at least, whatever autocast did before"""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -52,22 +53,22 @@ def siglip_loss(img, txt, scale, bias):
 
 # ---------------------------------------------------------------- views
 class CrossEntropy(torch.autograd.Function):
-    """H(p, softmax(x / tau)) = n logsumexp(x / tau) - p x / tau, for p of mass n; its slope in x is (n softmax - p) / tau
+    """H(p, softmax(x / tau)) = n logsumexp(x / tau) - p x / tau, for p of mass n; its slope in x is (n softmax(x / tau) - p) / tau
 
-    x (..., K) logits, p (..., K) targets -> (...,). Only these two are kept, not the K-wide steps between: in float32 at least, whatever autocast did before.
+    x (..., K) logits, p (..., K) targets, without gradient -> (...,). Computed in float32 at least; no K-wide step between is kept.
     """
     @staticmethod
     def forward(ctx, x, p, n, tau):
-        z = wide(x) / tau
-        total = z.logsumexp(-1)
-        ctx.save_for_backward(x, p, total)
+        y = wide(x) / tau
+        lse = y.logsumexp(-1)
+        ctx.save_for_backward(x, p, lse)
         ctx.n, ctx.tau = n, tau
-        return n * total - torch.linalg.vecdot(p, z)
+        return n * lse - torch.linalg.vecdot(p, y)
 
     @staticmethod
     def backward(ctx, g):
-        x, p, total = ctx.saved_tensors
-        slope = (wide(x) / ctx.tau).sub_(total[..., None]).exp_().mul_(ctx.n).sub_(p)
+        x, p, lse = ctx.saved_tensors
+        slope = (wide(x) / ctx.tau).sub_(lse[..., None]).exp_().mul_(ctx.n).sub_(p)
         return slope.mul_(g[..., None] / ctx.tau).to(x.dtype), None, None, None
 
 
@@ -76,8 +77,9 @@ def dino_loss(student, teacher, tau=0.1):
 
     student (2+V, B, K) logits, the two global crops first      teacher (2, B, K) probabilities, no gradient
     """
-    seen = [(teacher[1], 1), (teacher[0], 1)] + (len(student) - 2) * [(teacher.sum(0), 2)]        # by the teacher, of what this view is compared with
-    return sum(CrossEntropy.apply(x, p, n, tau).mean() for x, (p, n) in zip(student, seen)) / sum(n for _, n in seen)
+    compared = [(teacher[1], 1), (teacher[0], 1)]                            # a global crop with the other one
+    compared += (len(student) - 2) * [(teacher.sum(0), 2)]                   # a local one with both: H(p, s) + H(q, s) = H(p + q, s), of mass 2
+    return sum(CrossEntropy.apply(x, p, n, tau).mean() for x, (p, n) in zip(student, compared)) / sum(n for _, n in compared)
 
 
 # ---------------------------------------------------------------- patches

@@ -5,7 +5,7 @@
                     '-- bottleneck z (B, d, h, w) -- pixel decoder --> pixels
 
 VTPConfig, VTPModel   what is published, saved and loaded: the released checkpoints' fields, keys and methods
-Student, Teacher      what training adds: one forward for all objectives; a slow copy that sets the targets
+Student, Teacher      what training adds: a forward pass for whichever objectives; a slow copy that sets the targets
 
 B images    Bs images of the self-supervised subset    V local crops    N = h*w patches    D width    d latent channels
 E CLIP space    K prototypes    T text tokens    M masked patches
@@ -29,12 +29,17 @@ from .run import write_aside
 from .text import POOLS, TextTransformer, pool
 from .vit import FFNS, NORMS, VisionTransformer, init_linear
 
-SIZES = {   # ViT-S/B/L (paper) at their usual widths; the paper's text tower, with OpenCLIP's 12 heads. nano is ours, for a CPU.
+SIZES = {   # ViT-S/B/L (paper) at their usual widths; the paper's text tower, with OpenCLIP's 12 heads
+    "pico": dict(D=96, depth=4, heads=3, text=128, text_depth=2, text_heads=4),       # pico, nano, micro are ours, for a CPU: one text tower, three trunks
     "nano": dict(D=192, depth=4, heads=3, text=128, text_depth=2, text_heads=4),
+    "micro": dict(D=384, depth=4, heads=6, text=128, text_depth=2, text_heads=4),
     "S":    dict(D=384, depth=12, heads=6, text=768, text_depth=12, text_heads=12),
     "B":    dict(D=768, depth=12, heads=12, text=768, text_depth=12, text_heads=12),
     "L":    dict(D=1024, depth=24, heads=16, text=768, text_depth=12, text_heads=12),
 }
+
+
+SMALL = "pico", "nano", "micro"            # whose settings are made for a CPU
 
 
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a name",
@@ -123,12 +128,12 @@ class VTPConfig:
             want("text_embed_cls", not self.text_embed_cls, "false: with true the official text tower crashes on every text")
 
     @classmethod
-    def of_size(cls, size, image=256, patch=16, latent_dim=64, clip=True, rec=True, light_decoder=False):
-        """The paper's models, and nano: QKNorm on (Sec. 4.1), decoder symmetric or the paper's light one: 4 ViT-L layers."""
+    def of_size(cls, size, image=256, patch=16, latent_dim=64, clip=True, rec=True, light_decoder=False, decoder=None):
+        """The paper's models, and nano: QKNorm on (Sec. 4.1), decoder symmetric, of another size, or the paper's light one: 4 ViT-L layers."""
         if size not in SIZES:
             raise ValueError(f"size {size!r} is unknown; choose one of {', '.join(SIZES)}")
         s = SIZES[size]
-        decoder = dict(D=1024, depth=4, heads=16) if light_decoder else s
+        decoder = dict(D=1024, depth=4, heads=16) if light_decoder else SIZES[decoder or size]
         return cls(image_size=image, train_clip=clip, train_reconstruction=rec, vision_patch_size=patch, vision_embed_dim=s["D"],
                    vision_depth=s["depth"], vision_num_heads=s["heads"], vision_use_qk_norm=True, vision_feature_bottleneck=latent_dim,
                    text_embed_dim=s["text"], text_depth=s["text_depth"], text_num_heads=s["text_heads"],
@@ -343,7 +348,7 @@ class DINOHead(nn.Module):
 
 
 class Student(nn.Module):
-    """Everything that receives gradients, in one forward: what DistributedDataParallel wraps."""
+    """Everything that receives gradients: what DistributedDataParallel wraps. Its forward pass serves the objectives that the batch holds."""
 
     def __init__(self, model, head=None):
         super().__init__()
@@ -357,39 +362,45 @@ class Student(nn.Module):
            cls (2+V, Bs, K) logits, patch (M, K) logits                pixels (Br, 3, H, W)
         heads  False: the first line alone, which is all that losses over the whole batch read
         """
-        m, c, out = self.model, self.model.config, {}
-        if "image" in batch:                                                     # one clean view serves words and pixels
-            h, w = (side // c.vision_patch_size for side in batch["image"].shape[-2:])
-            paints = "rec" in batch and heads
-            alike = drop["rec"] is drop["clip"]                                  # else pixels want a forward of their own
-            read = torch.zeros(len(batch["image"]), h * w, dtype=torch.bool, device=batch["image"].device)
-            read[batch["rec"] if paints and alike else []] = True                # whose patches are read
-            if c.vision_clip_feat == "pooled":
-                read[:] = True
-            cls, patches = m.trunk(batch["image"], drop=drop["clip"], read=read)
-            patches = patches.unflatten(0, (-1, h * w))
+        out = self.words_and_pixels(batch, drop, heads) if "image" in batch else {}
+        return out | (self.views(batch, drop, heads) if "crops" in batch else {})       # the two share nothing but weights
+
+    def words_and_pixels(self, batch, drop, heads):
+        """One clean view serves both"""
+        m, out = self.model, {}
+        B, h, w = len(batch["image"]), *(side // m.config.vision_patch_size for side in batch["image"].shape[-2:])
+        paints, alike, pooled = "rec" in batch and heads, drop["rec"] is drop["clip"], m.config.vision_clip_feat == "pooled"
+        read = torch.zeros(B, h * w, dtype=torch.bool, device=batch["image"].device)
+        if pooled:                                                               # CLIP reads all patches
+            read[:] = True
+        elif paints and alike:
+            read[batch["rec"]] = True
+        cls, patches = m.trunk(batch["image"], drop=drop["clip"], read=read)
+        patches = patches.unflatten(0, (-1, h * w))                              # of the images that are read, in order
         if "text" in batch:
             out["img"] = F.normalize(wide(m.project(cls, patches)), dim=-1)
             out["txt"] = F.normalize(wide(m.get_clip_text_feature(batch["text"])), dim=-1)
             out["scale"] = m.logit_scale.exp()
             out["bias"] = None if m.logit_bias is None else m.logit_bias.clone()  # a bare parameter would seem unused to DDP
-        if "image" in batch and paints:
-            if not alike:
+        if paints:
+            if not alike:                                                        # another rate of stochastic depth: a forward pass of its own
                 patches = m.trunk(batch["image"][batch["rec"]], drop=drop["rec"])[1]
-            elif c.vision_clip_feat == "pooled":
+            elif pooled:
                 patches = patches[batch["rec"]]
-            out["pixels"] = m.pixel_decoder(m.latents(patches, h, w))
-        if "crops" in batch:
-            mask = batch["mask"].flatten(0, 1)
-            cls, hidden = m.trunk(batch["crops"].flatten(0, 1), mask=mask, drop=drop["ssl"], read=mask)      # hidden (M, D): what it could not see
-            out["tokens"] = cls.unflatten(0, (2, -1))                            # (2, Bs, D)
-        if "crops" in batch and heads:
-            V = len(batch["locals"])
+            out["pixels"] = m.pixel_decoder(m.latents(patches, h, w))            # batch["rec"] ascends, as what is read does
+        return out
+
+    def views(self, batch, drop, heads):
+        """Global crops with patches hidden, and local crops"""
+        m, mask, V = self.model, batch["mask"].flatten(0, 1), len(batch["locals"])
+        cls, hidden = m.trunk(batch["crops"].flatten(0, 1), mask=mask, drop=drop["ssl"], read=mask)      # hidden (M, D): what it could not see
+        out = {"tokens": cls.unflatten(0, (2, -1))}                              # (2, Bs, D)
+        if heads:
             if V:
                 small = batch["locals"].flatten(0, 1)
-                n = small.shape[-2] * small.shape[-1] // c.vision_patch_size ** 2
-                cls = torch.cat([cls, m.trunk(small, drop=drop["local"], read=mask.new_zeros(len(small), n))[0]])
-            squeeze = nn.Identity() if c.vision_bottleneck_ae_only else m.trunk.feature_bottleneck
+                none = mask.new_zeros(len(small), small.shape[-2] * small.shape[-1] // m.config.vision_patch_size ** 2)
+                cls = torch.cat([cls, m.trunk(small, drop=drop["local"], read=none)[0]])
+            squeeze = nn.Identity() if m.config.vision_bottleneck_ae_only else m.trunk.feature_bottleneck
             logits = self.dino_head(squeeze(torch.cat([cls, hidden])))           # at once: its K directions are normalised once
             cls, out["patch"] = logits.split([len(cls), len(hidden)])            # (M, K)
             out["cls"] = cls.unflatten(0, (2 + V, -1))                           # (2+V, Bs, K)
@@ -397,7 +408,7 @@ class Student(nn.Module):
 
 
 class Teacher(nn.Module):
-    """A slow average of the student (trunk, CLIP projection, head), which sees the whole picture and sets the targets.   DINO
+    """A slow average of the student (trunk, CLIP projection, head), which sees the global crops, nothing hidden, and sets the targets.   DINO
 
     It starts as a copy. (In the released code its head and projection start with other random weights, and nothing there
     makes them equal: DINOv2 copies them, and so do we.)
@@ -424,9 +435,9 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, crops, mask):
         """The same crops and mask -> logits {'cls': of class tokens (2, Bs, K), 'patch': of hidden patches (M, K)}"""
-        cls, hidden = self.points(crops, mask).values()
-        logits = self.dino_head.compare(torch.cat([cls.flatten(0, 1), hidden]))
-        cls, patch = logits.split([2 * cls.shape[1], len(hidden)])
+        p = self.points(crops, mask)
+        logits = self.dino_head.compare(torch.cat([p["cls"].flatten(0, 1), p["patch"]]))
+        cls, patch = logits.split([2 * p["cls"].shape[1], len(p["patch"])])
         return {"cls": cls.unflatten(0, (2, -1)), "patch": patch}
 
     @torch.no_grad()
@@ -436,4 +447,4 @@ class Teacher(nn.Module):
         pairs += [(self.proj, student.model.visual_proj)] if self.proj else []
         for mine, theirs in pairs:
             for t, s in zip(mine.parameters(), theirs.parameters()):
-                t.mul_(m).add_(s * (1 - m))
+                t.mul_(m).add_(s * (1 - m))                                       # not alpha=: it would round otherwise than the released code

@@ -94,7 +94,7 @@ def shown(text):
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
-# ---- views: PIL in, uint8 out. All are cut from the whole picture; local crops do not come out of the global ones.
+# ---- views: PIL or its array (H, W, 3) in, uint8 (3, s, s) out. All are cut from the whole picture; local crops do not come out of the global ones.
 
 CLEAN_AREA = 0.9, 1.0                # OpenCLIP's training transform: no flip (words have left and right), no colour changes
 #            area        blur  solarise
@@ -115,7 +115,7 @@ def ssl_view(rng, image, side, area, blur, solarise):
 
 
 def ssl_crop(rng, image, side, area, blur, solarise):
-    """Where ssl_view looks, and the lots of what happens there -> (3, side, side) uint8, seven changes for recolour: (function, amount) or None"""
+    """The crop, flipped or not (3, side, side) uint8, and what is still to happen to its colours: seven (function, amount) or None, in order"""
     view = random_crop(rng, image, side, area)
     if rng.random() < 0.5:
         view = view[..., ::-1]

@@ -26,7 +26,7 @@ class RMSNorm(nn.Module):
 
 
 class Normed(torch.autograd.Function):
-    """n w with n = x / rms(x), and its derivatives by hand: only n is kept for them, and twice as fast as torch's own record of each operation"""
+    """n w with n = x / rms(x). By hand, as torch would keep every step: dx = (g w - n mean(g w n)) / rms, dw = sum(g n). Twice as fast"""
     @staticmethod
     def forward(ctx, x, w, eps):
         wide = x.double() if x.dtype == torch.float64 else x.float()
@@ -39,7 +39,7 @@ class Normed(torch.autograd.Function):
     def backward(ctx, g):
         n, shrink, w = ctx.saved_tensors
         gn = g * n
-        along = (gn @ w)[..., None] / n.shape[-1]                                   # mean(g w n): a longer x has the same n
+        along = (gn @ w)[..., None] / n.shape[-1]                                   # mean(g w n): the share along n, which a longer x does not change
         return ((g * w).addcmul_(n, along, value=-1).mul_(shrink).to(n.dtype)), gn.flatten(0, -2).sum(0), None
 
 
@@ -91,7 +91,7 @@ def attend(q, k, v, causal=False):
     """softmax(q k' / sqrt c) v, each (B, H, N, c). causal: a token sees itself and those before it"""
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    logits = q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)                          # written out: 6 x faster in bfloat16 than torch's kernel for CPUs
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)                        # written out: 6 x faster in bfloat16 than torch's kernel for CPUs
     if causal:
         logits = logits.masked_fill(torch.ones(logits.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
     return logits.softmax(-1, dtype=v.dtype) @ v
@@ -122,8 +122,8 @@ class SwiGLU(nn.Module):
         self.w1, self.w2, self.w3 = nn.Linear(D, hidden), nn.Linear(D, hidden), nn.Linear(hidden, D)
 
     def forward(self, x):
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))                       # once for both
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))                       # cast once, not for w1 and again for w2
         return self.w3(Gated.apply(self.w1(x), self.w2(x)))
 
 
@@ -175,11 +175,17 @@ class Block(nn.Module):
         self.ls1, self.ls2 = (LayerScale(D, layer_scale) if layer_scale else nn.Identity() for _ in range(2))
 
     def forward(self, x, rope, kept=(None, None), read=None):
-        """x (B, N, D) -> the same; with read (B, N) bool: the tokens that somebody reads, (M, D)"""
-        x = residual(x, lambda x: self.ls1(self.attn(self.norm1(x), rope)), kept[0])
+        """x (B, N, D) -> the same
+
+        kept  for each branch (rows that it is computed for, scale), or None: all      read  (B, N) bool -> these tokens alone, one after another (R, D)
+        """
+        first, second = kept
+        x = residual(x, lambda x: self.ls1(self.attn(self.norm1(x), rope)), first)
         if read is not None:
-            x, kept = x[read], [None, kept[1] and (torch.isin(read.nonzero()[:, 0], kept[1][0].to(x.device)).nonzero()[:, 0], kept[1][1])]
-        return residual(x, lambda x: self.ls2(self.mlp(self.norm2(x))), kept[1])
+            x = x[read]                                                                 # (R, D)
+            if second:                                                                  # samples -> places of their tokens in this list
+                second = torch.isin(read.nonzero()[:, 0], second[0].to(x.device)).nonzero()[:, 0], second[1]
+        return residual(x, lambda x: self.ls2(self.mlp(self.norm2(x))), second)
 
 
 def residual(x, branch, kept):
@@ -238,11 +244,11 @@ class VisionTransformer(nn.Module):
         nn.init.zeros_(self.mask_token)
 
     def layers(self, img, mask=None, drop=None, read=None):
-        """Yields the tokens (B, 1+N, D) after every block, before the final norm.
+        """Yields the tokens (B, 1+N, D) after every block, before the final norm; after the last one (R, D) if `read`.
 
         mask  (B, N) True = the patch is hidden (iBOT): its embedding is replaced by a learned token
         drop  a StochasticDepth, or any function of a block's number that gives what its two branches keep
-        read  (B, 1+N) bool: of the last block only these tokens, (M, D)
+        read  (B, 1+N) bool: of the last block's tokens only these
         """
         x = self.patch_embed(img)                                                       # (B, D, h, w)
         h, w = x.shape[-2:]
@@ -258,16 +264,16 @@ class VisionTransformer(nn.Module):
     def forward(self, img, mask=None, drop=None, read=None):
         """-> class token (B, D), patches (B, N, D), after the final norm and before the bottleneck
 
-        read  (B, N) bool -> these patches alone, (M, D). Training reads few: the last feed-forward, which thinks about each token by itself, and
-              the norm are spared the others. A tenth of a nano step at 64 px; less the deeper a trunk is.
+        read  (B, N) bool -> these patches alone, in order (R, D). Training reads few: the last feed-forward, which thinks about each token by
+              itself, and the norm are spared the others. A tenth of a nano step at 64 px; less the deeper a trunk is.
         """
+        asked = None if read is None else F.pad(read, (1, 0), value=True)               # (B, 1+N)   class tokens always
+        for x in self.layers(img, mask, drop, asked):                                   # the last one; a list would hold them all
+            pass
+        x = self.norm(x)
         if read is None:
-            *_, x = self.layers(img, mask, drop)
-            x = self.norm(x)
             return x[:, 0], x[:, 1:]
-        read = F.pad(read, (1, 0), value=True)                                          # (B, 1+N)   class tokens always
-        *_, x = self.layers(img, mask, drop, read)
-        x, place = self.norm(x), read.nonzero()[:, 1]                                   # (M, D), (M,)
+        place = asked.nonzero()[:, 1]                                                   # (B+R,)
         return x[place == 0], x[place > 0]
 
 
