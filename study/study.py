@@ -34,18 +34,17 @@ OBJECTIVES = {"AE": "--w-clip 0 --w-ssl 0", "CLIP+AE": "--w-ssl 0", "SSL+AE": "-
 
 # ---------------------------------------------------------------- what is the same for all cells.   name: (photographs, --quick, source)
 TABLE = {
-    "picture":  ("--image 64 --patch 16 --latent-dim 256", "--image 48 --patch 12 --latent-dim 144",
-                 "ours: 16 latents, each a third of its patch's numbers; wide, as f16d256 is the paper's widest"),
+    "picture":  ("--image 32 --patch 8 --latent-dim 64",) * 2 + ("ours: 16 latents, each a third of its patch's numbers and narrower than the DiT",),
     "batch":    ("--batch 64 --batch-ssl 32 --batch-rec 64",) * 2 + ("nano's defaults; AE has the same pictures a step as ALL",),
     "recipe":   ("--lr 5e-4 --ema 0.98 --locals 2 --prototypes 256 --head-hidden 256 --head-bottleneck 64 --teacher-temp 0.04 --drop-ssl 0",) * 2
                 + ("nano's defaults, typed since larger sizes have others",),
     "base":     (300, 250, "ours: the shortest training; the others are 3 and 10 times as long"),
     "decoder":  (800, 400, "ours: further steps of every decoder on its frozen latents"),
     "latents":  (50_000, 10_000, "photographs: all of the training set"),
-    "dit":      (6000, 2000, "ours: steps; fewer leave blobs"),
-    "samples":  (5000, 2100, "ours; below 2048 a distance is mostly bias"),
+    "dit":      (4000, 2000, "ours: steps; fewer leave blobs"),
+    "samples":  (2500, 2100, "ours; below 2048 a distance is mostly bias"),
     "recon":    (2500, 2100, "pictures of val that are painted again, evenly spread over it (ours)"),
-    "real":     (10_000, 5000, "pictures of the training set that samples are compared with; eval.py's default"),
+    "real":     (5000, 5000, "pictures of the training set that samples are compared with; eval.py's default"),
     "judge":    (2400, 600, "steps of the classifier that names samples; eval.py's default"),
 }
 SECONDS = [({"AE": 0.20, "CLIP+AE": 0.28, "SSL+AE": 0.35, "ALL": 0.42}, 1300),              # of a step, and of all other stages, on one core of ours:

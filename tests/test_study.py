@@ -1,5 +1,6 @@
 """The study compares tokenizers and nothing else: what is common is the same to the letter, what is finished is not done again."""
 import json
+import shlex
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "study"))
 import figures
 import study
+from test_readme import PARSERS
 from study import OBJECTIVES, Cell, cells, link_pictures, stages
 
 SHAPES = "shapes:objects=1,size=0.6-0.9"
@@ -26,6 +28,15 @@ def test_all_cells_have_the_same_decoder_training_dit_sampler_and_measures(data,
     for other in others:
         for stage in first.keys() & other.keys() - {"tokenizer"}:
             assert other[stage] == first[stage]
+
+
+@pytest.mark.parametrize("data, quick", [("/photographs", False), (SHAPES, True)])
+def test_every_command_of_every_cell_is_one_that_its_script_knows(data, quick, monkeypatch):
+    for cell in cells(quick):
+        for command in commands(cell, data, quick).values():
+            script, *flags = shlex.split(command)
+            monkeypatch.setattr(sys, "argv", [script, *flags])
+            PARSERS[script]()
 
 
 def test_objectives_differ_by_their_weights_alone():

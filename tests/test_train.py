@@ -229,7 +229,7 @@ def test_siglip_centring_and_stochastic_depth_run_and_stay_finite(out):
 
 # ---------------------------------------------------------------- what the user may get wrong
 @pytest.mark.parametrize("flags, sentence", [
-    (["--size", "XL"], "--size XL is unknown; choose one of nano, S, B, L"),
+    (["--size", "XL"], "--size XL is unknown; choose one of pico, nano, micro, S, B, L"),
     (["--image", 20], "--image 20 is no multiple of --patch 8; try --image 16"),
     (["--image", 4], "--image 4 is no multiple of --patch 8; try --image 8"),
     (["--patch", 0], "--patch 0: wanted 1 or more"),
