@@ -247,16 +247,16 @@ def in_pieces(args, ddp, teacher, perceptual, batch, step, temp, center, scaler,
 
     rows, gauges = {}, {}
     for k, (piece, drop) in enumerate(zip(pieces, drops)):
-        piece = to_device(piece, device)
-        with ddp.no_sync() if world() > 1 and k + 1 < n else nullcontext():
-            with autocast(device, precision):
-                with run.counting(times=3):
-                    out = ddp(piece, drop)
-            targets = {key: centered_softmax(compare(p), now[key], temp) for key, p in points[k].items()} if teacher else {}
-            own = of_each_row(out, piece, targets, perceptual)
-            carried = sum((wide(out[key]) * slope[k]).sum() for key, slope in slopes.items())
-            scaler.scale(weighted(args, own) / n + carried).backward()
-        rows = {key: rows.get(key, 0) + term.detach() / n for key, term in own.items()}
+        targets = {key: centered_softmax(compare(p), now[key], temp) for key, p in points[k].items()} if teacher else {}
+        for part, last in by_objective(to_device(piece, device)):
+            with nullcontext() if world() == 1 or last and k + 1 == n else ddp.no_sync():
+                with autocast(device, precision):
+                    with run.counting(times=3):
+                        out = ddp(part, drop)
+                own = of_each_row(out, part, targets, perceptual)
+                carried = sum((wide(out[key]) * slope[k]).sum() for key, slope in slopes.items() if key in out)
+                scaler.scale(weighted(args, own) / n + carried).backward()
+            rows |= {key: rows.get(key, 0) + term.detach() / n for key, term in own.items()}
         gauges = {"teacher_entropy": gauges.get("teacher_entropy", 0) + entropy(targets["cls"]) / n} if teacher else {}
     if "tokens" in at:
         gauges["spread"] = spread(at["tokens"][0])

@@ -15,12 +15,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from vtp_min import text, vit                                              # noqa: E402
 from vtp_min.losses import dino_loss, ibot_loss                            # noqa: E402
 from vtp_min.model import SIZES, DINOHead, Student, Teacher, VTPConfig, VTPModel       # noqa: E402
 
+text.attend = vit.attend = lambda q, k, v, causal=False: F.scaled_dot_product_attention(q, k, v, is_causal=causal)          # as on a GPU: no N x N matrix is kept
 GB, ASIDE, PATCHES, SMALL, K, TEXT = 1e9, 1.5e9, 256, 49, 65536, 32
 NO_DROP = dict.fromkeys(("clip", "rec", "ssl", "local"))
 
@@ -87,8 +90,9 @@ def measure(size):
 
 
 def rows_that_fit(m, memory, key):
-    """Groups of 8 contrasted, 2 self-supervised and 1 painted row. The painted row shares the trunk's forward with its contrast: counted once."""
-    eight = 7 * m[key]["clip"] + 2 * m[key]["ssl"] + m[key]["rec"] + m[key]["clip"] / 2
+    """Groups of 8 contrasted, 2 self-supervised and 1 painted row. Views are done with before the rest begins (`by_objective`): the larger of the two counts.
+    The painted row shares the trunk's forward with its contrast: counted once."""
+    eight = max(2 * m[key]["ssl"], 7 * m[key]["clip"] + m[key]["rec"] + m[key]["clip"] / 2)
     return max(0, int((memory * GB - ASIDE - m["fixed"]) // eight) * 8)
 
 
