@@ -172,7 +172,7 @@ def test_every_size_has_whole_heads_and_the_paper_s_defaults():
 
 
 def test_an_unknown_size_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="nano, S, B, L"):
+    with pytest.raises(ValueError, match="pico, nano, micro, S, B, L"):
         VTPConfig.of_size("XL")
 
 

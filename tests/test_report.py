@@ -42,7 +42,7 @@ def test_the_class_tokens_attention_is_what_the_last_block_itself_computes(monke
     model, img, met = make_model(), torch.randn(3, 3, 16, 24), []
     sdpa = F.scaled_dot_product_attention
 
-    def spy(q, k, v):
+    def spy(q, k, v, is_causal):
         met.append(sdpa(q, k, torch.eye(k.shape[2]).expand(*k.shape[:2], -1, -1)))
         return sdpa(q, k, v)
     monkeypatch.setattr(vit, "F", SimpleNamespace(scaled_dot_product_attention=spy, pad=F.pad, silu=F.silu))
