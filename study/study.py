@@ -39,13 +39,14 @@ TABLE = {
     "recipe":   ("--lr 5e-4 --ema 0.98 --locals 2 --prototypes 256 --head-hidden 256 --head-bottleneck 64 --teacher-temp 0.04 --drop-ssl 0",) * 2
                 + ("nano's defaults, typed since larger sizes have others",),
     "base":     (300, 250, "ours: the shortest training; the others are 3 and 10 times as long"),
-    "decoder":  (800, 400, "ours: further steps of every decoder on its frozen latents"),
+    "decoder":  (1600, 800, "ours: further steps of every decoder on its frozen latents"),
     "latents":  (50_000, 10_000, "photographs: all of the training set"),
     "dit":      (4000, 2000, "ours: steps; fewer leave blobs"),
-    "samples":  (2500, 2100, "ours; below 2048 a distance is mostly bias"),
+    "samples":  (2500, 2100, "ours; below 2048 a distance is mostly bias; also the pictures of val that probes and zero-shot are judged on"),
     "recon":    (2500, 2100, "pictures of val that are painted again, evenly spread over it (ours)"),
-    "real":     (5000, 5000, "pictures of the training set that samples are compared with; eval.py's default"),
-    "judge":    (2400, 600, "steps of the classifier that names samples; eval.py's default"),
+    "probe":    (10_000, 5000, "pictures of the training set that probes learn from, and that samples are compared with; eval.py's default"),
+    "judged":   (20_000, 5000, "pictures that the classifier learns from, and that FD-classifier compares with (ours)"),
+    "judge":    (2400, 600, "steps of that classifier; eval.py's default"),
 }
 SECONDS = [({"AE": 0.20, "CLIP+AE": 0.28, "SSL+AE": 0.35, "ALL": 0.42}, 1300),              # of a step, and of all other stages, on one core of ours:
            ({"AE": 0.12, "CLIP+AE": 0.17, "SSL+AE": 0.21, "ALL": 0.25}, 350)]               # a first estimate of what is left, no more
@@ -87,16 +88,16 @@ def stages(cell, run, real, data, quick):
     shapes = data.startswith("shapes")
     own = f"{run}/pictures" if cell.pictures else "DATA"
     measure = f"--data DATA --out {run} --limit {t['samples']}"
-    judged = f"--features classifier --train-limit {t['real']} --judge-steps {t['judge']}"
-    compared = f"--out {run} --reference {real}" if (ROOT / real).exists() else f"{measure} --train-limit {t['real']} --save-real {real}"
+    judged = f"--features classifier --train-limit {t['judged']} --judge-steps {t['judge']}"
+    compared = f"--out {run} --reference {real}" if (ROOT / real).exists() else f"{measure} --train-limit {t['probe']} --save-real {real}"
     do = {
         # 1  the tokenizer: all objectives or some of them
         "tokenizer": f"train.py --out {run}/tokenizer --data {own} --size {cell.size} {f'--decoder {cell.decoder} ' * bool(cell.decoder)}{t['picture']} {t['batch']} {t['recipe']} "
                      f"{OBJECTIVES[cell.objective]} --perceptual none --steps {cell.steps} --seed {cell.seed}",
         # 2  equal decoding: a joint run's decoder lags (w_rec 0.1), so each learns on, on frozen latents and all pictures, without a GAN
-        "decoder": f"train.py --stage 2 --init {run}/tokenizer --out {run}/decoder --data DATA --w-gan 0 --perceptual none --batch 64 --lr 2e-4 --ema-decoder 0.99 --steps {t['decoder']}",
+        "decoder": f"train.py --stage 2 --init {run}/tokenizer --out {run}/decoder --data DATA --w-gan 0 --perceptual none --batch 64 --lr 1e-3 --ema-decoder 0.99 --steps {t['decoder']}",
         # 3  what the tokenizer knows, and what it keeps
-        "probe": f"eval.py probe {run}/tokenizer {measure} --train-limit {t['real']}",
+        "probe": f"eval.py probe {run}/tokenizer {measure} --train-limit {t['probe']}",
         "zeroshot": f"eval.py zeroshot {run}/tokenizer {measure}",
         "recon": f"eval.py recon {run}/decoder --perceptual none --data DATA --out {run} --limit {t['recon']} {judged if shapes else '--features squeezenet'}",
         # 4  the same DiT for all: standardised latents of all pictures, same steps, same draws, same sampler, no guidance
@@ -137,15 +138,13 @@ def work(cell, args):
         commands = stages(cell, *(os.path.relpath(path, ROOT) for path in (folder, args.work / "real.npz")), args.data, args.quick)
         commands["tokenizer"] += f" {args.also}" * bool(args.also)
         for stage, command in commands.items():
-            if "seconds" in done.setdefault(stage, {"begun": 0}):
+            if stage in done:
                 continue
-            done[stage] |= {"begun": done[stage]["begun"] + 1, "command": f"python {command}"}
-            (folder / "done.json").write_text(json.dumps(done))
             judged = "--features classifier" in command                         # one judge for all cells: who measures first trains it, the others wait
             with judging if judged and not args.judge.exists() else nullcontext():
                 if judged and args.judge.exists():
                     shutil.copy(args.judge, folder / "judge.safetensors")
-                done[stage] |= run(cell, stage, command, args, folder, lock)
+                done[stage] = {"command": f"python {command}"} | run(cell, stage, command, args, folder, lock)
                 if judged and not args.judge.exists():
                     shutil.copy(folder / "judge.safetensors", args.judge)
             (folder / "done.json").write_text(json.dumps(done))
@@ -189,7 +188,7 @@ def keep(cell, folder, done, args):
             "metrics": {name: m["value"] for name, m in measured.items()},
             "gflops_a_step": {stage: log[0].get("gflops") for stage, log in logs.items()},
             "seconds": {stage: d["seconds"] for stage, d in done.items()}, "cpu_seconds": {stage: d["cpu"] for stage, d in done.items()},
-            "resumed": [stage for stage, d in done.items() if d["begun"] > 1], "torch": torch.__version__,
+            "torch": torch.__version__,
             "commands": {stage: d["command"] for stage, d in done.items()},
             "protocol": {name: m["protocol"].replace(args.data, "DATA") for name, m in measured.items()}}
     (args.out / "logs").mkdir(exist_ok=True)
