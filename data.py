@@ -316,7 +316,7 @@ class Steps:
             out |= {"image": torch.from_numpy(image), "rows_image": torch.tensor(in_image)}
         if self.clip:
             text = self.tokenizer(captions)
-            out["text"] = text[:, :int((text != 0).any(0).nonzero().max()) + 1]         # a causal tower needs no padding beyond the longest
+            out["text"] = text[:, :int((text != 0).any(0).nonzero().max()) + 1]         # a causal tower needs no padding beyond the longest; its work shrinks in proportion
         if self.rec:
             out["rec"] = torch.tensor([in_image.index(row) for row in in_rec])
         if self.ssl:

@@ -1,9 +1,9 @@
 """study/results.jsonl -> the figures of study/README.md, the paper's Fig. 4 to 7 in small, and a table.   python study/figures.py [FOLDER]
 
-    scaling       compute of the tokenizer against PSNR, distance of reconstructions, latent probe, distance of samples      questions 1 to 3
-    objectives    the four objectives at equal steps, mean over seeds, a dot a seed                                         questions 2, 3
-    prediction    what predicts generation: the probe, or PSNR? a point a tokenizer                                         question 4
-    size, data    trunk, decoder, and pictures of the tokenizer's training set                                              questions 5, 6
+    scaling                 compute of the tokenizer against PSNR, distance of reconstructions, latent probe, distance of samples      questions 1 to 3
+    objectives              the four objectives at equal steps, mean over seeds, a dot a seed                                         questions 2, 3
+    prediction              what predicts generation: the probe, or PSNR?                                                             question 4
+    by_size, by_pictures    trunk, decoder, and pictures of the tokenizer's training set                                              questions 5, 6
 Each data set has figures of its own. Cells that are missing are simply absent, and said.
 """
 import json
@@ -17,7 +17,7 @@ import numpy as np
 
 COLOURS = {"AE": "#777777", "CLIP+AE": "#d08020", "SSL+AE": "#3070c0", "ALL": "#208050"}
 PROBE, PSNR = "linear probe latent", "PSNR"
-SIZES = ["pico", "nano", "micro"]
+SIZES, ALL_PICTURES = ["pico", "nano", "micro"], 50_000
 
 
 def ranks(x):
@@ -27,16 +27,15 @@ def ranks(x):
 
 
 def correlation(x, y):
-    """-> Pearson's, Spearman's: of the values, of their places; nan below 3 points"""
-    if len(x) < 3:
+    """-> Pearson's, Spearman's: of the values, of their places; nan below 3 points, or where nothing varies"""
+    if len(x) < 3 or not np.ptp(x) or not np.ptp(y):
         return np.nan, np.nan
     return np.corrcoef(x, y)[0, 1], np.corrcoef(ranks(x), ranks(y))[0, 1]
 
 
 def compute(row):
-    """Work of the tokenizer's training: GFLOPs of its matrix products if its log counted them, else seconds of one core of ours"""
-    work = row["gflops_a_step"]["tokenizer"]
-    return work * row["steps"] if work else row["cpu_seconds"]["tokenizer"]
+    """GFLOPs of the tokenizer's training: of its matrix products, counted in its first step, forward and backward"""
+    return row["gflops_a_step"]["tokenizer"] * row["steps"]
 
 
 def distance(row):
@@ -48,88 +47,109 @@ def nano_cells(rows):
     return [r for r in rows if r["size"] == "nano" and not r["decoder"] and not r["pictures"]]
 
 
+def over_seeds(rows):
+    """Cells that differ by their seed alone -> one, with the mean of each metric"""
+    groups = {}
+    for r in rows:
+        groups.setdefault((r["objective"], r["steps"]), []).append(r)
+    return [g[0] | {"seed": 0, "metrics": {name: np.mean([r["metrics"][name] for r in g]) for name in g[0]["metrics"] if all(name in r["metrics"] for r in g)}} for g in groups.values()]
+
+
 # ---------------------------------------------------------------- the figures: rows -> a figure, or None if nothing is there to be drawn
 def scaling(rows):
+    """A dot a cell, a line through the means over seeds"""
     rows, fd = nano_cells(rows), distance(rows[0])
-    what = {PSNR: "PSNR, dB", f"r{fd}": "distance of reconstructions", PROBE: "linear probe on latents", fd: "distance of samples"}
-    figure, axes = plt.subplots(1, 4, figsize=(15, 3.6))
+    what = {PSNR: "PSNR, dB: higher is better", f"r{fd}": "distance of reconstructions: lower is better", PROBE: "linear probe on latents: higher is better", fd: "distance of samples: lower is better"}
+    figure, axes = plt.subplots(1, 4, figsize=(16, 3.8))
     for ax, (name, label) in zip(axes, what.items()):
         for objective, colour in COLOURS.items():
-            own = sorted((r for r in rows if r["objective"] == objective), key=lambda r: r["steps"])
+            own = [r for r in rows if r["objective"] == objective]
+            mean = sorted(over_seeds(own), key=compute)
             ax.plot([compute(r) for r in own], [r["metrics"][name] for r in own], "o", color=colour, alpha=0.4, ms=4)
-            first = [r for r in own if not r["seed"]]
-            ax.plot([compute(r) for r in first], [r["metrics"][name] for r in first], "-o", color=colour, label=objective, ms=4)
-        counted = all(r["gflops_a_step"]["tokenizer"] for r in rows)
-        ax.set(xscale="log", xlabel="training of the tokenizer, " + ("GFLOP" if counted else "core seconds"), title=label)
+            ax.plot([compute(r) for r in mean], [r["metrics"][name] for r in mean], "-", color=colour, label=objective)
+        ax.set(xscale="log", xlabel="GFLOP of the tokenizer's training (decoding trained equally after it)")
+        ax.xaxis.label.set_size(8)
+        ax.set_title(label, fontsize=9)
     axes[0].legend(fontsize=8)
     return figure
 
 
 def objectives(rows):
+    """Bars: means over the seeds that all objectives have; dots: all seeds"""
     rows, fd = nano_cells(rows), distance(rows[0])
     here = [r["steps"] for r in rows]
     if not here:
         return None
     steps = max(set(here), key=lambda s: (here.count(s), -s))                   # where most cells are
     rows = [r for r in rows if r["steps"] == steps]
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4))
-    for ax, (name, label) in zip(axes, {PROBE: "linear probe on latents", fd: "distance of samples", "samples recognised": "samples recognised"}.items()):
+    shared = set.intersection(*({r["seed"] for r in rows if r["objective"] == o} for o in {r["objective"] for r in rows}))
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6))
+    for ax, (name, label) in zip(axes, {PROBE: "linear probe on latents", fd: "distance of samples (lower is better)", "samples recognised": "samples recognised"}.items()):
         for k, (objective, colour) in enumerate(COLOURS.items()):
-            values = [r["metrics"][name] for r in rows if r["objective"] == objective]
-            if values:
-                ax.bar(k, np.mean(values), color=colour, alpha=0.6)
-                ax.plot([k] * len(values), values, "k.", ms=5)
-        ax.set(title=f"{label}, {steps} steps", xticks=range(len(COLOURS)), xticklabels=COLOURS)
+            own = [r for r in rows if r["objective"] == objective]
+            if own:
+                ax.bar(k, np.mean([r["metrics"][name] for r in own if r["seed"] in shared]), color=colour, alpha=0.6)
+                ax.plot([k] * len(own), [r["metrics"][name] for r in own], "k.", ms=5)
+        ax.set(xticks=range(len(COLOURS)), xticklabels=COLOURS)
+        ax.set_title(f"{label}, {steps} steps", fontsize=9)
     return figure
 
 
 def prediction(rows):
-    fd = distance(rows[0])
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    """A full dot: objective and steps, mean over seeds; these are correlated. Hollow: other sizes, fewer pictures. Within: each objective's own mean taken off"""
+    fd, points = distance(rows[0]), over_seeds(nano_cells(rows))
+    others = [r for r in rows if r not in nano_cells(rows)]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
     for ax, (name, label) in zip(axes, {PROBE: "linear probe on latents", PSNR: "PSNR, dB"}.items()):
         for objective, colour in COLOURS.items():
-            own = [r["metrics"] for r in rows if r["objective"] == objective]
-            ax.plot([m[name] for m in own], [m[fd] for m in own], "o", color=colour, label=objective)
-        pearson, spearman = correlation(*([r["metrics"][k] for r in rows] for k in (name, fd)))
-        ax.set(xlabel=label, ylabel="distance of samples", title=f"Pearson {pearson:.2f}, Spearman {spearman:.2f}, n {len(rows)}")
+            for some, fill in ((others, "none"), (points, colour)):
+                own = [r["metrics"] for r in some if r["objective"] == objective]
+                ax.plot([m[name] for m in own], [m[fd] for m in own], "o", color=colour, mfc=fill, label=objective if some is points else None)
+        x, y = (np.array([r["metrics"][k] for r in points]) for k in (name, fd))
+        kinds = [r["objective"] for r in points]
+        inner = [v - np.array([v[[k == o for k in kinds]].mean() for o in kinds]) for v in (x, y)]
+        pearson, spearman = correlation(x, y)
+        ax.set(xlabel=label, ylabel="distance of samples (lower is better)")
+        ax.set_title(f"Pearson {pearson:.2f}, Spearman {spearman:.2f}, within objectives {correlation(*inner)[0]:.2f}, n {len(points)}; a good predictor: -1", fontsize=8)
     axes[0].legend(fontsize=8)
     return figure
 
 
-def size(rows):
+def by_size(rows):
+    """Trunks, each with nano's decoder; decoders, each with nano's trunk"""
     rows, fd = [r for r in rows if not r["pictures"] and not r["seed"]], distance(rows[0])
     compared = {r["steps"] for r in rows if r["size"] != "nano" or r["decoder"]}
-    rows = [r for r in rows if r["steps"] in compared]
-    return compared and lines(fd, ["trunk", "decoder"], [
-        {objective: [(SIZES.index(r["size"]), r) for r in rows if r["objective"] == objective and not r["decoder"]] for objective in ("AE", "ALL")},
-        {objective: [(SIZES.index(r["decoder"] or "nano"), r) for r in rows if r["objective"] == objective and r["size"] == "nano"] for objective in ("AE", "ALL")}], SIZES)
+    rows = [r | {"decoder": r["decoder"] or r["size"]} for r in rows if r["steps"] in compared]
+    panels = [{o: [(SIZES.index(r[part]), r) for r in rows if r["objective"] == o and r[other] == "nano"] for o in ("AE", "ALL")} for part, other in (("size", "decoder"), ("decoder", "size"))]
+    return compared and curves(fd, ["trunk", "decoder"], panels, SIZES)
 
 
-def data(rows):
+def by_pictures(rows):
+    """Equal steps, so few pictures come often: 100 of them some 600 times where 50,000 come once"""
     rows, fd = [r for r in rows if r["size"] == "nano" and not r["decoder"] and not r["seed"]], distance(rows[0])
     compared = {r["steps"] for r in rows if r["pictures"]}
-    most = {objective: [(r["pictures"] or 50_000, r) for r in rows if r["objective"] == objective and r["steps"] in compared] for objective in ("AE", "ALL")}
-    return compared and lines(fd, ["pictures of the tokenizer's training set"], [most], None)
+    panel = {objective: [(r["pictures"] or ALL_PICTURES, r) for r in rows if r["objective"] == objective and r["steps"] in compared] for objective in ("AE", "ALL")}
+    return compared and curves(fd, ["pictures of the tokenizer's training set, equal steps"], [panel], None)
 
 
-def lines(fd, labels, panels, names):
+def curves(fd, labels, panels, names):
     """panels  [{objective: [(x, row)]}] -> a panel each, x against the distance of samples; names: of x = 0, 1, ...; None: x is a number, log scale"""
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False)
     for ax, label, panel in zip(axes[0], labels, panels):
         for objective, points in panel.items():
             points = sorted(points, key=lambda point: point[0])
             ax.plot([x for x, _ in points], [r["metrics"][fd] for _, r in points], "-o", color=COLOURS[objective], label=objective)
-        ax.set(xlabel=label, ylabel="distance of samples", **({"xticks": range(len(names)), "xticklabels": names} if names else {"xscale": "log"}))
+        ax.set(xlabel=label, ylabel="distance of samples (lower is better)", **({"xticks": range(len(names)), "xticklabels": names} if names else {"xscale": "log"}))
         ax.legend(fontsize=8)
     return figure
 
 
 def table(rows):
     fd = distance(rows[0])
-    yield f"{'cell':28s}{'probe':>8s}{'PSNR':>8s}{'rFD':>10s}{'FD':>10s}{'recognised':>12s}{'core min':>10s}"
+    yield f"{'cell':28s}{'probe':>8s}{'PSNR':>8s}{'rFD':>10s}{'FD':>10s}{'FD - rFD':>10s}{'recognised':>12s}{'core min':>10s}"
     for r in sorted(rows, key=lambda r: (r["questions"], r["steps"], r["seed"])):
         m = r["metrics"]
-        yield f"{r['cell']:28s}{m[PROBE]:8.3f}{m[PSNR]:8.2f}{m[f'r{fd}']:10.4g}{m[fd]:10.4g}{m['samples recognised']:12.3f}{sum(r['cpu_seconds'].values()) / 60:10.1f}"
+        yield f"{r['cell']:28s}{m[PROBE]:8.3f}{m[PSNR]:8.2f}{m[f'r{fd}']:10.4g}{m[fd]:10.4g}{m[fd] - m[f'r{fd}']:10.4g}{m['samples recognised']:12.3f}{sum(r['cpu_seconds'].values()) / 60:10.1f}"
 
 
 def main(folder):
@@ -137,7 +157,7 @@ def main(folder):
     for name, quick in sorted({(r["data"], r["quick"]) for r in rows}):
         own = [r for r in rows if (r["data"], r["quick"]) == (name, quick)]
         print("\n".join([f"\n{name}{', --quick' if quick else ''}", *table(own)]))
-        for draw in (scaling, objectives, prediction, size, data):
+        for draw in (scaling, objectives, prediction, by_size, by_pictures):
             path = folder / f"{name.partition(':')[0]}{'-quick' * quick}-{draw.__name__}.png"
             if figure := draw(own):
                 figure.tight_layout()

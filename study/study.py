@@ -1,7 +1,7 @@
 """The paper's findings on two CPU cores (VTP Sec. 4, Fig. 4 to 7): many small tokenizers, the same small DiT on the latents of each.
 
-    python study/study.py --quick --jobs 2 --out runs/quick        questions 1 to 3 on the built-in shapes, 20 minutes, no data needed
-    python study/study.py --data IMAGENET64 --jobs 2               all questions on photographs of 64 px; --list says which cells, how long
+    python study/study.py --quick --jobs 2 --out runs/quick        questions 1 to 3 in part, on the built-in shapes, 20 minutes, no data needed
+    python study/study.py --data IMAGENET64 --jobs 2               all questions on photographs, read at 32 px; --list says which cells, how long
     python study/figures.py                                        study/results.jsonl -> the figures and tables of study/README.md
 
 A cell is one tokenizer with all that is measured of it: (objective, steps, size, decoder, pictures, seed). `stages` lists the commands of a cell;
@@ -12,6 +12,7 @@ import argparse
 import fcntl
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -25,14 +26,14 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from vtp_min import weights
+from vtp_min.run import write_aside
+
 OBJECTIVES = {"AE": "--w-clip 0 --w-ssl 0", "CLIP+AE": "--w-ssl 0", "SSL+AE": "--w-clip 0", "ALL": ""}       # paper Sec. 4.3: weights are 0 or 1, and w_rec 0.1
 
-# ---------------------------------------------------------------- what is the same for all cells.   name: (photographs, --quick, source)
+# ---------------------------------------------------------------- what is the same for all cells.   name: (of photographs, of --quick, source)
 TABLE = {
     "picture":  ("--image 32 --patch 8 --latent-dim 64",) * 2 + ("ours: 16 latents, each a third of its patch's numbers and narrower than the DiT",),
     "batch":    ("--batch 64 --batch-ssl 32 --batch-rec 64",) * 2 + ("nano's defaults; AE has the same pictures a step as ALL",),
@@ -40,16 +41,16 @@ TABLE = {
                 + ("nano's defaults, typed since larger sizes have others",),
     "base":     (300, 250, "ours: the shortest training; the others are 3 and 10 times as long"),
     "decoder":  (1600, 800, "ours: further steps of every decoder on its frozen latents"),
+    "adam":     ("--batch 64 --lr 1e-3",) * 2 + ("of decoder and DiT: stage 2's default, and tried on the demo's DiT (ours)",),
     "latents":  (50_000, 10_000, "photographs: all of the training set"),
     "dit":      (4000, 2000, "ours: steps; fewer leave blobs"),
-    "samples":  (2500, 2100, "ours; below 2048 a distance is mostly bias; also the pictures of val that probes and zero-shot are judged on"),
-    "recon":    (2500, 2100, "pictures of val that are painted again, evenly spread over it (ours)"),
+    "samples":  (2500, 2100, "ours; below 2048 a distance is mostly bias. As many pictures of val, evenly spread, are painted again and judge probes and zero-shot"),
     "probe":    (10_000, 5000, "pictures of the training set that probes learn from, and that samples are compared with; eval.py's default"),
     "judged":   (20_000, 5000, "pictures that the classifier learns from, and that FD-classifier compares with (ours)"),
     "judge":    (2400, 600, "steps of that classifier; eval.py's default"),
 }
-SECONDS = [({"AE": 0.20, "CLIP+AE": 0.28, "SSL+AE": 0.35, "ALL": 0.42}, 1300),              # of a step, and of all other stages, on one core of ours:
-           ({"AE": 0.12, "CLIP+AE": 0.17, "SSL+AE": 0.21, "ALL": 0.25}, 350)]               # a first estimate of what is left, no more
+SECONDS = [({"AE": 0.12, "CLIP+AE": 0.17, "SSL+AE": 0.21, "ALL": 0.25}, 800),               # of a step, and of all other stages, on one core of ours:
+           ({"AE": 0.12, "CLIP+AE": 0.17, "SSL+AE": 0.21, "ALL": 0.25}, 330)]               # a first estimate of what is left, no more
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ class Cell:
 
     @property
     def name(self):
-        more = (self.size * (self.size != "nano"), f"decoder_{self.decoder}" * bool(self.decoder), f"n{self.pictures}" * bool(self.pictures), f"seed{self.seed}" * bool(self.seed))
-        return "-".join([self.objective, str(self.steps), *filter(None, more)])
+        special = {"": self.size.replace("nano", ""), "decoder_": self.decoder, "n": self.pictures, "seed": self.seed}
+        return "-".join([self.objective, str(self.steps), *(f"{word}{value}" for word, value in special.items() if value)])
 
 
 def cells(quick):
@@ -74,101 +75,85 @@ def cells(quick):
     if quick:
         return [Cell("1", "AE", 3 * S), Cell("3", "ALL", S), Cell("123", "AE", S), Cell("2", "CLIP+AE", S), Cell("2", "SSL+AE", S)]
     core = [Cell("1234", objective, steps) for steps in (3 * S, 10 * S, S) for objective in ("AE", "ALL", "CLIP+AE", "SSL+AE")]
-    seeds = [Cell("123", objective, 3 * S, seed=seed) for seed in (1, 2) for objective in OBJECTIVES]
+    seeds = [Cell("123", objective, steps, seed=seed) for steps, seed in ((3 * S, 1), (10 * S, 1), (3 * S, 2)) for objective in ("AE", "ALL")]
     data = [Cell("6", objective, 3 * S, pictures=n) for n in (100, 1000, 10_000) for objective in ("AE", "ALL")]
-    sizes = [Cell("5", objective, 3 * S, size=size) for size in ("pico", "micro") for objective in ("AE", "ALL")]
+    sizes = [Cell("5", objective, 3 * S, size=size, decoder="nano") for size in ("pico", "micro") for objective in ("AE", "ALL")]
     decoders = [Cell("5", "ALL", 3 * S, decoder=size) for size in ("pico", "micro")]
-    return core + seeds + data + sizes + decoders
+    return core + data + sizes + decoders + seeds
 
 
 # ---------------------------------------------------------------- a cell, command by command
-def stages(cell, run, real, data, quick):
-    """-> {stage: command}. DATA stands for the pictures, run/pictures links to some of them; real: statistics of the real pictures, once they are there"""
-    t = {name: values[quick] for name, values in TABLE.items()}
-    shapes = data.startswith("shapes")
-    own = f"{run}/pictures" if cell.pictures else "DATA"
-    measure = f"--data DATA --out {run} --limit {t['samples']}"
+def stages(cell, data, quick, known=False):
+    """-> {stage: command}, in the order of README's protocol. DATA stands for the pictures, RUN for the cell's folder, REAL for statistics of the real pictures, if known"""
+    t, shapes = {name: values[quick] for name, values in TABLE.items()}, data.startswith("shapes")
+    measure = f"--data DATA --out RUN --limit {t['samples']}"
     judged = f"--features classifier --train-limit {t['judged']} --judge-steps {t['judge']}"
-    compared = f"--out {run} --reference {real}" if (ROOT / real).exists() else f"{measure} --train-limit {t['probe']} --save-real {real}"
+    compared = "--out RUN --reference REAL" if known else f"{measure} --train-limit {t['probe']} --save-real REAL"
     do = {
-        # 1  the tokenizer: all objectives or some of them
-        "tokenizer": f"train.py --out {run}/tokenizer --data {own} --size {cell.size} {f'--decoder {cell.decoder} ' * bool(cell.decoder)}{t['picture']} {t['batch']} {t['recipe']} "
-                     f"{OBJECTIVES[cell.objective]} --perceptual none --steps {cell.steps} --seed {cell.seed}",
-        # 2  equal decoding: a joint run's decoder lags (w_rec 0.1), so each learns on, on frozen latents and all pictures, without a GAN
-        "decoder": f"train.py --stage 2 --init {run}/tokenizer --out {run}/decoder --data DATA --w-gan 0 --perceptual none --batch 64 --lr 1e-3 --ema-decoder 0.99 --steps {t['decoder']}",
-        # 3  what the tokenizer knows, and what it keeps
-        "probe": f"eval.py probe {run}/tokenizer {measure} --train-limit {t['probe']}",
-        "zeroshot": f"eval.py zeroshot {run}/tokenizer {measure}",
-        "recon": f"eval.py recon {run}/decoder --perceptual none --data DATA --out {run} --limit {t['recon']} {judged if shapes else '--features squeezenet'}",
-        # 4  the same DiT for all: standardised latents of all pictures, same steps, same draws, same sampler, no guidance
-        "latents": f"dit.py latents {run}/tokenizer --data DATA --n {t['latents']} --out {run}/latents",
-        "dit": f"dit.py train {run}/latents --out {run}/dit --size nano --steps {t['dit']} --batch 64 --lr 1e-3 --warmup 50 --precision bf16 --seed 0",
-        "sample": f"dit.py sample {run}/dit --tokenizer {run}/decoder --out {run}/samples --n {t['samples']} --points 50 --precision bf16 --seed 0",
-        # 5  samples against real pictures
-        "fid": f"eval.py fid {run}/samples --features squeezenet {compared}",
-        "judge": f"eval.py fid {run}/samples {measure} {judged}",
+        "tokenizer": f"train.py --out RUN/tokenizer --data {'RUN/pictures' if cell.pictures else 'DATA'} --size {cell.size} {f'--decoder {cell.decoder}' * bool(cell.decoder)} "
+                     f"{t['picture']} {t['batch']} {t['recipe']} {OBJECTIVES[cell.objective]} --perceptual none --steps {cell.steps} --seed {cell.seed}",
+        "decoder": f"train.py --stage 2 --init RUN/tokenizer --out RUN/decoder --data DATA --w-gan 0 --perceptual none {t['adam']} --ema-decoder 0.99 --steps {t['decoder']}",
+        "probe": f"eval.py probe RUN/tokenizer {measure} --train-limit {t['probe']}",
+        "zeroshot": f"eval.py zeroshot RUN/tokenizer {measure}",
+        "recon": f"eval.py recon RUN/decoder --perceptual none {measure} {judged if shapes else '--features squeezenet'}",
+        "latents": f"dit.py latents RUN/tokenizer --data DATA --n {t['latents']} --out RUN/latents --fresh",
+        "dit": f"dit.py train RUN/latents --out RUN/dit --size nano --steps {t['dit']} {t['adam']} --warmup 50 --precision bf16 --seed 0",
+        "sample": f"dit.py sample RUN/dit --tokenizer RUN/decoder --out RUN/samples --n {t['samples']} --points 50 --precision bf16 --seed 0",
+        "fid": f"eval.py fid RUN/samples --features squeezenet {compared}",
+        "judge": f"eval.py fid RUN/samples {measure} {judged}",
     }
-    if cell.objective not in ("CLIP+AE", "ALL"):
-        del do["zeroshot"]                                                      # it knows no words
-    if shapes:
-        del do["fid"]                                                           # SqueezeNet knows photographs
-    return {stage: " ".join(command.split()) for stage, command in do.items()}
+    senseless = ["zeroshot"] * (cell.objective not in ("CLIP+AE", "ALL")) + ["fid"] * shapes            # knows no words; SqueezeNet knows photographs
+    return {stage: " ".join(command.split()) for stage, command in do.items() if stage not in senseless}
 
 
 # ---------------------------------------------------------------- the work on a cell: stages that have ended are not done again
-class Stopped(Exception):
-    """A signal, or a command that failed"""
-
-
-running, judging, stopping = set(), threading.Lock(), threading.Event()
+stopping, judging = threading.Event(), threading.Lock()
 
 
 def work(cell, args):
     """Do what is left of a cell; its line goes to results.jsonl"""
-    folder = args.work / cell.name
+    folder, real = args.work / cell.name, args.work / "real.npz"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:                                    # the commands hold it too: one that outlives its driver goes on alone
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Stopped(f"{cell.name}: another driver, or a command of one, is at work on it ({folder}); left alone") from None
+            raise RuntimeError(f"another driver, or a command of one, is at work on it ({folder}); left alone") from None
+        if cell.name in {r["cell"] for r in finished(args)}:                    # by another driver, since this one looked
+            return
         if cell.pictures:
             link_pictures(args.data, folder / "pictures", cell.pictures)
         done = (lines(folder / "done.json") or [{}])[0]
-        commands = stages(cell, *(os.path.relpath(path, ROOT) for path in (folder, args.work / "real.npz")), args.data, args.quick)
-        commands["tokenizer"] += f" {args.also}" * bool(args.also)
-        for stage, command in commands.items():
-            if stage in done:
-                continue
-            judged = "--features classifier" in command                         # one judge for all cells: who measures first trains it, the others wait
-            with judging if judged and not args.judge.exists() else nullcontext():
-                if judged and args.judge.exists():
+        for stage, command in [x for x in stages(cell, args.data, args.quick).items() if x[0] not in done]:
+            shared = real if stage == "fid" else args.judge if "classifier" in command else None        # one for all cells: who comes first makes it, the others wait
+            with judging if shared and not shared.exists() else nullcontext():
+                command = stages(cell, args.data, args.quick, real.exists())[stage] + f" {args.also}" * (stage == "tokenizer")
+                if args.judge.exists():
                     shutil.copy(args.judge, folder / "judge.safetensors")
-                done[stage] = {"command": f"python {command}"} | run(cell, stage, command, args, folder, lock)
-                if judged and not args.judge.exists():
-                    shutil.copy(folder / "judge.safetensors", args.judge)
-            (folder / "done.json").write_text(json.dumps(done))
+                done[stage] = {"command": f"python {command.strip()}"} | run(cell, stage, command, args, folder, lock)
+                if (folder / "judge.safetensors").exists() and not args.judge.exists():
+                    os.link(folder / "judge.safetensors", args.judge)           # whole at once
+            write_aside(folder / "done.json", lambda path: path.write_text(json.dumps(done)))
         keep(cell, folder, done, args)
 
 
 def run(cell, stage, command, args, folder, lock):
     """One command as a process of its own -> seconds it took, and seconds of a core that it had; of a resumed one those of its last part"""
-    if stage == "latents":
-        shutil.rmtree(folder / "latents", ignore_errors=True)                   # whole ones would be refused: dit.py overwrites nothing unasked
     print(f"{time.strftime('%H:%M')} {cell.name}: {stage}", flush=True)
+    places = {"DATA": args.data, "RUN": os.path.relpath(folder, ROOT), "REAL": os.path.relpath(args.work / "real.npz", ROOT)}
+    words = [re.sub(r"^(DATA|RUN|REAL)\b", lambda found: places[found[0]], word) for word in shlex.split(command)]
     with open(folder / "out.txt", "a") as out:
         start = time.time()
-        process = subprocess.Popen([sys.executable, *shlex.split(command.replace("DATA", shlex.quote(args.data)))], cwd=ROOT, stdout=out, stderr=out, pass_fds=[lock.fileno()],
-                                   start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        running.add(process)
-        if stopping.is_set():
-            process.terminate()
-        _, status, used = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        running.discard(process)
+        process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=out, stderr=out, pass_fds=[lock.fileno()], start_new_session=True,
+                                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+        while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
+            if stopping.wait(0.5):                                              # train.py and dit.py finish their step, save and leave
+                os.kill(process.pid, signal.SIGTERM)
+                time.sleep(1)
+    process.returncode = os.waitstatus_to_exitcode(ended[1])
     if process.returncode:
-        raise Stopped("" if stopping.is_set() else f"{cell.name}: {stage} failed (exit status {process.returncode}): {command}\n{(folder / 'out.txt').read_text()[-1500:]}")
-    return {"seconds": round(time.time() - start, 1), "cpu": round(used.ru_utime + used.ru_stime, 1)}
+        raise RuntimeError("stopped" if stopping.is_set() else f"{stage} failed (exit status {process.returncode}): {command}\n{(folder / 'out.txt').read_text()[-1500:]}")
+    return {"seconds": round(time.time() - start, 1), "cpu": round(ended[2].ru_utime + ended[2].ru_stime, 1)}
 
 
 def link_pictures(data, out, n):
@@ -187,22 +172,19 @@ def keep(cell, folder, done, args):
     line = {"cell": cell.name, **asdict(cell), "data": args.shown, "quick": args.quick,
             "metrics": {name: m["value"] for name, m in measured.items()},
             "gflops_a_step": {stage: log[0].get("gflops") for stage, log in logs.items()},
-            "seconds": {stage: d["seconds"] for stage, d in done.items()}, "cpu_seconds": {stage: d["cpu"] for stage, d in done.items()},
-            "torch": torch.__version__,
-            "commands": {stage: d["command"] for stage, d in done.items()},
+            **{name: {stage: d[key] for stage, d in done.items()} for name, key in (("seconds", "seconds"), ("cpu_seconds", "cpu"), ("commands", "command"))},
             "protocol": {name: m["protocol"].replace(args.data, "DATA") for name, m in measured.items()}}
-    (args.out / "logs").mkdir(exist_ok=True)
     thin = [{"stage": stage} | log[k * (len(log) - 1) // max(n - 1, 1)] for (stage, log), n in zip(logs.items(), (20, 5, 12)) for k in range(min(n, len(log)))]
-    (args.out / "logs" / f"{args.prefix}{cell.name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in thin))
-    if args.data.startswith("shapes"):
-        (args.out / "pictures").mkdir(exist_ok=True)
-        shutil.copy(folder / "samples" / "grid.png", args.out / "pictures" / f"{args.prefix}{cell.name}.png")
-    shutil.copy(folder / "samples" / "grid.png", folder)
+    (args.out / "logs").mkdir(exist_ok=True)
+    (args.out / "logs" / f"{args.prefix}-{cell.name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in thin))
+    for place in [folder] + [args.out / "logs" / f"{args.prefix}-{cell.name}.png"] * args.data.startswith("shapes"):
+        shutil.copy(folder / "samples" / "grid.png", place)
     with open(args.out / "results.jsonl", "a") as f:
         f.write(json.dumps(line) + "\n")
     for large in ("tokenizer", "decoder", "latents", "dit", "samples", "pictures"):
         shutil.rmtree(folder / large, ignore_errors=True)
-    (folder / "judge.safetensors").unlink(missing_ok=True)
+    for name in ("judge.safetensors", "done.json", "metrics.jsonl"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def lines(path):
@@ -210,60 +192,53 @@ def lines(path):
 
 
 # ---------------------------------------------------------------- the whole
-def estimate(cell, finished, quick):
-    """Seconds of a cell: what it took on our machine, times how much slower or faster the finished ones were here"""
-    step, rest = SECONDS[quick]
-    here = [sum(r["seconds"].values()) / (r["steps"] * step[r["objective"]] + rest) for r in finished if r["size"] == "nano"]
-    return (cell.steps * step[cell.objective] + rest) * (sum(here) / len(here) if here else 1)
-
-
-def time_left(cells, times, jobs):
-    minutes = sum(times[c] for c in cells) / jobs // 60
-    return f"{len(cells)} cells left, about {minutes // 60:.0f}:{minutes % 60:02.0f} h with --jobs {jobs}"
-
-
-def stop(number, frame):
-    """train.py and dit.py finish their step, save and leave; the same command goes on from there"""
-    stopping.set()
-    for process in list(running):
-        process.terminate()
+def finished(args):
+    return [r for r in lines(args.out / "results.jsonl") if (r["data"], r["quick"]) == (args.shown, args.quick)]
 
 
 def main(args):
-    args.data = args.data or "shapes:objects=1,size=0.6-0.9"
-    photographs = not args.data.startswith("shapes")
+    photographs = args.data.partition(":")[0] != "shapes"
     if photographs:
         if not (Path(args.data, "train").is_dir() and Path(args.data, "val").is_dir()):
             raise ValueError(f"{args.data} holds no train/ and val/; wanted class folders such as ImageNet at 64 px: DIR/train/CLASS/x.jpg, DIR/val/CLASS/y.jpg")
         args.data = str(Path(args.data).resolve())
     args.shown = Path(args.data).name if photographs else args.data
-    args.prefix = (args.shown if photographs else "shapes") + "-" + "quick-" * args.quick
+    args.prefix = args.shown.partition(":")[0] + "-quick" * args.quick
     args.out = Path(args.out).resolve()
-    args.work = ROOT / "runs" / args.out.name / args.prefix.strip("-")
+    args.work = ROOT / "runs" / args.out.name / args.prefix
     args.judge = args.work / "judge.safetensors"
-    finished = [r for r in lines(args.out / "results.jsonl") if (r["data"], r["quick"]) == (args.shown, args.quick)]
-    wanted = [c for c in cells(args.quick) if fnmatch(c.name, args.only) and (photographs or not c.pictures)]         # shapes have no end: no share of them
-    left = [c for c in wanted if c.name not in {r["cell"] for r in finished}]
-    times = {c: estimate(c, finished, args.quick) for c in wanted}
+    there = sum(1 for _ in Path(args.data, "train").glob("*/*"))                                                       # of shapes none: they have no end, and no share
+    wanted = [c for c in cells(args.quick) if fnmatch(c.name, args.only) and (not c.pictures or c.pictures < there)]
+    if not wanted:
+        raise ValueError(f"--only {args.only!r} fits no cell; there are: {', '.join(c.name for c in cells(args.quick))}")
+    step, rest = SECONDS[args.quick]
+    minutes = {c: (c.steps * step[c.objective] + rest) / 60 for c in wanted}
+    left = [c for c in wanted if c.name not in {r["cell"] for r in finished(args)}]
     for c in wanted:
-        print(f"{c.name:28s} questions {c.questions:5s}" + (f"about {times[c] / 60:3.0f} min" if c in left else "finished"))
-    print(time_left(left, times, args.jobs), flush=True)
+        print(f"{c.name:28s} questions {c.questions:5s}" + (f"about {minutes[c]:3.0f} min" if c in left else "finished"))
+    print(f"{len(left)} cells left, about {sum(minutes[c] for c in left) / 60 / args.jobs:.1f} h with --jobs {args.jobs}", flush=True)
     if args.list:
         return
-    args.out.mkdir(parents=True, exist_ok=True)
     if photographs:
         weights.find("squeezenet")                                              # raises, and says where the file belongs
+    args.work.mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    about = {"data": args.data, "also": args.also} | {name: str(values[args.quick]) for name, values in TABLE.items()}
+    begun = (lines(args.work / "about.json") or [about])[0]
+    if begun != about:
+        raise ValueError(f"{args.work} was begun with other pictures, constants or --also (its about.json says which); take another --out")
+    (args.work / "about.json").write_text(json.dumps(about))
     for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, stop)
+        signal.signal(s, lambda number, frame: stopping.set())
 
     def one(cell):
         try:
             if not stopping.is_set():
                 work(cell, args)
                 left.remove(cell)
-                print(f"{time.strftime('%H:%M')} {cell.name}: done; {time_left(left, times, args.jobs)}", flush=True)
-        except Stopped as problem:
-            print(problem, flush=True)
+                print(f"{time.strftime('%H:%M')} {cell.name}: done; {len(left)} cells left", flush=True)
+        except Exception as problem:                                            # one cell's; the others go on
+            print(f"{cell.name}: {problem if isinstance(problem, RuntimeError) else repr(problem)}", flush=True)
 
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(one, list(left)))
@@ -274,7 +249,7 @@ def main(args):
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--quick", action="store_true", help="questions 1 to 3 on the built-in shapes: small cells, few of them")
-    p.add_argument("--data", help="folder with train/ and val/ of class folders; default: the built-in shapes")
+    p.add_argument("--data", default="shapes:objects=1,size=0.6-0.9", help="folder with train/ and val/ of class folders; default: the built-in shapes")
     p.add_argument("--only", default="*", metavar="GLOB", help="only cells whose name fits, as 'ALL-*'")
     p.add_argument("--jobs", type=int, default=1, help="cells at once, of one thread each: as many as there are cores. Small models gain little from a second thread")
     p.add_argument("--list", action="store_true", help="say what there is, what is left, how long it takes, and end")

@@ -2,7 +2,7 @@
 
     python tests/bench.py joint                    the training step: nano, S and B at 64 px
     python tests/bench.py                          everything (half an hour on two quiet cores) -> study/bench.json
-Ratios compare; images/s belong to the machine that is named with them. Anything else that runs beside a benchmark spoils it.
+Ratios compare; images/s belong to the machine that is named with them. Anything else that runs beside a benchmark spoils it. Linux (memory is read from /proc).
 """
 import copy
 import ctypes
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 from statistics import median
 
@@ -65,9 +65,11 @@ class Joint:
             self.opt = torch.optim.AdamW(groups, betas=T.BETAS, eps=T.EPS, fused=True)
         for group in self.opt.param_groups:
             group["lr"] = 1e-4
-        self.precision, self.step = precision, self.plain if how == "plain" else self.ours
+        self.size, self.precision, self.step = size, precision, self.plain if how == "plain" else self.ours
 
     def ours(self, batch):
+        if self.size not in SMALL:
+            give_back_memory()                                                        # as train.py does
         self.opt.zero_grad()
         batch = T.to_device(batch, CPU)
         with autocast(CPU, self.precision):
@@ -86,9 +88,11 @@ class Joint:
         return terms
 
     def plain(self, batch):
+        ctypes.CDLL(None).mallopt(-3, 2 ** 25)                                        # where glibc's own threshold ends up when a program frees large pieces
         self.opt.zero_grad()
         batch = T.to_device(batch, CPU)
-        rows = max(int(0.3 * batch["mask"].numel()), int(batch["mask"].sum()))        # DINOv2: of half of the crops, the upper edge of each stratum
+        crops, patches = batch["mask"].shape[0] * batch["mask"].shape[1], batch["mask"].shape[-1]
+        rows = sum(int(patches * edge) for edge in torch.linspace(0.1, 0.5, crops // 2 + 1)[1:].tolist())      # DINOv2: of half of the crops, the upper edge of each stratum
         with autocast(CPU, self.precision):
             targets = plain.teach(self.teacher, batch, rows, TEMP)
             terms = plain.losses(plain.forward(self.student, batch, rows), targets, batch)
@@ -119,7 +123,9 @@ def in_turns(calls, rounds):
 
 
 def ratio(seconds, slow, fast):
-    return median(a / b for a, b in zip(seconds[slow], seconds[fast]))
+    """-> the median over rounds; the lowest and the highest, which say how quiet the machine was"""
+    all = sorted(a / b for a, b in zip(seconds[slow], seconds[fast]))
+    return {"ratio": median(all), "ratio_lowest": all[0], "ratio_highest": all[-1]}
 
 
 def flops_of(joint, batch):
@@ -148,26 +154,24 @@ def joint(rounds, cases=(("nano", "fp32"), ("nano", "bf16"), ("S", "fp32"), ("S"
         ctypes.CDLL(None).malloc_trim(0)                                              # S leaves gigabytes in glibc's heap, and B needs them
         peak = matmul_peak(CPU, precision, 1)
         row = dict(what=f"joint step, {size}, {precision}", ours=n / median(seconds["ours"]), unit="images/s", share_of_peak=flops / median(seconds["ours"]) / peak,
-                   gflops=flops / 1e9, peak_gflops=peak / 1e9, ours_gb=of_process("memory", size, precision, "ours"),
+                   gflops=flops / 1e9, peak_gflops=peak / 1e9, **of_process("ours", size, precision),
                    protocol=f"batch {n}, 8 local crops, cached batches, {many} rounds")
         if "plain" in hows:
-            gb = of_process("memory", size, precision, "plain")
-            row |= dict(plain=n / median(seconds["plain"]), ratio=ratio(seconds, "plain", "ours"), plain_gb=gb, memory_ratio=row["ours_gb"] / gb,
+            row |= dict(plain=n / median(seconds["plain"]), **ratio(seconds, "plain", "ours"), **of_process("plain", size, precision))
+            row |= dict(memory_ratio=row["ours_gb"] / row["plain_gb"], memory_ratio_with_all_else=(row["ours_gb"] + row["ours_before_gb"]) / (row["plain_gb"] + row["plain_before_gb"]),
                         first_step_losses_apart=max(abs(losses["plain"][0][k] / x - 1) for k, x in losses["ours"][0].items()))
         if "compiled" in hows:
-            row |= dict(ratio_compiled=ratio(seconds, "plain", "compiled"))
+            row |= dict(ratio_compiled=ratio(seconds, "plain", "compiled")["ratio"])
         yield row
 
 
-def memory(size, precision, how):
+def memory(how, size, precision):
     """In a process of its own: GB that three steps need at most beyond what lies there before them: activations, gradients, AdamW's averages, copies"""
-    if how == "ours":
-        give_back_memory()
     made, step = batches_of(2, size, BATCH[size]), Joint(size, precision, how).step
     before = status("VmRSS")
     for r in range(3):
         step(made[r % 2])
-    print(status("VmHWM") - before)
+    print(json.dumps({f"{how}_gb": status("VmHWM") - before, f"{how}_before_gb": before}))
 
 
 def status(field):
@@ -176,7 +180,7 @@ def status(field):
 
 
 def of_process(*words):
-    return float(subprocess.run([sys.executable, __file__, *map(str, words)], capture_output=True, text=True, check=True).stdout)
+    return json.loads(subprocess.run([sys.executable, __file__, "memory", *words], stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
 # ---------------------------------------------------------------- the data
@@ -196,8 +200,8 @@ def data(rounds):
             return lambda r: [plain.views(paths[(r * n + i) % 64], 224, 96, 8, floats) for i in range(n)]
         seconds = in_turns({"plain": plainly(True), "uint8": plainly(False), "ours": steps.__getitem__}, rounds)
     torch.set_num_threads(threads)
-    yield dict(what="views, 1 thread", plain=n / median(seconds["plain"]), ours=n / median(seconds["ours"]), unit="images/s", ratio=ratio(seconds, "plain", "ours"),
-               ratio_without_floats=ratio(seconds, "uint8", "ours"), protocol=f"10 views of 288 px JPEGs of built-in pictures, {rounds} rounds of {n}")
+    yield dict(what="views, 1 thread", plain=n / median(seconds["plain"]), ours=n / median(seconds["ours"]), unit="images/s", **ratio(seconds, "plain", "ours"),
+               ratio_without_floats=ratio(seconds, "uint8", "ours")["ratio"], protocol=f"10 views of 288 px JPEGs of built-in pictures, {rounds} rounds of {n}")
 
 
 def fed(rounds):
@@ -214,7 +218,7 @@ def fed(rounds):
                                 "in between": lambda r: joint.step(steps[r])}, rounds)
             for way in ("in between", "by a worker"):
                 yield dict(what=f"step with data {name} {way}", plain=n / median(seconds["made before"]), ours=n / median(seconds[way]), unit="images/s",
-                           ratio=ratio(seconds, "made before", way), protocol=f"nano, 64 px, patch 8, 8 local crops, {precision}; plain: batches made before; {rounds} rounds")
+                           **ratio(seconds, "made before", way), protocol=f"nano, 64 px, patch 8, 8 local crops, {precision}; plain: batches made before; {rounds} rounds")
 
 
 # ---------------------------------------------------------------- diffusion
@@ -286,9 +290,9 @@ def diffusion(rounds):
         peak, each = matmul_peak(CPU, precision, 1), pair["ours"].flops()
         training = 3 * batch * each / median(seconds["ours"]) / peak
         yield dict(what=f"DiT step, {size}, {side * side} tokens, {precision}", plain=batch / median(seconds["plain"]), ours=batch / median(seconds["ours"]), unit="images/s",
-                   ratio=ratio(seconds, "plain", "ours"), share_of_peak=training, first_step_losses_apart=abs(losses[1] / losses[0] - 1), protocol=f"batch {batch}, {n} rounds")
+                   **ratio(seconds, "plain", "ours"), share_of_peak=training, first_step_losses_apart=abs(losses[1] / losses[0] - 1), protocol=f"batch {batch}, {n} rounds")
         yield dict(what=f"sampling, {size}, {side * side} tokens, {precision}", ours=shots / (median(seconds["sample"]) / 5 * 249), unit="images/s of 249 steps",
-                   share_of_peak=5 * shots * each / median(seconds["sample"]) / peak, share_of_training=training, protocol=f"{shots} at once, guidance off, {n} rounds")
+                   share_of_peak=5 * shots * each / median(seconds["sample"]) / peak, share_of_training=training, protocol=f"{shots} at once, guidance off, 5 steps timed, x 249/5, without decoding; {n} rounds")
 
 
 @torch.no_grad()
@@ -317,7 +321,7 @@ def fid(rounds):
             torch.nn.init.kaiming_normal_(x, nonlinearity="relu")
     both, img = {"plain": plain.inception(ours), "ours": ours}, torch.randint(256, (n, 3, 64, 64), dtype=torch.uint8)
     seconds, (a, b) = in_turns({name: lambda r, net=net: net(img) for name, net in both.items()}, max(rounds // 2, 3)), (net(img) for net in both.values())
-    yield dict(what="Inception features, fp32", plain=n / median(seconds["plain"]), ours=n / median(seconds["ours"]), unit="images/s", ratio=ratio(seconds, "plain", "ours"),
+    yield dict(what="Inception features, fp32", plain=n / median(seconds["plain"]), ours=n / median(seconds["ours"]), unit="images/s", **ratio(seconds, "plain", "ours"),
                features_apart=((a - b).abs().max() / a.abs().max()).item(), protocol=f"batch {n}, random weights, {max(rounds // 2, 3)} rounds")
 
 
@@ -354,13 +358,13 @@ def plan(rounds):
         model = on_meta(VTPModel, VTPConfig.of_size(size))
         rows = {side: {part: work for part, _, _, work in costs(model, side, head_on_meta(model, (65536, 2048, 256)))} for side in (256, 112)}
         trunk, small, part = rows[256]["encoder"], rows[112]["encoder"], rows[256]
-        words = 3 * trunk + 3 * part["text tower"] * 32 / 77                          # captions of 32 tokens, forward and backward: 3 x forward
+        words, longer = 3 * trunk + 3 * part["text tower"] * 32 / 77, 3 * part["text tower"] * 45 / 77      # captions of 32 tokens, forward and backward: 3 x forward; of 77
         tokens = 10 + 0.15 * 512, 2 + 0.15 * 512                                      # a picture's rows of the head: class tokens, hidden patches; of student, of teacher
         views = 3 * (2 * trunk + 8 * small) + 2 * trunk + (3 * tokens[0] + tokens[1]) * part["DINO head"]
         pixels = 3 * part["decoder"]
         each = words + views / 4 + pixels / 8                                         # 16k : 4k : 2k
         hours = {gpu: 1.1e9 * each / (0.4 * peak) / 3600 for gpu, peak in (("A100", 312e12), ("H100", 989e12))}
-        yield dict(what=f"plan {size}", gflops_a_sample=each / 1e9, flops_of_1_1_billion=1.1e9 * each, a100_hours=hours["A100"], h100_hours=hours["H100"], unit="",
+        yield dict(what=f"plan {size}", gflops_a_sample=each / 1e9, gflops_with_77_tokens=(each + longer) / 1e9, flops_of_1_1_billion=1.1e9 * each, a100_hours=hours["A100"], h100_hours=hours["H100"], unit="",
                    protocol="256 px, patch 16, 8 local crops of 112, captions of 32 tokens; 40 % of 312 and 989 TFLOP/s; Table 2 takes three times as long; LPIPS not counted")
 
 
@@ -370,12 +374,17 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["memory"]:
         memory(*sys.argv[2:])
         raise SystemExit
-    p = ArgumentParser(description=__doc__)
-    p.add_argument("what", nargs="*", help=f"some of {', '.join(BENCHES)}; default: all")
-    p.add_argument("--rounds", type=int, default=15)
+    p = ArgumentParser(description=__doc__ + "\n" + "\n".join(f"{name:10s} {f.__doc__.strip().splitlines()[0]}" for name, f in BENCHES.items()), formatter_class=RawDescriptionHelpFormatter)
+    p.add_argument("what", nargs="*", help="some of the above; default: all")
+    p.add_argument("--rounds", type=int, default=15, help="of which the median counts; slow ones take a third of them. default %(default)s")
     p.add_argument("--out", default=str(ROOT / "study" / "bench.json"), help="rows of the same name are replaced, the others stay")
     args = p.parse_args()
-    machine = f"{torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}, {platform.machine()}"
+    if unknown := set(args.what) - BENCHES.keys():
+        p.error(f"{', '.join(unknown)} is not measured here; choose some of {', '.join(BENCHES)}")
+    if not Path("/proc/self/status").exists():
+        p.error("memory is read from /proc, as Linux has it; this system has none")
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    machine = f"{torch.get_num_threads()} threads of {model[1] if model else platform.machine()}, torch {torch.__version__.split('+')[0]}"
     kept = {row["what"]: row for row in (json.loads(Path(args.out).read_text()) if Path(args.out).exists() else [])}
     for name in args.what or BENCHES:
         for row in BENCHES[name](args.rounds):

@@ -18,7 +18,7 @@ SHAPES = "shapes:objects=1,size=0.6-0.9"
 
 
 def commands(cell, data="/photographs", quick=False):
-    return stages(cell, "RUN", "REAL", data, quick)
+    return stages(cell, data, quick)
 
 
 # ---------------------------------------------------------------- the protocol
@@ -108,16 +108,16 @@ with open(run / "metrics.jsonl", "a") as f:
 def played(tmp_path, monkeypatch):
     """The driver's ways, with a play of three commands in place of hours"""
     (tmp_path / "play.py").write_text(PLAY)
-    monkeypatch.setattr(study, "stages", lambda cell, run, *rest: {s: f"{tmp_path}/play.py {s} {tmp_path}/work/{cell.name}" for s in ("tokenizer", "dit", "fid")})
+    monkeypatch.setattr(study, "stages", lambda cell, *rest: {s: f"{tmp_path}/play.py {s} {tmp_path}/work/{cell.name}" for s in ("tokenizer", "dit", "fid")})
     (tmp_path / "work").mkdir()
-    return Cell("1", "AE", 10), Namespace(work=tmp_path / "work", out=tmp_path, data="/photographs", shown="photographs", prefix="", quick=False, also="",
+    return Cell("1", "AE", 10), Namespace(work=tmp_path / "work", out=tmp_path, data="/photographs", shown="photographs", prefix="photographs", quick=False, also="",
                                           judge=tmp_path / "judge.safetensors")
 
 
 def test_a_failed_cell_goes_on_where_it_failed_and_leaves_a_line_and_a_log_alone(played):
     cell, args = played
     folder = args.work / cell.name
-    with pytest.raises(study.Stopped, match="a disk is full"):
+    with pytest.raises(RuntimeError, match="a disk is full"):
         study.work(cell, args)
     assert not (args.out / "results.jsonl").exists()
     (folder / "repaired").write_text("")
@@ -125,7 +125,7 @@ def test_a_failed_cell_goes_on_where_it_failed_and_leaves_a_line_and_a_log_alone
     assert (folder / "calls").read_text().split() == ["tokenizer", "dit", "dit", "fid"]
     line, = (json.loads(line) for line in (args.out / "results.jsonl").read_text().splitlines())
     assert line["metrics"] == {"tokenizer": 1.0, "dit": 1.0, "fid": 1.0} and line["protocol"]["fid"] == "of fid on DATA"
-    log = [json.loads(line) for line in (args.out / "logs" / "AE-10.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (args.out / "logs" / "photographs-AE-10.jsonl").read_text().splitlines()]
     assert len(log) <= 40 and {x["step"] for x in log} >= {1, 99}
     assert not any((folder / name).exists() for name in ("tokenizer", "decoder", "dit", "samples"))
     assert not list(args.out.rglob("*.png")) or list(args.out.rglob("*.png")) == [folder / "grid.png"]           # of photographs: in the work folder alone
@@ -136,16 +136,57 @@ def test_two_drivers_do_not_work_on_the_same_cell(played):
     (args.work / cell.name).mkdir()
     with open(args.work / cell.name / "lock", "w") as lock:
         study.fcntl.flock(lock, study.fcntl.LOCK_EX)
-        with pytest.raises(study.Stopped, match="another driver"):
+        with pytest.raises(RuntimeError, match="another driver"):
             study.work(cell, args)
     assert not (args.work / cell.name / "calls").exists()
+
+
+# ---------------------------------------------------------------- the whole
+@pytest.fixture
+def drive(tmp_path, monkeypatch):
+    """The driver from its command line on, with the play in place of the commands -> what it said, its exit status"""
+    (tmp_path / "play.py").write_text(PLAY)
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    monkeypatch.setattr(study, "stages", lambda *_: {s: f"{tmp_path}/play.py {s} RUN" for s in ("tokenizer", "fid")})
+    monkeypatch.setattr(study.signal, "signal", lambda *_: None)
+
+    def go(**flags):
+        args = Namespace(quick=True, data=SHAPES, only="AE-*", jobs=2, list=False, also="", out=tmp_path / "my results")
+        with pytest.raises(SystemExit) as end:
+            study.main(Namespace(**vars(args) | flags))
+        return end.value.code
+    return go
+
+
+def test_the_second_start_finds_everything_done(drive, tmp_path):
+    assert drive() == 0
+    before = (tmp_path / "my results" / "results.jsonl").read_text()
+    assert drive() == 0 and (tmp_path / "my results" / "results.jsonl").read_text() == before and len(before.splitlines()) == 2
+
+
+def test_a_broken_cell_stops_no_other(drive, tmp_path):
+    (tmp_path / "runs" / "my results" / "shapes-quick" / "AE-750").mkdir(parents=True)
+    (tmp_path / "runs" / "my results" / "shapes-quick" / "AE-750" / "done.json").write_text("{half")
+    assert drive() == 1
+    assert [json.loads(line)["cell"] for line in (tmp_path / "my results" / "results.jsonl").read_text().splitlines()] == ["AE-250"]
+
+
+def test_other_flags_do_not_mix_with_what_was_begun(drive):
+    drive()
+    with pytest.raises(ValueError, match="take another --out"):
+        drive(also="--w-koleo 0")
+
+
+def test_a_pattern_that_fits_nothing_is_refused_with_what_there_is(drive):
+    with pytest.raises(ValueError, match="fits no cell; there are: AE-750, ALL-250"):
+        drive(only="nope*")
 
 
 # ---------------------------------------------------------------- the figures
 def row(objective, steps, probe, fd, **more):
     metrics = {"linear probe latent": probe, "PSNR": 20.0 + steps, "rFD-classifier": 1.0, "FD-classifier": fd, "samples recognised": 0.5}
     return {"cell": f"{objective}-{steps}", "questions": "1", "objective": objective, "steps": steps, "size": "nano", "decoder": "", "pictures": 0, "seed": 0, "data": "shapes",
-            "quick": True, "metrics": metrics, "gflops_a_step": {"tokenizer": None}, "cpu_seconds": {"tokenizer": float(steps)}} | more
+            "quick": True, "metrics": metrics, "gflops_a_step": {"tokenizer": 25.0}, "cpu_seconds": {"tokenizer": float(steps)}} | more
 
 
 def test_spearman_is_one_for_whatever_rises_and_pearson_for_lines_alone():
@@ -157,9 +198,15 @@ def test_spearman_is_one_for_whatever_rises_and_pearson_for_lines_alone():
     assert figures.ranks([5, 1, 5]).tolist() == [1.5, 0, 1.5]
 
 
+def test_seeds_become_their_mean_before_anything_is_correlated():
+    one, other = row("AE", 3, 0.1, 8.0), row("AE", 3, 0.3, 6.0, seed=1)
+    mean, = figures.over_seeds([one, other])
+    assert mean["metrics"]["linear probe latent"] == pytest.approx(0.2) and mean["metrics"]["FD-classifier"] == 7 and mean["steps"] == 3
+
+
 def test_figures_are_drawn_of_what_is_there_and_name_what_is_not(tmp_path, capsys):
     rows = [row("AE", 1, 0.1, 9.0), row("ALL", 1, 0.3, 5.0), row("AE", 3, 0.1, 9.5), row("ALL", 1, 0.2, 6.0, pictures=100)]
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     figures.main(tmp_path)
-    assert {p.name for p in tmp_path.glob("*.png")} == {f"shapes-quick-{name}.png" for name in ("scaling", "objectives", "prediction", "data")}
-    assert "shapes-quick-size.png is left out" in capsys.readouterr().out
+    assert {p.name for p in tmp_path.glob("*.png")} == {f"shapes-quick-{name}.png" for name in ("scaling", "objectives", "prediction", "by_pictures")}
+    assert "shapes-quick-by_size.png is left out" in capsys.readouterr().out
