@@ -1,4 +1,4 @@
-# make demo    train, evaluate and generate on the built-in shapes, CPU, about a quarter of an hour -> runs/demo/report.html
+# make demo    train, evaluate and generate on the built-in shapes, CPU, about ten minutes -> runs/demo/report.html
 # make test    the test suite
 # Both set themselves up in .venv; all they need is make and python3 (3.11 or newer) with venv.
 
