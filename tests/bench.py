@@ -43,6 +43,7 @@ from vtp_min.views import normalize                                        # noq
 CPU, TEMP, EMA = torch.device("cpu"), 0.07, 0.994
 WEIGHTS = Namespace(w_clip=1.0, w_ssl=1.0, w_rec=0.1, w_koleo=0.1, clip_loss="clip")
 NO_DROP = dict.fromkeys(("clip", "rec", "ssl", "local"))
+ITS_OWN = 2 ** 25                                                          # bytes: where glibc's own threshold ends up in a program that frees large pieces
 BATCH = {"nano": 64, "S": 32, "B": 32}                                     # pictures a step: words 8 : views 2 : pixels 1, and 8 local crops
 
 
@@ -68,8 +69,7 @@ class Joint:
         self.size, self.precision, self.step = size, precision, self.plain if how == "plain" else self.ours
 
     def ours(self, batch):
-        if self.size not in SMALL:
-            give_back_memory()                                                        # as train.py does
+        give_back_memory(ITS_OWN if self.size in SMALL else 2 ** 20)                  # as train.py does
         self.opt.zero_grad()
         batch = T.to_device(batch, CPU)
         with autocast(CPU, self.precision):
@@ -88,7 +88,7 @@ class Joint:
         return terms
 
     def plain(self, batch):
-        ctypes.CDLL(None).mallopt(-3, 2 ** 25)                                        # where glibc's own threshold ends up when a program frees large pieces
+        give_back_memory(ITS_OWN)
         self.opt.zero_grad()
         batch = T.to_device(batch, CPU)
         crops, patches = batch["mask"].shape[0] * batch["mask"].shape[1], batch["mask"].shape[-1]
@@ -124,8 +124,8 @@ def in_turns(calls, rounds):
 
 def ratio(seconds, slow, fast):
     """-> the median over rounds; the lowest and the highest, which say how quiet the machine was"""
-    all = sorted(a / b for a, b in zip(seconds[slow], seconds[fast]))
-    return {"ratio": median(all), "ratio_lowest": all[0], "ratio_highest": all[-1]}
+    each = sorted(a / b for a, b in zip(seconds[slow], seconds[fast]))
+    return {"ratio": median(each), "ratio_lowest": each[0], "ratio_highest": each[-1]}
 
 
 def flops_of(joint, batch):
