@@ -77,7 +77,7 @@ def main(args):
     student = Student(model, head).to(device)
     teacher = Teacher(student).to(device) if ssl else None
     perceptual = Perceptual(args.perceptual).to(device) if rec and args.perceptual != "none" else None
-    opt = torch.optim.AdamW(param_groups(student, args.layer_decay, args.patch_lr), betas=BETAS, eps=EPS, fused=device.type != "mps")        # a third of the time
+    opt = torch.optim.AdamW(param_groups(student, args.layer_decay, args.patch_lr), betas=BETAS, eps=EPS, fused=device.type != "mps")        # fused: a third of the time
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     center = {"cls": torch.zeros(args.prototypes, device=device), "patch": torch.zeros(args.prototypes, device=device)}
 

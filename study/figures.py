@@ -59,6 +59,8 @@ def over_seeds(rows):
 def scaling(rows):
     """A dot a cell, a line through the means over seeds"""
     rows, fd = nano_cells(rows), distance(rows[0])
+    if len({r["steps"] for r in rows}) < 2:
+        return None
     what = {PSNR: "PSNR, dB: higher is better", f"r{fd}": "distance of reconstructions: lower is better", PROBE: "linear probe on latents: higher is better", fd: "distance of samples: lower is better"}
     figure, axes = plt.subplots(1, 4, figsize=(16, 3.8))
     for ax, (name, label) in zip(axes, what.items()):
@@ -69,6 +71,7 @@ def scaling(rows):
             ax.plot([compute(r) for r in mean], [r["metrics"][name] for r in mean], "-", color=colour, label=objective)
         ax.set(xscale="log", xlabel="GFLOP of the tokenizer's training (decoding trained equally after it)")
         ax.xaxis.label.set_size(8)
+        ax.minorticks_off()
         ax.set_title(label, fontsize=9)
     axes[0].legend(fontsize=8)
     return figure

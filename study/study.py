@@ -139,7 +139,7 @@ def work(cell, args):
 
 def run(cell, stage, command, args, folder, lock):
     """One command as a process of its own -> seconds it took, and seconds of a core that it had; of a resumed one those of its last part"""
-    print(f"{time.strftime('%H:%M')} {cell.name}: {stage}", flush=True)
+    print(f"{time.strftime('%H:%M')} {cell.name}: {stage}\n", end="", flush=True)                        # in one piece: cells run side by side
     places = {"DATA": args.data, "RUN": os.path.relpath(folder, ROOT), "REAL": os.path.relpath(args.work / "real.npz", ROOT)}
     words = [re.sub(r"^(DATA|RUN|REAL)\b", lambda found: places[found[0]], word) for word in shlex.split(command)]
     with open(folder / "out.txt", "a") as out:

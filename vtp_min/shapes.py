@@ -32,7 +32,7 @@ Ground = namedtuple("Ground", "tone colour texture x y period turn")      # anch
 
 # --- outlines: points (x, y), y up, in units of the radius -> signed distance; all of them inside the unit disc
 
-def norm(x, y): return np.sqrt(x * x + y * y)         # np.hypot, safe for huge numbers too: a fifth more time a picture
+def norm(x, y): return np.sqrt(x * x + y * y)         # with np.hypot, which minds huge numbers, a picture takes a fifth longer
 def circle(x, y): return norm(x, y) - 0.9
 def ring(x, y): return abs(norm(x, y) - 0.7) - 0.22
 def square(x, y): return np.maximum(abs(x), abs(y)) - 0.7
