@@ -128,8 +128,8 @@ def work(cell, args):
             shared = real if stage == "fid" else args.judge if "classifier" in command else None        # one for all cells: who comes first makes it, the others wait
             with judging if shared and not shared.exists() else nullcontext():
                 command = stages(cell, args.data, args.quick, real.exists())[stage] + f" {args.also}" * (stage == "tokenizer")
-                if args.judge.exists():
-                    shutil.copy(args.judge, folder / "judge.safetensors")
+                if args.judge.exists() and not (folder / "judge.safetensors").exists():
+                    os.link(args.judge, folder / "judge.safetensors")
                 done[stage] = {"command": f"python {command.strip()}"} | run(cell, stage, command, args, folder, lock)
                 if (folder / "judge.safetensors").exists() and not args.judge.exists():
                     os.link(folder / "judge.safetensors", args.judge)           # whole at once

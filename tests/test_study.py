@@ -99,6 +99,10 @@ for folder in ("tokenizer", "decoder", "dit", "samples"):
     (run / folder).mkdir(exist_ok=True)
     (run / folder / "log.jsonl").write_text("".join(json.dumps({"step": k, "loss": 1 / k}) + "\\n" for k in range(1, 100)))
 (run / "samples" / "grid.png").write_text("a picture")
+if "classifier" in sys.argv and not (run / "judge.safetensors").exists():
+    (run / "judge.safetensors").write_text("taught in " + run.name)
+    with open(run.parent / "taught", "a") as f:
+        f.write(run.name + "\\n")
 with open(run / "metrics.jsonl", "a") as f:
     f.write(json.dumps({"name": stage, "value": 1.0, "protocol": f"of {stage} on /photographs"}) + "\\n")
 """
@@ -162,6 +166,14 @@ def test_the_second_start_finds_everything_done(drive, tmp_path):
     assert drive() == 0
     before = (tmp_path / "my results" / "results.jsonl").read_text()
     assert drive() == 0 and (tmp_path / "my results" / "results.jsonl").read_text() == before and len(before.splitlines()) == 2
+
+
+def test_one_classifier_judges_all_cells_and_all_their_stages(drive, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "stages", lambda *_: {s: f"{tmp_path}/play.py {s} RUN classifier" for s in ("tokenizer", "recon", "judge")})
+    assert drive() == 0
+    work = tmp_path / "runs" / "my results" / "shapes-quick"
+    name, = (work / "taught").read_text().split()
+    assert (work / "judge.safetensors").read_text() == f"taught in {name}"
 
 
 def test_a_broken_cell_stops_no_other(drive, tmp_path):
