@@ -2,7 +2,7 @@
 
     scaling                 compute of the tokenizer against PSNR, distance of reconstructions, latent probe, distance of samples      questions 1 to 3
     objectives              the four objectives at equal steps, mean over seeds, a dot a seed                                         questions 2, 3
-    prediction              what predicts generation: the probe, or PSNR?                                                             question 4
+    prediction              what predicts generation: the probe, PSNR, or what decoding loses?                                        question 4
     by_size, by_pictures    trunk, decoder, and pictures of the tokenizer's training set                                              questions 5, 6
 Each data set has figures of its own. Cells that are missing are simply absent, and said.
 """
@@ -102,8 +102,8 @@ def prediction(rows):
     """A full dot: objective and steps, mean over seeds; these are correlated. Hollow: other sizes, fewer pictures. Within: each objective's own mean taken off"""
     fd, points = distance(rows[0]), over_seeds(nano_cells(rows))
     others = [r for r in rows if r not in nano_cells(rows)]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
-    for ax, (name, label) in zip(axes, {PROBE: "linear probe on latents", PSNR: "PSNR, dB"}.items()):
+    figure, axes = plt.subplots(1, 3, figsize=(16, 4))
+    for ax, (name, label, good) in zip(axes, ((PROBE, "linear probe on latents", -1), (PSNR, "PSNR, dB", -1), (f"r{fd}", "distance of reconstructions", 1))):
         for objective, colour in COLOURS.items():
             for some, fill in ((others, "none"), (points, colour)):
                 own = [r["metrics"] for r in some if r["objective"] == objective]
@@ -113,7 +113,7 @@ def prediction(rows):
         inner = [v - np.array([v[[k == o for k in kinds]].mean() for o in kinds]) for v in (x, y)]
         pearson, spearman = correlation(x, y)
         ax.set(xlabel=label, ylabel="distance of samples (lower is better)")
-        ax.set_title(f"Pearson {pearson:.2f}, Spearman {spearman:.2f}, within objectives {correlation(*inner)[0]:.2f}, n {len(points)}; a good predictor: -1", fontsize=8)
+        ax.set_title(f"Pearson {pearson:.2f}, Spearman {spearman:.2f}, within objectives {correlation(*inner)[0]:.2f}, n {len(points)}; a good predictor: {good}", fontsize=8)
     axes[0].legend(fontsize=8)
     return figure
 
