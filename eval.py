@@ -308,12 +308,11 @@ def fid(args, device):
                    f"chance {1 / len(train.classes):.3f}, real pictures {accuracy:.3f}; {how(samples)}")
     against, held = real(train, args.train_limit), min(n or 10_000, len(val))
     protocol = f"{min(args.train_limit, len(train))} training pictures of {train.spec}, ADM crop {side} px"
-    if args.save_real:
-        save_statistics(args.save_real, *against, min(args.train_limit, len(train)), protocol)
-    protocol = f"{protocol}; {seen}"
-    metric(args.out, name, frechet_distance(*found, *against), f"{what}; against {protocol}")
+    metric(args.out, name, frechet_distance(*found, *against), f"{what}; against {protocol}; {seen}")
     metric(args.out, f"{name} of real", frechet_distance(*real(val, held), *against),
-           f"{held} validation pictures in place of the samples{few(held)}: what a perfect generator would get; against {protocol}")
+           f"{held} validation pictures in place of the samples{few(held)}: what a perfect generator would get; against {protocol}; {seen}")
+    if args.save_real:                                                                  # last: where it lies, all of the above is measured
+        save_statistics(args.save_real, *against, min(args.train_limit, len(train)), protocol)
 
 
 def how(samples):

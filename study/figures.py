@@ -17,7 +17,7 @@ import numpy as np
 
 COLOURS = {"AE": "#777777", "CLIP+AE": "#d08020", "SSL+AE": "#3070c0", "ALL": "#208050"}
 PROBE, PSNR = "linear probe latent", "PSNR"
-SIZES, ALL_PICTURES = ["pico", "nano", "micro"], 50_000
+SIZES = ["pico", "nano", "micro"]
 
 
 def ranks(x):
@@ -31,6 +31,15 @@ def correlation(x, y):
     if len(x) < 3 or not np.ptp(x) or not np.ptp(y):
         return np.nan, np.nan
     return np.corrcoef(x, y)[0, 1], np.corrcoef(ranks(x), ranks(y))[0, 1]
+
+
+def within(points, x, y):
+    """Pearson's correlation once each objective's own mean is taken off: does x tell the trainings of one objective apart? nan below 2 objectives of 2 points"""
+    kinds = np.array([r["objective"] for r in points])
+    several = [kinds == o for o in COLOURS if (kinds == o).sum() > 1]
+    if len(several) < 2:
+        return np.nan
+    return correlation(*(np.concatenate([v[own] - v[own].mean() for own in several]) for v in (x, y)))[0]
 
 
 def compute(row):
@@ -78,14 +87,15 @@ def scaling(rows):
 
 
 def objectives(rows):
-    """Bars: means over the seeds that all objectives have; dots: all seeds"""
+    """Bars: means over the seeds that all objectives have, if there are such; dots: all seeds"""
     rows, fd = nano_cells(rows), distance(rows[0])
     here = [r["steps"] for r in rows]
     if not here:
         return None
     steps = max(set(here), key=lambda s: (here.count(s), -s))                   # where most cells are
     rows = [r for r in rows if r["steps"] == steps]
-    shared = set.intersection(*({r["seed"] for r in rows if r["objective"] == o} for o in {r["objective"] for r in rows}))
+    seeds = [{r["seed"] for r in rows if r["objective"] == o} for o in {r["objective"] for r in rows}]
+    shared = set.intersection(*seeds) or set.union(*seeds)
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6))
     for ax, (name, label) in zip(axes, {PROBE: "linear probe on latents", fd: "distance of samples (lower is better)", "samples recognised": "samples recognised"}.items()):
         for k, (objective, colour) in enumerate(COLOURS.items()):
@@ -98,24 +108,36 @@ def objectives(rows):
     return figure
 
 
+def predictors(rows):
+    """-> ((metric, label, sign of a good predictor of a distance), ...)"""
+    return (PROBE, "linear probe on latents", -1), (PSNR, "PSNR, dB", -1), (f"r{distance(rows[0])}", "distance of reconstructions", 1)
+
+
 def prediction(rows):
-    """A full dot: objective and steps, mean over seeds; these are correlated. Hollow: other sizes, fewer pictures. Within: each objective's own mean taken off"""
+    """A full dot: objective and steps, mean over seeds; these are correlated. Hollow: other sizes, fewer pictures"""
     fd, points = distance(rows[0]), over_seeds(nano_cells(rows))
     others = [r for r in rows if r not in nano_cells(rows)]
     figure, axes = plt.subplots(1, 3, figsize=(16, 4))
-    for ax, (name, label, good) in zip(axes, ((PROBE, "linear probe on latents", -1), (PSNR, "PSNR, dB", -1), (f"r{fd}", "distance of reconstructions", 1))):
+    for ax, (name, label, good) in zip(axes, predictors(rows)):
         for objective, colour in COLOURS.items():
             for some, fill in ((others, "none"), (points, colour)):
                 own = [r["metrics"] for r in some if r["objective"] == objective]
                 ax.plot([m[name] for m in own], [m[fd] for m in own], "o", color=colour, mfc=fill, label=objective if some is points else None)
         x, y = (np.array([r["metrics"][k] for r in points]) for k in (name, fd))
-        kinds = [r["objective"] for r in points]
-        inner = [v - np.array([v[[k == o for k in kinds]].mean() for o in kinds]) for v in (x, y)]
-        pearson, spearman = correlation(x, y)
         ax.set(xlabel=label, ylabel="distance of samples (lower is better)")
-        ax.set_title(f"Pearson {pearson:.2f}, Spearman {spearman:.2f}, within objectives {correlation(*inner)[0]:.2f}, n {len(points)}; a good predictor: {good}", fontsize=8)
+        ax.set_title("Pearson {:.2f}, Spearman {:.2f}, ".format(*correlation(x, y)) + f"within objectives {within(points, x, y):.2f}, n {len(points)}; a good predictor: {good}", fontsize=8)
     axes[0].legend(fontsize=8)
     return figure
+
+
+def correlations(rows):
+    """The same numbers for every judge of the samples"""
+    points = over_seeds(nano_cells(rows))
+    yield f"\n{len(points)} trainings: Pearson, Spearman, Pearson within objectives"
+    for judge in dict.fromkeys((distance(rows[0]), "FD-classifier", "samples recognised")):
+        for name, _, _ in predictors(rows):
+            x, y = (np.array([r["metrics"][k] for r in points]) for k in (name, judge))
+            yield f"{name:28s} and {judge:24s}{correlation(x, y)[0]:8.2f}{correlation(x, y)[1]:8.2f}{within(points, x, y):8.2f}"
 
 
 def by_size(rows):
@@ -131,35 +153,41 @@ def by_pictures(rows):
     """Equal steps, so few pictures come often: 100 of them some 600 times where 50,000 come once"""
     rows, fd = [r for r in rows if r["size"] == "nano" and not r["decoder"] and not r["seed"]], distance(rows[0])
     compared = {r["steps"] for r in rows if r["pictures"]}
-    panel = {objective: [(r["pictures"] or ALL_PICTURES, r) for r in rows if r["objective"] == objective and r["steps"] in compared] for objective in ("AE", "ALL")}
+    panel = {objective: [(r["pictures"] or r["constants"]["training_pictures"], r) for r in rows if r["objective"] == objective and r["steps"] in compared] for objective in ("AE", "ALL")}
     return compared and curves(fd, ["pictures of the tokenizer's training set, equal steps"], [panel], None)
 
 
 def curves(fd, labels, panels, names):
-    """panels  [{objective: [(x, row)]}] -> a panel each, x against the distance of samples; names: of x = 0, 1, ...; None: x is a number, log scale"""
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False)
-    for ax, label, panel in zip(axes[0], labels, panels):
-        for objective, points in panel.items():
-            points = sorted(points, key=lambda point: point[0])
-            ax.plot([x for x, _ in points], [r["metrics"][fd] for _, r in points], "-o", color=COLOURS[objective], label=objective)
-        ax.set(xlabel=label, ylabel="distance of samples (lower is better)", **({"xticks": range(len(names)), "xticklabels": names} if names else {"xscale": "log"}))
-        ax.legend(fontsize=8)
+    """panels  [{objective: [(x, row)]}] -> a column each: distance of samples above, probe below; names: of x = 0, 1, ...; None: x is a number, log scale"""
+    figure, axes = plt.subplots(2, len(panels), figsize=(5 * len(panels), 6), squeeze=False)
+    for metric, label, line in zip((fd, PROBE), ("distance of samples: lower is better", "linear probe on latents: higher is better"), axes):
+        for ax, name, panel in zip(line, labels, panels):
+            for objective, points in panel.items():
+                points = sorted(points, key=lambda point: point[0])
+                ax.plot([x for x, _ in points], [r["metrics"][metric] for _, r in points], "-o", color=COLOURS[objective], label=objective)
+            ax.set(xlabel=name, **({"xticks": range(len(names)), "xticklabels": names} if names else {"xscale": "log"}))
+            ax.set_title(label, fontsize=9)
+    axes[0, 0].legend(fontsize=8)
     return figure
 
 
 def table(rows):
-    fd = distance(rows[0])
-    yield f"{'cell':28s}{'probe':>8s}{'PSNR':>8s}{'rFD':>10s}{'FD':>10s}{'FD - rFD':>10s}{'recognised':>12s}{'core min':>10s}"
+    """A line a cell: percentages of pictures or samples, distances, minutes of a core; a dash where nothing was asked"""
+    columns = {PROBE: "probe", "linear probe full": "full", "zero-shot top1": "zero-shot", "samples recognised": "recognised", PSNR: "PSNR", f"r{distance(rows[0])}": "rFD",
+               distance(rows[0]): "FD", "FD-classifier": "FD-classifier"}
+    yield f"{'cell':28s}" + "".join(f"{title:>14s}" for title in columns.values()) + f"{'core min':>14s}"
     for r in sorted(rows, key=lambda r: (r["questions"], r["steps"], r["seed"])):
-        m = r["metrics"]
-        yield f"{r['cell']:28s}{m[PROBE]:8.3f}{m[PSNR]:8.2f}{m[f'r{fd}']:10.4g}{m[fd]:10.4g}{m[fd] - m[f'r{fd}']:10.4g}{m['samples recognised']:12.3f}{sum(r['cpu_seconds'].values()) / 60:10.1f}"
+        cells = ["-" if name not in r["metrics"] else f"{r['metrics'][name]:.1%}" if k < 4 else f"{r['metrics'][name]:.4g}" for k, name in enumerate(columns)]
+        yield f"{r['cell']:28s}" + "".join(f"{x:>14s}" for x in cells) + f"{sum(r['cpu_seconds'].values()) / 60:14.1f}"
+    for name, value in {name: value for r in rows for name, value in r["metrics"].items() if name.endswith("of real") or name == "classifier accuracy"}.items():
+        yield f"real pictures: {name} {value:.4g}"
 
 
 def main(folder):
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     for name, quick in sorted({(r["data"], r["quick"]) for r in rows}):
         own = [r for r in rows if (r["data"], r["quick"]) == (name, quick)]
-        print("\n".join([f"\n{name}{', --quick' if quick else ''}", *table(own)]))
+        print("\n".join([f"\n{name}{', --quick' if quick else ''}", *table(own), *correlations(own)]))
         for draw in (scaling, objectives, prediction, by_size, by_pictures):
             path = folder / f"{name.partition(':')[0]}{'-quick' * quick}-{draw.__name__}.png"
             if figure := draw(own):

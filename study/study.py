@@ -33,7 +33,7 @@ from vtp_min.run import write_aside
 
 OBJECTIVES = {"AE": "--w-clip 0 --w-ssl 0", "CLIP+AE": "--w-ssl 0", "SSL+AE": "--w-clip 0", "ALL": ""}       # paper Sec. 4.3: weights are 0 or 1, and w_rec 0.1
 
-# ---------------------------------------------------------------- what is the same for all cells.   name: (of photographs, of --quick, source)
+# ---------------------------------------------------------------- what is the same for all cells.   name: (in full, with --quick, source)
 TABLE = {
     "picture":  ("--image 32 --patch 8 --latent-dim 64",) * 2 + ("ours: 16 latents, each a third of its patch's numbers and narrower than the DiT",),
     "batch":    ("--batch 64 --batch-ssl 32 --batch-rec 64",) * 2 + ("nano's defaults; AE has the same pictures a step as ALL",),
@@ -58,7 +58,7 @@ class Cell:
     questions: str                    # of study/README.md, 1 to 6
     objective: str
     steps: int
-    size: str = "nano"                # of trunk and text tower
+    size: str = "nano"                # of the trunk; pico, nano and micro have one text tower
     decoder: str = ""                 # "": symmetric, as large as the trunk
     pictures: int = 0                 # of the training set; 0: all of them
     seed: int = 0
@@ -75,7 +75,7 @@ def cells(quick):
     if quick:
         return [Cell("1", "AE", 3 * S), Cell("3", "ALL", S), Cell("123", "AE", S), Cell("2", "CLIP+AE", S), Cell("2", "SSL+AE", S)]
     core = [Cell("1234", objective, steps) for steps in (3 * S, 10 * S, S) for objective in ("AE", "ALL", "CLIP+AE", "SSL+AE")]
-    seeds = [Cell("123", objective, steps, seed=seed) for steps, seed in ((3 * S, 1), (10 * S, 1), (3 * S, 2)) for objective in ("AE", "ALL")]
+    seeds = [Cell("123", objective, steps, seed=seed) for steps, seed in ((3 * S, 1), (3 * S, 2), (10 * S, 1)) for objective in (OBJECTIVES if steps == 3 * S else ("AE", "ALL"))]
     data = [Cell("6", objective, 3 * S, pictures=n) for n in (100, 1000, 10_000) for objective in ("AE", "ALL")]
     sizes = [Cell("5", objective, 3 * S, size=size, decoder="nano") for size in ("pico", "micro") for objective in ("AE", "ALL")]
     decoders = [Cell("5", "ALL", 3 * S, decoder=size) for size in ("pico", "micro")]
@@ -83,7 +83,7 @@ def cells(quick):
 
 
 # ---------------------------------------------------------------- a cell, command by command
-def stages(cell, data, quick, known=False):
+def stages(cell, data, quick, known=False, also=""):
     """-> {stage: command}, in the order of README's protocol. DATA stands for the pictures, RUN for the cell's folder, REAL for statistics of the real pictures, if known"""
     t, shapes = {name: values[quick] for name, values in TABLE.items()}, data.startswith("shapes")
     measure = f"--data DATA --out RUN --limit {t['samples']}"
@@ -91,7 +91,7 @@ def stages(cell, data, quick, known=False):
     compared = "--out RUN --reference REAL" if known else f"{measure} --train-limit {t['probe']} --save-real REAL"
     do = {
         "tokenizer": f"train.py --out RUN/tokenizer --data {'RUN/pictures' if cell.pictures else 'DATA'} --size {cell.size} {f'--decoder {cell.decoder}' * bool(cell.decoder)} "
-                     f"{t['picture']} {t['batch']} {t['recipe']} {OBJECTIVES[cell.objective]} --perceptual none --steps {cell.steps} --seed {cell.seed}",
+                     f"{t['picture']} {t['batch']} {t['recipe']} {OBJECTIVES[cell.objective]} --perceptual none --steps {cell.steps} --seed {cell.seed} {also}",
         "decoder": f"train.py --stage 2 --init RUN/tokenizer --out RUN/decoder --data DATA --w-gan 0 --perceptual none {t['adam']} --ema-decoder 0.99 --steps {t['decoder']}",
         "probe": f"eval.py probe RUN/tokenizer {measure} --train-limit {t['probe']}",
         "zeroshot": f"eval.py zeroshot RUN/tokenizer {measure}",
@@ -127,10 +127,10 @@ def work(cell, args):
         for stage, command in [x for x in stages(cell, args.data, args.quick).items() if x[0] not in done]:
             shared = real if stage == "fid" else args.judge if "classifier" in command else None        # one for all cells: who comes first makes it, the others wait
             with judging if shared and not shared.exists() else nullcontext():
-                command = stages(cell, args.data, args.quick, real.exists())[stage] + f" {args.also}" * (stage == "tokenizer")
+                command = stages(cell, args.data, args.quick, real.exists(), args.also)[stage]
                 if args.judge.exists() and not (folder / "judge.safetensors").exists():
                     os.link(args.judge, folder / "judge.safetensors")
-                done[stage] = {"command": f"python {command.strip()}"} | run(cell, stage, command, args, folder, lock)
+                done[stage] = {"command": f"python {command}"} | run(cell, stage, command, args, folder, lock)
                 if (folder / "judge.safetensors").exists() and not args.judge.exists():
                     os.link(folder / "judge.safetensors", args.judge)           # whole at once
             write_aside(folder / "done.json", lambda path: path.write_text(json.dumps(done)))
@@ -138,7 +138,7 @@ def work(cell, args):
 
 
 def run(cell, stage, command, args, folder, lock):
-    """One command as a process of its own -> seconds it took, and seconds of a core that it had; of a resumed one those of its last part"""
+    """One command as a process of its own -> seconds it took, and seconds of a core that it had, with those of its parts before a stop"""
     print(f"{time.strftime('%H:%M')} {cell.name}: {stage}\n", end="", flush=True)                        # in one piece: cells run side by side
     places = {"DATA": args.data, "RUN": os.path.relpath(folder, ROOT), "REAL": os.path.relpath(args.work / "real.npz", ROOT)}
     words = [re.sub(r"^(DATA|RUN|REAL)\b", lambda found: places[found[0]], word) for word in shlex.split(command)]
@@ -151,9 +151,13 @@ def run(cell, stage, command, args, folder, lock):
                 os.kill(process.pid, signal.SIGTERM)
                 time.sleep(1)
     process.returncode = os.waitstatus_to_exitcode(ended[1])
+    spent = (lines(folder / "spent.json") or [{}])[0]
+    seconds, cpu = spent.get(stage, (0, 0))
+    spent[stage] = round(seconds + time.time() - start, 1), round(cpu + ended[2].ru_utime + ended[2].ru_stime, 1)
+    write_aside(folder / "spent.json", lambda path: path.write_text(json.dumps(spent)))
     if process.returncode:
         raise RuntimeError("stopped" if stopping.is_set() else f"{stage} failed (exit status {process.returncode}): {command}\n{(folder / 'out.txt').read_text()[-1500:]}")
-    return {"seconds": round(time.time() - start, 1), "cpu": round(ended[2].ru_utime + ended[2].ru_stime, 1)}
+    return dict(zip(("seconds", "cpu"), spent[stage]))
 
 
 def link_pictures(data, out, n):
@@ -169,7 +173,7 @@ def keep(cell, folder, done, args):
     """A finished cell: its line, its thinned log, a picture if no photograph is in it. The rest goes"""
     measured = {m["name"]: m for m in lines(folder / "metrics.jsonl")}          # the newest of each name
     logs = {stage: lines(folder / stage / "log.jsonl") for stage in ("tokenizer", "decoder", "dit")}
-    line = {"cell": cell.name, **asdict(cell), "data": args.shown, "quick": args.quick,
+    line = {"cell": cell.name, **asdict(cell), "data": args.shown, "quick": args.quick, "constants": args.constants,
             "metrics": {name: m["value"] for name, m in measured.items()},
             "gflops_a_step": {stage: log[0].get("gflops") for stage, log in logs.items()},
             **{name: {stage: d[key] for stage, d in done.items()} for name, key in (("seconds", "seconds"), ("cpu_seconds", "cpu"), ("commands", "command"))},
@@ -183,12 +187,15 @@ def keep(cell, folder, done, args):
         f.write(json.dumps(line) + "\n")
     for large in ("tokenizer", "decoder", "latents", "dit", "samples", "pictures"):
         shutil.rmtree(folder / large, ignore_errors=True)
-    for name in ("judge.safetensors", "done.json", "metrics.jsonl"):
+    for name in ("judge.safetensors", "done.json", "spent.json", "metrics.jsonl"):
         (folder / name).unlink(missing_ok=True)
 
 
 def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    except ValueError:
+        raise ValueError(f"{path} has a line that is not whole (a full disk?); delete that line, and what it told is measured again") from None
 
 
 # ---------------------------------------------------------------- the whole
@@ -205,12 +212,18 @@ def main(args):
     args.shown = Path(args.data).name if photographs else args.data
     args.prefix = args.shown.partition(":")[0] + "-quick" * args.quick
     args.out = Path(args.out).resolve()
-    args.work = ROOT / "runs" / args.out.name / args.prefix
+    args.work = ROOT / "runs" / "-".join(Path(os.path.relpath(args.out, ROOT)).parts) / args.prefix
     args.judge = args.work / "judge.safetensors"
-    there = sum(1 for _ in Path(args.data, "train").glob("*/*"))                                                       # of shapes none: they have no end, and no share
-    wanted = [c for c in cells(args.quick) if fnmatch(c.name, args.only) and (not c.pictures or c.pictures < there)]
+    there = sum(1 for _ in Path(args.data, "train").glob("*/*"))                                                       # of shapes 0: they have no end, and no share
+    wanted = [c for c in cells(args.quick) if fnmatch(c.name, args.only)]
     if not wanted:
         raise ValueError(f"--only {args.only!r} fits no cell; there are: {', '.join(c.name for c in cells(args.quick))}")
+    for c in [c for c in wanted if c.pictures >= max(there, 1)]:
+        print(f"{c.name:28s} questions {c.questions:5s}left out: there are {there} pictures to take from")
+        wanted.remove(c)
+    args.constants = {"training_pictures": there, "also": args.also} | {name: str(values[args.quick]) for name, values in TABLE.items()}
+    if others := [r["cell"] for r in finished(args) if r["constants"] != args.constants]:
+        raise ValueError(f"{args.out / 'results.jsonl'} has cells of other pictures, constants or --also ({', '.join(others)}: their 'constants' say which); take another --out")
     step, rest = SECONDS[args.quick]
     minutes = {c: (c.steps * step[c.objective] + rest) / 60 for c in wanted}
     left = [c for c in wanted if c.name not in {r["cell"] for r in finished(args)}]
@@ -223,9 +236,8 @@ def main(args):
         weights.find("squeezenet")                                              # raises, and says where the file belongs
     args.work.mkdir(parents=True, exist_ok=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    about = {"data": args.data, "also": args.also} | {name: str(values[args.quick]) for name, values in TABLE.items()}
-    begun = (lines(args.work / "about.json") or [about])[0]
-    if begun != about:
+    about = {"data": args.data} | args.constants
+    if (lines(args.work / "about.json") or [about])[0] != about:
         raise ValueError(f"{args.work} was begun with other pictures, constants or --also (its about.json says which); take another --out")
     (args.work / "about.json").write_text(json.dumps(about))
     for s in (signal.SIGINT, signal.SIGTERM):

@@ -114,7 +114,7 @@ def played(tmp_path, monkeypatch):
     (tmp_path / "play.py").write_text(PLAY)
     monkeypatch.setattr(study, "stages", lambda cell, *rest: {s: f"{tmp_path}/play.py {s} {tmp_path}/work/{cell.name}" for s in ("tokenizer", "dit", "fid")})
     (tmp_path / "work").mkdir()
-    return Cell("1", "AE", 10), Namespace(work=tmp_path / "work", out=tmp_path, data="/photographs", shown="photographs", prefix="photographs", quick=False, also="",
+    return Cell("1", "AE", 10), Namespace(work=tmp_path / "work", out=tmp_path, data="/photographs", shown="photographs", prefix="photographs", quick=False, also="", constants={},
                                           judge=tmp_path / "judge.safetensors")
 
 
@@ -189,6 +189,36 @@ def test_other_flags_do_not_mix_with_what_was_begun(drive):
         drive(also="--w-koleo 0")
 
 
+def test_finished_cells_of_other_constants_are_refused_even_where_the_work_folder_is_gone(drive, tmp_path, monkeypatch):
+    drive()
+    study.shutil.rmtree(tmp_path / "runs")
+    with pytest.raises(ValueError, match="AE-750, AE-250.*take another --out"):
+        drive(also="--w-koleo 0", list=True)
+    monkeypatch.setitem(study.TABLE, "dit", (4000, 1, "ours"))
+    with pytest.raises(ValueError, match="other pictures, constants"):
+        drive()
+
+
+def test_a_line_cut_by_a_full_disk_is_named(drive, tmp_path):
+    drive()
+    with open(tmp_path / "my results" / "results.jsonl", "a") as f:
+        f.write('{"cell": "AE-')
+    with pytest.raises(ValueError, match="results.jsonl has a line that is not whole"):
+        drive()
+
+
+def test_times_of_a_stopped_stage_are_those_of_all_its_parts(played):
+    cell, args = played
+    folder = args.work / cell.name
+    with pytest.raises(RuntimeError):
+        study.work(cell, args)
+    first = json.loads((folder / "spent.json").read_text())["dit"]
+    (folder / "repaired").write_text("")
+    study.work(cell, args)
+    line = json.loads((args.out / "results.jsonl").read_text())
+    assert line["seconds"]["dit"] > first[0] > 0
+
+
 def test_a_pattern_that_fits_nothing_is_refused_with_what_there_is(drive):
     with pytest.raises(ValueError, match="fits no cell; there are: AE-750, ALL-250"):
         drive(only="nope*")
@@ -198,7 +228,7 @@ def test_a_pattern_that_fits_nothing_is_refused_with_what_there_is(drive):
 def row(objective, steps, probe, fd, **more):
     metrics = {"linear probe latent": probe, "PSNR": 20.0 + steps, "rFD-classifier": 1.0, "FD-classifier": fd, "samples recognised": 0.5}
     return {"cell": f"{objective}-{steps}", "questions": "1", "objective": objective, "steps": steps, "size": "nano", "decoder": "", "pictures": 0, "seed": 0, "data": "shapes",
-            "quick": True, "metrics": metrics, "gflops_a_step": {"tokenizer": 25.0}, "cpu_seconds": {"tokenizer": float(steps)}} | more
+            "quick": True, "constants": {"training_pictures": 50_000}, "metrics": metrics, "gflops_a_step": {"tokenizer": 25.0}, "cpu_seconds": {"tokenizer": float(steps)}} | more
 
 
 def test_spearman_is_one_for_whatever_rises_and_pearson_for_lines_alone():
@@ -208,6 +238,14 @@ def test_spearman_is_one_for_whatever_rises_and_pearson_for_lines_alone():
     assert spearman == pytest.approx(1) and pearson < 0.9
     assert figures.correlation(x, -np.exp(x))[1] == pytest.approx(-1)
     assert figures.ranks([5, 1, 5]).tolist() == [1.5, 0, 1.5]
+
+
+def test_within_objectives_needs_two_objectives_of_two_points():
+    alone = [row("AE", 1, 0.1, 9.0), row("AE", 3, 0.2, 8.0), row("ALL", 1, 0.3, 5.0)]
+    x, y = (np.array([r["metrics"][name] for r in alone]) for name in ("linear probe latent", "FD-classifier"))
+    assert np.isnan(figures.within(alone, x, y))
+    both, x, y = alone + [row("ALL", 3, 0.4, 4.0)], np.append(x, 0.4), np.append(y, 4.0)
+    assert figures.within(both, x, y) == pytest.approx(-1) and figures.within(both, x + 5 * np.array([0, 0, 1, 1]), y) == pytest.approx(-1)
 
 
 def test_seeds_become_their_mean_before_anything_is_correlated():
