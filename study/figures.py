@@ -4,6 +4,7 @@
     objectives              the four objectives at equal steps, mean over seeds, a dot a seed                                         questions 2, 3
     prediction              what predicts generation: the probe, PSNR, or what decoding loses?                                        question 4
     by_size, by_pictures    trunk, decoder, and pictures of the tokenizer's training set                                              questions 5, 6
+    by_dit                  the DiT three times as long: what was only a matter of patience?                                          questions 2, 3
 Each data set has figures of its own. Cells that are missing are simply absent, and said.
 """
 import json
@@ -16,7 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 COLOURS = {"AE": "#777777", "CLIP+AE": "#d08020", "SSL+AE": "#3070c0", "ALL": "#208050"}
-PROBE, PSNR = "linear probe latent", "PSNR"
+PROBE, PSNR, RECOGNISED = "linear probe latent", "PSNR", "samples recognised"
 SIZES = ["pico", "nano", "micro"]
 
 
@@ -53,7 +54,8 @@ def distance(row):
 
 
 def nano_cells(rows):
-    return [r for r in rows if r["size"] == "nano" and not r["decoder"] and not r["pictures"]]
+    """Cells that differ by objective, steps and seed alone"""
+    return [r for r in rows if r["size"] == "nano" and not r["decoder"] and not r["pictures"] and not r["dit"]]
 
 
 def over_seeds(rows):
@@ -70,8 +72,9 @@ def scaling(rows):
     rows, fd = nano_cells(rows), distance(rows[0])
     if len({r["steps"] for r in rows}) < 2:
         return None
-    what = {PSNR: "PSNR, dB: higher is better", f"r{fd}": "distance of reconstructions: lower is better", PROBE: "linear probe on latents: higher is better", fd: "distance of samples: lower is better"}
-    figure, axes = plt.subplots(1, 4, figsize=(16, 3.8))
+    what = {PSNR: "PSNR, dB: higher is better", f"r{fd}": "distance of reconstructions: lower is better", PROBE: "linear probe on latents: higher is better",
+            fd: "distance of samples: lower is better", RECOGNISED: "samples recognised: higher is better"}
+    figure, axes = plt.subplots(1, 5, figsize=(20, 3.8))
     for ax, (name, label) in zip(axes, what.items()):
         for objective, colour in COLOURS.items():
             own = [r for r in rows if r["objective"] == objective]
@@ -97,7 +100,7 @@ def objectives(rows):
     seeds = [{r["seed"] for r in rows if r["objective"] == o} for o in {r["objective"] for r in rows}]
     shared = set.intersection(*seeds) or set.union(*seeds)
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6))
-    for ax, (name, label) in zip(axes, {PROBE: "linear probe on latents", fd: "distance of samples (lower is better)", "samples recognised": "samples recognised"}.items()):
+    for ax, (name, label) in zip(axes, {PROBE: "linear probe on latents", fd: "distance of samples (lower is better)", RECOGNISED: "samples recognised"}.items()):
         for k, (objective, colour) in enumerate(COLOURS.items()):
             own = [r for r in rows if r["objective"] == objective]
             if own:
@@ -109,71 +112,82 @@ def objectives(rows):
 
 
 def predictors(rows):
-    """-> ((metric, label, sign of a good predictor of a distance), ...)"""
-    return (PROBE, "linear probe on latents", -1), (PSNR, "PSNR, dB", -1), (f"r{distance(rows[0])}", "distance of reconstructions", 1)
+    """-> {metric of the tokenizer: label}, {metric of the samples: label}"""
+    fd = distance(rows[0])
+    return ({PROBE: "linear probe on latents", PSNR: "PSNR, dB", f"r{fd}": "distance of reconstructions"},
+            dict.fromkeys((fd, "FD-classifier"), "distance of samples: lower is better") | {RECOGNISED: "samples recognised: higher is better"})
 
 
 def prediction(rows):
-    """A full dot: objective and steps, mean over seeds; these are correlated. Hollow: other sizes, fewer pictures"""
-    fd, points = distance(rows[0]), over_seeds(nano_cells(rows))
-    others = [r for r in rows if r not in nano_cells(rows)]
-    figure, axes = plt.subplots(1, 3, figsize=(16, 4))
-    for ax, (name, label, good) in zip(axes, predictors(rows)):
-        for objective, colour in COLOURS.items():
-            for some, fill in ((others, "none"), (points, colour)):
-                own = [r["metrics"] for r in some if r["objective"] == objective]
-                ax.plot([m[name] for m in own], [m[fd] for m in own], "o", color=colour, mfc=fill, label=objective if some is points else None)
-        x, y = (np.array([r["metrics"][k] for r in points]) for k in (name, fd))
-        ax.set(xlabel=label, ylabel="distance of samples (lower is better)")
-        ax.set_title("Pearson {:.2f}, Spearman {:.2f}, ".format(*correlation(x, y)) + f"within objectives {within(points, x, y):.2f}, n {len(points)}; a good predictor: {good}", fontsize=8)
-    axes[0].legend(fontsize=8)
+    """A full dot: objective and steps, mean over seeds; these are correlated. Hollow: other sizes, fewer pictures, a longer DiT"""
+    points, others = over_seeds(nano_cells(rows)), [r for r in rows if r not in nano_cells(rows)]
+    known, judges = predictors(rows)
+    figure, axes = plt.subplots(2, 3, figsize=(16, 7.5))
+    for line, judge in zip(axes, (distance(rows[0]), RECOGNISED)):
+        for ax, name in zip(line, known):
+            for objective, colour in COLOURS.items():
+                for some, fill in ((others, "none"), (points, colour)):
+                    own = [r["metrics"] for r in some if r["objective"] == objective]
+                    ax.plot([m[name] for m in own], [m[judge] for m in own], "o", color=colour, mfc=fill, label=objective if some is points else None)
+            x, y = (np.array([r["metrics"][k] for r in points]) for k in (name, judge))
+            ax.set(xlabel=known[name], ylabel=judges[judge])
+            ax.set_title("Pearson {:.2f}, Spearman {:.2f}, ".format(*correlation(x, y)) + f"within objectives {within(points, x, y):.2f}, n {len(points)}", fontsize=9)
+    axes[0, 0].legend(fontsize=8)
     return figure
 
 
 def correlations(rows):
-    """The same numbers for every judge of the samples"""
-    points = over_seeds(nano_cells(rows))
+    """The same numbers for every judge"""
+    points, (known, judges) = over_seeds(nano_cells(rows)), predictors(rows)
     yield f"\n{len(points)} trainings: Pearson, Spearman, Pearson within objectives"
-    for judge in dict.fromkeys((distance(rows[0]), "FD-classifier", "samples recognised")):
-        for name, _, _ in predictors(rows):
+    for judge in judges:
+        for name in known:
             x, y = (np.array([r["metrics"][k] for r in points]) for k in (name, judge))
             yield f"{name:28s} and {judge:24s}{correlation(x, y)[0]:8.2f}{correlation(x, y)[1]:8.2f}{within(points, x, y):8.2f}"
 
 
 def by_size(rows):
     """Trunks, each with nano's decoder; decoders, each with nano's trunk"""
-    rows, fd = [r for r in rows if not r["pictures"] and not r["seed"]], distance(rows[0])
+    rows, fd = [r for r in rows if not r["pictures"] and not r["dit"] and not r["seed"]], distance(rows[0])
     compared = {r["steps"] for r in rows if r["size"] != "nano" or r["decoder"]}
     rows = [r | {"decoder": r["decoder"] or r["size"]} for r in rows if r["steps"] in compared]
     panels = [{o: [(SIZES.index(r[part]), r) for r in rows if r["objective"] == o and r[other] == "nano"] for o in ("AE", "ALL")} for part, other in (("size", "decoder"), ("decoder", "size"))]
-    return compared and curves(fd, ["trunk", "decoder"], panels, SIZES)
+    return compared and curves((fd, RECOGNISED, PROBE), ["trunk", "decoder"], panels, SIZES)
 
 
 def by_pictures(rows):
     """Equal steps, so few pictures come often: 100 of them some 600 times where 50,000 come once"""
-    rows, fd = [r for r in rows if r["size"] == "nano" and not r["decoder"] and not r["seed"]], distance(rows[0])
+    rows, fd = [r for r in rows if r["size"] == "nano" and not r["decoder"] and not r["dit"] and not r["seed"]], distance(rows[0])
     compared = {r["steps"] for r in rows if r["pictures"]}
     panel = {objective: [(r["pictures"] or r["constants"]["training_pictures"], r) for r in rows if r["objective"] == objective and r["steps"] in compared] for objective in ("AE", "ALL")}
-    return compared and curves(fd, ["pictures of the tokenizer's training set, equal steps"], [panel], None)
+    return compared and curves((fd, RECOGNISED, PROBE), ["pictures of the tokenizer's training set, equal steps"], [panel])
 
 
-def curves(fd, labels, panels, names):
-    """panels  [{objective: [(x, row)]}] -> a column each: distance of samples above, probe below; names: of x = 0, 1, ...; None: x is a number, log scale"""
-    figure, axes = plt.subplots(2, len(panels), figsize=(5 * len(panels), 6), squeeze=False)
-    for metric, label, line in zip((fd, PROBE), ("distance of samples: lower is better", "linear probe on latents: higher is better"), axes):
-        for ax, name, panel in zip(line, labels, panels):
+def by_dit(rows):
+    """The same latents, the DiT three times as long"""
+    rows, fd = [r for r in rows if r["size"] == "nano" and not r["decoder"] and not r["pictures"] and not r["seed"]], distance(rows[0])
+    compared = {r["steps"] for r in rows if r["dit"]}
+    panel = {o: [(r["dit"] or int(r["constants"]["dit"]), r) for r in rows if r["objective"] == o and r["steps"] in compared] for o in COLOURS}
+    return compared and curves((fd, RECOGNISED), ["steps of the DiT"], [panel])
+
+
+def curves(metrics, labels, panels, names=None):
+    """panels  [{objective: [(x, row)]}] -> a column each, a line a metric; names: of x = 0, 1, ...; None: x is a number, log scale"""
+    figure, axes = plt.subplots(len(metrics), len(panels), figsize=(5 * len(panels), 3 * len(metrics)), squeeze=False)
+    for metric, line in zip(metrics, axes):
+        for ax, label, panel in zip(line, labels, panels):
             for objective, points in panel.items():
                 points = sorted(points, key=lambda point: point[0])
                 ax.plot([x for x, _ in points], [r["metrics"][metric] for _, r in points], "-o", color=COLOURS[objective], label=objective)
-            ax.set(xlabel=name, **({"xticks": range(len(names)), "xticklabels": names} if names else {"xscale": "log"}))
-            ax.set_title(label, fontsize=9)
+            ax.set(xlabel=label, **({"xticks": range(len(names)), "xticklabels": names} if names else {"xscale": "log"}))
+            ax.set_title(f"{metric}: {'lower' if metric.startswith('FD') else 'higher'} is better", fontsize=9)
     axes[0, 0].legend(fontsize=8)
     return figure
 
 
 def table(rows):
     """A line a cell: percentages of pictures or samples, distances, minutes of a core; a dash where nothing was asked"""
-    columns = {PROBE: "probe", "linear probe full": "full", "zero-shot top1": "zero-shot", "samples recognised": "recognised", PSNR: "PSNR", f"r{distance(rows[0])}": "rFD",
+    columns = {PROBE: "probe", "linear probe full": "full", "zero-shot top1": "zero-shot", RECOGNISED: "recognised", PSNR: "PSNR", f"r{distance(rows[0])}": "rFD",
                distance(rows[0]): "FD", "FD-classifier": "FD-classifier"}
     yield f"{'cell':28s}" + "".join(f"{title:>14s}" for title in columns.values()) + f"{'core min':>14s}"
     for r in sorted(rows, key=lambda r: (r["questions"], r["steps"], r["seed"])):
@@ -188,7 +202,7 @@ def main(folder):
     for name, quick in sorted({(r["data"], r["quick"]) for r in rows}):
         own = [r for r in rows if (r["data"], r["quick"]) == (name, quick)]
         print("\n".join([f"\n{name}{', --quick' if quick else ''}", *table(own), *correlations(own)]))
-        for draw in (scaling, objectives, prediction, by_size, by_pictures):
+        for draw in (scaling, objectives, prediction, by_dit, by_size, by_pictures):
             path = folder / f"{name.partition(':')[0]}{'-quick' * quick}-{draw.__name__}.png"
             if figure := draw(own):
                 figure.tight_layout()

@@ -4,7 +4,7 @@
     python study/study.py --data IMAGENET64 --jobs 2               all questions on photographs, read at 32 px; --list says which cells, how long
     python study/figures.py                                        study/results.jsonl -> the figures and tables of study/README.md
 
-A cell is one tokenizer with all that is measured of it: (objective, steps, size, decoder, pictures, seed). `stages` lists the commands of a cell;
+A cell is one tokenizer with all that is measured of it: (objective, steps, size, decoder, pictures, DiT, seed). `stages` lists the commands of a cell;
 they are the project's own, and each can be typed by hand. A finished cell is one line of results.jsonl, and its training log, thinned, in logs/.
 The same command goes on where it stopped, whatever stopped it; what is finished is skipped; what is large is deleted when a cell is finished.
 """
@@ -61,11 +61,12 @@ class Cell:
     size: str = "nano"                # of the trunk; pico, nano and micro have one text tower
     decoder: str = ""                 # "": symmetric, as large as the trunk
     pictures: int = 0                 # of the training set; 0: all of them
+    dit: int = 0                      # steps of the DiT; 0: those of TABLE
     seed: int = 0
 
     @property
     def name(self):
-        special = {"": self.size.replace("nano", ""), "decoder_": self.decoder, "n": self.pictures, "seed": self.seed}
+        special = {"": self.size.replace("nano", ""), "decoder_": self.decoder, "n": self.pictures, "dit": self.dit, "seed": self.seed}
         return "-".join([self.objective, str(self.steps), *(f"{word}{value}" for word, value in special.items() if value)])
 
 
@@ -75,11 +76,12 @@ def cells(quick):
     if quick:
         return [Cell("1", "AE", 3 * S), Cell("3", "ALL", S), Cell("123", "AE", S), Cell("2", "CLIP+AE", S), Cell("2", "SSL+AE", S)]
     core = [Cell("1234", objective, steps) for steps in (3 * S, 10 * S, S) for objective in ("AE", "ALL", "CLIP+AE", "SSL+AE")]
+    long = [Cell("1234", objective, 10 * S, dit=3 * TABLE["dit"][quick]) for objective in OBJECTIVES]
     seeds = [Cell("123", objective, steps, seed=seed) for steps, seed in ((3 * S, 1), (3 * S, 2), (10 * S, 1)) for objective in (OBJECTIVES if steps == 3 * S else ("AE", "ALL"))]
     data = [Cell("6", objective, 3 * S, pictures=n) for n in (100, 1000, 10_000) for objective in ("AE", "ALL")]
     sizes = [Cell("5", objective, 3 * S, size=size, decoder="nano") for size in ("pico", "micro") for objective in ("AE", "ALL")]
     decoders = [Cell("5", "ALL", 3 * S, decoder=size) for size in ("pico", "micro")]
-    return core + data + sizes + decoders + seeds
+    return core + long + data + sizes + decoders + seeds
 
 
 # ---------------------------------------------------------------- a cell, command by command
@@ -97,7 +99,7 @@ def stages(cell, data, quick, known=False, also=""):
         "zeroshot": f"eval.py zeroshot RUN/tokenizer {measure}",
         "recon": f"eval.py recon RUN/decoder --perceptual none {measure} {judged if shapes else '--features squeezenet'}",
         "latents": f"dit.py latents RUN/tokenizer --data DATA --n {t['latents']} --out RUN/latents --fresh",
-        "dit": f"dit.py train RUN/latents --out RUN/dit --size nano --steps {t['dit']} {t['adam']} --warmup 50 --precision bf16 --seed 0",
+        "dit": f"dit.py train RUN/latents --out RUN/dit --size nano --steps {cell.dit or t['dit']} {t['adam']} --warmup 50 --precision bf16 --seed 0",
         "sample": f"dit.py sample RUN/dit --tokenizer RUN/decoder --out RUN/samples --n {t['samples']} --points 50 --precision bf16 --seed 0",
         "fid": f"eval.py fid RUN/samples --features squeezenet {compared}",
         "judge": f"eval.py fid RUN/samples {measure} {judged}",
@@ -225,7 +227,7 @@ def main(args):
     if others := [r["cell"] for r in finished(args) if r["constants"] != args.constants]:
         raise ValueError(f"{args.out / 'results.jsonl'} has cells of other pictures, constants or --also ({', '.join(others)}: their 'constants' say which); take another --out")
     step, rest = SECONDS[args.quick]
-    minutes = {c: (c.steps * step[c.objective] + rest) / 60 for c in wanted}
+    minutes = {c: (c.steps * step[c.objective] + rest + 0.085 * max(c.dit - TABLE["dit"][args.quick], 0)) / 60 for c in wanted}
     left = [c for c in wanted if c.name not in {r["cell"] for r in finished(args)}]
     for c in wanted:
         print(f"{c.name:28s} questions {c.questions:5s}" + (f"about {minutes[c]:3.0f} min" if c in left else "finished"))
