@@ -233,15 +233,26 @@ def few(n):
 
 def comparing(kind, args, settings, side, device):
     """-> what a distance compares, a function uint8 (B, 3, H, W) -> (B, F); the distance's name; its features in words"""
-    if kind == "inception":
-        try:
-            return load_inception(device), "FID", "pytorch-fid's Inception"
-        except FileNotFoundError as problem:
-            raise FileNotFoundError(f"{problem}; or take --features classifier (or squeezenet, with its file), whose distance is no FID") from None
-    if kind == "squeezenet":
-        return load_squeezenet(device), "FD-squeezenet (no FID)", SqueezeNet.PROTOCOL
-    judge, _ = judge_of(args, settings, side, device)
-    return lambda x: judge(x)[0], "FD-classifier", "256-d features of the classifier trained on the real pictures"
+    if kind == "classifier":
+        if args.halve:
+            raise ValueError("--halve goes with --features squeezenet or inception: the classifier has learned pictures of full size")
+        judge, _ = judge_of(args, settings, side, device)
+        return lambda x: judge(x)[0], "FD-classifier", "256-d features of the classifier trained on the real pictures"
+    try:
+        features, name, seen = ((load_squeezenet(device), "FD-squeezenet (no FID)", SqueezeNet.PROTOCOL) if kind == "squeezenet" else
+                                (load_inception(device), "FID", "pytorch-fid's Inception"))
+    except FileNotFoundError as problem:
+        raise problem if kind == "squeezenet" else FileNotFoundError(f"{problem}; or take --features classifier (or squeezenet, with its file), whose distance is no FID") from None
+    if not args.halve:
+        return features, name, seen
+    if side % 2:
+        raise ValueError(f"--halve: pictures of {side} px have no half")
+    return lambda x: features(halved(x)), f"FD-{kind}, halved (no FID)", f"{seen}; of pictures halved to {side // 2} px"
+
+
+def halved(x):
+    """uint8 (B, 3, H, W) -> (B, 3, H/2, W/2), each the mean of 2x2 pixels"""
+    return torch.nn.functional.avg_pool2d(x.float(), 2).round().byte()
 
 
 def judge_of(args, settings, side, device):
@@ -281,14 +292,14 @@ def fid(args, device):
     features, name, seen = comparing(args.features, args, settings, side, device)
 
     def moments(source):
-        return source.moments(args.features) if isinstance(source, Saved) else statistics(features(x.to(device)) for x in source.batches(args.batch))
+        return source.moments(args.features, seen) if isinstance(source, Saved) else statistics(features(x.to(device)) for x in source.batches(args.batch))
 
     def real(source, limit):
         return statistics(features(x.to(device)) for x, _, _ in reading(source, side, args, limit, "adm"))
 
     found = moments(samples)
     if args.save_stats:
-        save_statistics(args.save_stats, *found, n, how(samples))
+        save_statistics(args.save_stats, *found, n, how(samples), seen)
         say(f"mean and covariance of {samples.what} are in {args.save_stats}")
     what = f"{n or 'an unstated number of'} samples{few(n)}, {how(samples)}"
     if reference:
@@ -312,7 +323,7 @@ def fid(args, device):
     metric(args.out, f"{name} of real", frechet_distance(*real(val, held), *against),
            f"{held} validation pictures in place of the samples{few(held)}: what a perfect generator would get; against {protocol}; {seen}")
     if args.save_real:                                                                  # last: where it lies, all of the above is measured
-        save_statistics(args.save_real, *against, min(args.train_limit, len(train)), protocol)
+        save_statistics(args.save_real, *against, min(args.train_limit, len(train)), protocol, seen)
 
 
 def how(samples):
@@ -420,6 +431,8 @@ def arguments():
                        help="when Inception's weights are not at hand, and with a distance that is no FID: squeezenet, a small network of ImageNet's classes, whose "
                             f"file you must have (eval.py fetch squeezenet says where from); classifier, one trained here on the real labelled pictures{advice}")
         p.add_argument("--few", action="store_true", help="measure on fewer than 2048 pictures, and say so")
+        p.add_argument("--halve", action="store_true", help="look at the pictures at half their side, with squeezenet or inception: what a decoder blurs weighs less there, "
+                                                            "what is painted weighs more (ours; no FID)")
         p.add_argument("--judge-steps", type=int, default=2400, help="training steps of the classifier (ours)")
 
     p = command(zeroshot)

@@ -210,6 +210,25 @@ def test_the_distance_on_squeezenets_features_says_that_it_is_no_fid_and_what_it
     assert "fire9" in metrics(tmp_path / "kept")["rFD-squeezenet (no FID)"]["protocol"]
 
 
+def test_at_half_size_a_checkerboard_is_its_grey_and_statistics_of_full_size_are_refused(run, here, tmp_path, monkeypatch):
+    monkeypatch.setattr(eval, "load_squeezenet", lambda device: lambda x: torch.nn.functional.adaptive_avg_pool2d(x.float(), 8).flatten(1).repeat(1, 3)[:, :512])
+    light = np.random.default_rng(0).integers(50, 200, (12, 8, 8, 3)).repeat(2, 1).repeat(2, 2)
+    checks = 40 * (1 - 2 * (np.indices((16, 16)).sum(0) % 2))[:, :, None]
+    for name, pictures in (("plain", light), ("checked", light + checks)):
+        np.savez(tmp_path / f"{name}.npz", arr_0=pictures.astype(np.uint8))
+    command = ["fid", tmp_path / "plain.npz", "--few", "--features", "squeezenet", "--halve", "--out", tmp_path / "kept", "--reference"]
+    here(*command, tmp_path / "checked.npz")
+    found = metrics(tmp_path / "kept")["FD-squeezenet, halved (no FID)"]
+    assert found["value"] == pytest.approx(0, abs=1e-6) and "halved to 8 px" in found["protocol"]
+    here("fid", tmp_path / "checked.npz", "--few", "--features", "squeezenet", "--save-stats", tmp_path / "full.npz")
+    with pytest.raises(SystemExit, match="statistics of 512-d average.*wanted: 512-d average.*halved to 8 px"):
+        here(*command, tmp_path / "full.npz")
+    with pytest.raises(SystemExit, match="--halve goes with --features squeezenet or inception"):
+        here("recon", run, "--perceptual", "none", "--few", "--limit", 12, "--features", "classifier", "--halve")
+    here("recon", run, "--perceptual", "none", "--few", "--limit", 12, "--features", "squeezenet", "--halve", "--out", tmp_path / "kept")
+    assert "rFD-squeezenet, halved (no FID)" in metrics(tmp_path / "kept")
+
+
 # ---------------------------------------------------------------- check, cost
 def test_check_paints_and_names_pictures_of_the_users(weights, here, tmp_path, capsys):
     (tmp_path / "mine").mkdir()

@@ -136,7 +136,7 @@ class Array:
 
 
 class Saved:
-    """Statistics of an npz: mu (F,) and sigma (F, F), as in ADM's reference files and pytorch-fid's; .n pictures, if it says so
+    """Statistics of an npz: mu (F,) and sigma (F, F), as in ADM's reference files and pytorch-fid's; .n pictures and .features in words, if it says so
 
     F tells whose features they are: Inception's 2048, SqueezeNet's 512.
     """
@@ -147,6 +147,7 @@ class Saved:
         with np.load(path) as found:
             self.mu, self.sigma = (torch.from_numpy(np.asarray(found[k], np.float64)) for k in ("mu", "sigma"))
             self.n = int(found["n"]) if "n" in found else 0
+            self.features = str(found["features"]) if "features" in found else ""
             self.what = f"{path}, saved statistics{' of ' + str(found['what']) if 'what' in found else ''}"
         F = len(self.mu) if self.mu.ndim == 1 else None
         if self.mu.shape != (F,) or self.sigma.shape != (F, F):
@@ -158,18 +159,20 @@ class Saved:
         """0: the file does not say"""
         return self.n
 
-    def moments(self, kind):
-        """kind of features: inception or squeezenet"""
+    def moments(self, kind, features=""):
+        """kind of features: inception or squeezenet; features in words, if they must be what the file says"""
         if len(self.mu) != self.WIDTHS[kind]:
             raise ValueError(f"{self.what}: {len(self.mu)} numbers, but features of {kind} are {self.WIDTHS[kind]}: these are statistics of something else")
+        if self.features and features and self.features != features:
+            raise ValueError(f"{self.what}: statistics of {self.features}; wanted: {features}")
         return self.mu, self.sigma
 
 
-def save_statistics(path, mu, sigma, n, what):
-    """An npz that pytorch-fid, ADM's evaluator and open_samples understand; rank 0 writes.   what  the pictures, for a protocol"""
+def save_statistics(path, mu, sigma, n, what, features=""):
+    """An npz that pytorch-fid, ADM's evaluator and open_samples understand; rank 0 writes.   what  the pictures, for a protocol; features in words"""
     def write(aside):
         with open(aside, "wb") as f:
-            np.savez(f, mu=mu.numpy(), sigma=sigma.numpy(), n=n, what=what)
+            np.savez(f, mu=mu.numpy(), sigma=sigma.numpy(), n=n, what=what, features=features)
     if rank() == 0:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_aside(Path(path), write)
