@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 COLOURS = {"AE": "#777777", "CLIP+AE": "#d08020", "SSL+AE": "#3070c0", "ALL": "#208050"}
-PROBE, PSNR, RECOGNISED = "linear probe latent", "PSNR", "samples recognised"
+PROBE, PSNR, RECOGNISED, HALVED = "linear probe latent", "PSNR", "samples recognised", "FD-squeezenet, halved (no FID)"
 SIZES = ["pico", "nano", "micro"]
 
 
@@ -53,6 +53,17 @@ def distance(row):
     return next(name for name in ("FD-squeezenet (no FID)", "FD-classifier") if name in row["metrics"])
 
 
+def known(rows):
+    """{metric of the tokenizer: label}"""
+    return {PROBE: "linear probe on latents: higher is better", PSNR: "PSNR, dB: higher is better", f"r{distance(rows[0])}": "FD of reconstructions: lower is better"}
+
+
+def judges(rows):
+    """{metric of the samples: label}; those that every cell has"""
+    every = {distance(rows[0]): "FD of samples: lower is better", HALVED: "FD of samples at half size: lower is better", RECOGNISED: "samples recognised: higher is better"}
+    return {name: label for name, label in every.items() if all(name in r["metrics"] for r in rows)}
+
+
 def nano_cells(rows):
     """Cells that differ by objective, steps and seed alone"""
     return [r for r in rows if r["size"] == "nano" and not r["decoder"] and not r["pictures"] and not r["dit"]]
@@ -69,129 +80,124 @@ def over_seeds(rows):
 # ---------------------------------------------------------------- the figures: rows -> a figure, or None if nothing is there to be drawn
 def scaling(rows):
     """A dot a cell, a line through the means over seeds"""
-    rows, fd = nano_cells(rows), distance(rows[0])
+    rows = nano_cells(rows)
     if len({r["steps"] for r in rows}) < 2:
         return None
-    what = {PSNR: "PSNR, dB: higher is better", f"r{fd}": "distance of reconstructions: lower is better", PROBE: "linear probe on latents: higher is better",
-            fd: "distance of samples: lower is better", RECOGNISED: "samples recognised: higher is better"}
-    figure, axes = plt.subplots(1, 5, figsize=(20, 3.8))
-    for ax, (name, label) in zip(axes, what.items()):
+    what = known(rows) | judges(rows)
+    figure, axes = plt.subplots(2, 3, figsize=(16, 7.5))
+    for ax, (name, label) in zip(axes.flat, what.items()):
         for objective, colour in COLOURS.items():
             own = [r for r in rows if r["objective"] == objective]
             mean = sorted(over_seeds(own), key=compute)
             ax.plot([compute(r) for r in own], [r["metrics"][name] for r in own], "o", color=colour, alpha=0.4, ms=4)
             ax.plot([compute(r) for r in mean], [r["metrics"][name] for r in mean], "-", color=colour, label=objective)
         ax.set(xscale="log", xlabel="GFLOP of the tokenizer's training (decoding trained equally after it)")
-        ax.xaxis.label.set_size(8)
         ax.minorticks_off()
         ax.set_title(label, fontsize=9)
-    axes[0].legend(fontsize=8)
+    for ax in axes.flat[len(what):]:
+        ax.remove()
+    axes[0, 0].legend(fontsize=8)
     return figure
 
 
 def objectives(rows):
     """Bars: means over the seeds that all objectives have, if there are such; dots: all seeds"""
-    rows, fd = nano_cells(rows), distance(rows[0])
+    rows = nano_cells(rows)
     here = [r["steps"] for r in rows]
     if not here:
         return None
     steps = max(set(here), key=lambda s: (here.count(s), -s))                   # where most cells are
     rows = [r for r in rows if r["steps"] == steps]
     seeds = [{r["seed"] for r in rows if r["objective"] == o} for o in {r["objective"] for r in rows}]
-    shared = set.intersection(*seeds) or set.union(*seeds)
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6))
-    for ax, (name, label) in zip(axes, {PROBE: "linear probe on latents", fd: "distance of samples (lower is better)", RECOGNISED: "samples recognised"}.items()):
+    shared, what = set.intersection(*seeds) or set.union(*seeds), {PROBE: known(rows)[PROBE]} | judges(rows)
+    figure, axes = plt.subplots(1, len(what), figsize=(4.2 * len(what), 3.6))
+    for ax, (name, label) in zip(axes, what.items()):
         for k, (objective, colour) in enumerate(COLOURS.items()):
             own = [r for r in rows if r["objective"] == objective]
             if own:
                 ax.bar(k, np.mean([r["metrics"][name] for r in own if r["seed"] in shared]), color=colour, alpha=0.6)
                 ax.plot([k] * len(own), [r["metrics"][name] for r in own], "k.", ms=5)
         ax.set(xticks=range(len(COLOURS)), xticklabels=COLOURS)
-        ax.set_title(f"{label}, {steps} steps", fontsize=9)
+        ax.set_title(f"{label}; {steps} steps", fontsize=9)
     return figure
-
-
-def predictors(rows):
-    """-> {metric of the tokenizer: label}, {metric of the samples: label}"""
-    fd = distance(rows[0])
-    return ({PROBE: "linear probe on latents", PSNR: "PSNR, dB", f"r{fd}": "distance of reconstructions"},
-            dict.fromkeys((fd, "FD-classifier"), "distance of samples: lower is better") | {RECOGNISED: "samples recognised: higher is better"})
 
 
 def prediction(rows):
     """A full dot: objective and steps, mean over seeds; these are correlated. Hollow: other sizes, fewer pictures, a longer DiT"""
     points, others = over_seeds(nano_cells(rows)), [r for r in rows if r not in nano_cells(rows)]
-    known, judges = predictors(rows)
-    figure, axes = plt.subplots(2, 3, figsize=(16, 7.5))
-    for line, judge in zip(axes, (distance(rows[0]), RECOGNISED)):
-        for ax, name in zip(line, known):
+    figure, axes = plt.subplots(len(judges(rows)), 3, figsize=(16, 3.7 * len(judges(rows))))
+    for line, (judge, its) in zip(axes, judges(rows).items()):
+        for ax, (name, label) in zip(line, known(rows).items()):
             for objective, colour in COLOURS.items():
                 for some, fill in ((others, "none"), (points, colour)):
                     own = [r["metrics"] for r in some if r["objective"] == objective]
                     ax.plot([m[name] for m in own], [m[judge] for m in own], "o", color=colour, mfc=fill, label=objective if some is points else None)
             x, y = (np.array([r["metrics"][k] for r in points]) for k in (name, judge))
-            ax.set(xlabel=known[name], ylabel=judges[judge])
+            ax.set(xlabel=label, ylabel=its)
             ax.set_title("Pearson {:.2f}, Spearman {:.2f}, ".format(*correlation(x, y)) + f"within objectives {within(points, x, y):.2f}, n {len(points)}", fontsize=9)
     axes[0, 0].legend(fontsize=8)
     return figure
 
 
 def correlations(rows):
-    """The same numbers for every judge"""
-    points, (known, judges) = over_seeds(nano_cells(rows)), predictors(rows)
+    """The same numbers as text"""
+    points = over_seeds(nano_cells(rows))
     yield f"\n{len(points)} trainings: Pearson, Spearman, Pearson within objectives"
-    for judge in judges:
-        for name in known:
+    for judge in judges(rows) | {"FD-classifier": ""}:
+        for name in known(rows):
             x, y = (np.array([r["metrics"][k] for r in points]) for k in (name, judge))
-            yield f"{name:28s} and {judge:24s}{correlation(x, y)[0]:8.2f}{correlation(x, y)[1]:8.2f}{within(points, x, y):8.2f}"
+            yield f"{name:28s} and {judge:32s}{correlation(x, y)[0]:8.2f}{correlation(x, y)[1]:8.2f}{within(points, x, y):8.2f}"
 
 
 def by_size(rows):
     """Trunks, each with nano's decoder; decoders, each with nano's trunk"""
-    rows, fd = [r for r in rows if not r["pictures"] and not r["dit"] and not r["seed"]], distance(rows[0])
+    rows = [r for r in rows if not r["pictures"] and not r["dit"] and not r["seed"]]
     compared = {r["steps"] for r in rows if r["size"] != "nano" or r["decoder"]}
     rows = [r | {"decoder": r["decoder"] or r["size"]} for r in rows if r["steps"] in compared]
     panels = [{o: [(SIZES.index(r[part]), r) for r in rows if r["objective"] == o and r[other] == "nano"] for o in ("AE", "ALL")} for part, other in (("size", "decoder"), ("decoder", "size"))]
-    return compared and curves((fd, RECOGNISED, PROBE), ["trunk", "decoder"], panels, SIZES)
+    return compared and curves(rows, ["trunk", "decoder"], panels, SIZES)
 
 
 def by_pictures(rows):
     """Equal steps, so few pictures come often: 100 of them some 600 times where 50,000 come once"""
-    rows, fd = [r for r in rows if r["size"] == "nano" and not r["decoder"] and not r["dit"] and not r["seed"]], distance(rows[0])
+    rows = [r for r in rows if r["size"] == "nano" and not r["decoder"] and not r["dit"] and not r["seed"]]
     compared = {r["steps"] for r in rows if r["pictures"]}
     panel = {objective: [(r["pictures"] or r["constants"]["training_pictures"], r) for r in rows if r["objective"] == objective and r["steps"] in compared] for objective in ("AE", "ALL")}
-    return compared and curves((fd, RECOGNISED, PROBE), ["pictures of the tokenizer's training set, equal steps"], [panel])
+    return compared and curves(rows, ["pictures of the tokenizer's training set, equal steps"], [panel])
 
 
 def by_dit(rows):
     """The same latents, the DiT three times as long"""
-    rows, fd = [r for r in rows if r["size"] == "nano" and not r["decoder"] and not r["pictures"] and not r["seed"]], distance(rows[0])
+    rows = [r for r in rows if r["size"] == "nano" and not r["decoder"] and not r["pictures"] and not r["seed"]]
     compared = {r["steps"] for r in rows if r["dit"]}
     panel = {o: [(r["dit"] or int(r["constants"]["dit"]), r) for r in rows if r["objective"] == o and r["steps"] in compared] for o in COLOURS}
-    return compared and curves((fd, RECOGNISED), ["steps of the DiT"], [panel])
+    return compared and curves(rows, ["steps of the DiT"], [panel])
 
 
-def curves(metrics, labels, panels, names=None):
-    """panels  [{objective: [(x, row)]}] -> a column each, a line a metric; names: of x = 0, 1, ...; None: x is a number, log scale"""
-    figure, axes = plt.subplots(len(metrics), len(panels), figsize=(5 * len(panels), 3 * len(metrics)), squeeze=False)
-    for metric, line in zip(metrics, axes):
+def curves(rows, labels, panels, names=None):
+    """panels  [{objective: [(x, row)]}] -> a column each, a line a judge and one for the probe; names: of x = 0, 1, ...; None: x is a number, log scale"""
+    what = judges(rows) | {PROBE: known(rows)[PROBE]}
+    figure, axes = plt.subplots(len(what), len(panels), figsize=(5 * len(panels), 3 * len(what)), squeeze=False)
+    for (metric, title), line in zip(what.items(), axes):
         for ax, label, panel in zip(line, labels, panels):
             for objective, points in panel.items():
                 points = sorted(points, key=lambda point: point[0])
                 ax.plot([x for x, _ in points], [r["metrics"][metric] for _, r in points], "-o", color=COLOURS[objective], label=objective)
             ax.set(xlabel=label, **({"xticks": range(len(names)), "xticklabels": names} if names else {"xscale": "log"}))
-            ax.set_title(f"{metric}: {'lower' if metric.startswith('FD') else 'higher'} is better", fontsize=9)
+            ax.set_title(title, fontsize=9)
     axes[0, 0].legend(fontsize=8)
     return figure
 
 
 def table(rows):
     """A line a cell: percentages of pictures or samples, distances, minutes of a core; a dash where nothing was asked"""
+    shares = PROBE, "linear probe full", "zero-shot top1", RECOGNISED
     columns = {PROBE: "probe", "linear probe full": "full", "zero-shot top1": "zero-shot", RECOGNISED: "recognised", PSNR: "PSNR", f"r{distance(rows[0])}": "rFD",
-               distance(rows[0]): "FD", "FD-classifier": "FD-classifier"}
+               distance(rows[0]): "FD", HALVED: "FD halved", "FD-classifier": "FD-classifier"}
+    columns = {name: title for name, title in columns.items() if any(name in r["metrics"] for r in rows)}
     yield f"{'cell':28s}" + "".join(f"{title:>14s}" for title in columns.values()) + f"{'core min':>14s}"
     for r in sorted(rows, key=lambda r: (r["questions"], r["steps"], r["seed"])):
-        cells = ["-" if name not in r["metrics"] else f"{r['metrics'][name]:.1%}" if k < 4 else f"{r['metrics'][name]:.4g}" for k, name in enumerate(columns)]
+        cells = ["-" if name not in r["metrics"] else f"{r['metrics'][name]:.1%}" if name in shares else f"{r['metrics'][name]:.4g}" for name in columns]
         yield f"{r['cell']:28s}" + "".join(f"{x:>14s}" for x in cells) + f"{sum(r['cpu_seconds'].values()) / 60:14.1f}"
     for name, value in {name: value for r in rows for name, value in r["metrics"].items() if name.endswith("of real") or name == "classifier accuracy"}.items():
         yield f"real pictures: {name} {value:.4g}"

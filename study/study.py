@@ -49,7 +49,8 @@ TABLE = {
     "judged":   (20_000, 5000, "pictures that the classifier learns from, and that FD-classifier compares with (ours)"),
     "judge":    (2400, 600, "steps of that classifier; eval.py's default"),
 }
-SECONDS = [({"AE": 0.12, "CLIP+AE": 0.17, "SSL+AE": 0.21, "ALL": 0.25}, 800),               # of a step, and of all other stages, on one core of ours:
+STATISTICS = {"REAL": "real.npz", "HALF": "half.npz"}        # of the real pictures; the first cell makes them
+SECONDS = [({"AE": 0.12, "CLIP+AE": 0.17, "SSL+AE": 0.21, "ALL": 0.25}, 840),               # of a step, and of all other stages, on one core of ours:
            ({"AE": 0.12, "CLIP+AE": 0.17, "SSL+AE": 0.21, "ALL": 0.25}, 330)]               # a first estimate of what is left, no more
 
 
@@ -85,12 +86,12 @@ def cells(quick):
 
 
 # ---------------------------------------------------------------- a cell, command by command
-def stages(cell, data, quick, known=False, also=""):
-    """-> {stage: command}, in the order of README's protocol. DATA stands for the pictures, RUN for the cell's folder, REAL for statistics of the real pictures, if known"""
+def stages(cell, data, quick, known=(), also=""):
+    """-> {stage: command}, in the order of README's protocol. DATA stands for the pictures, RUN for the cell's folder, REAL and HALF for statistics of the real pictures, if known"""
     t, shapes = {name: values[quick] for name, values in TABLE.items()}, data.startswith("shapes")
     measure = f"--data DATA --out RUN --limit {t['samples']}"
     judged = f"--features classifier --train-limit {t['judged']} --judge-steps {t['judge']}"
-    compared = "--out RUN --reference REAL" if known else f"{measure} --train-limit {t['probe']} --save-real REAL"
+    compared = {place: f"--out RUN --reference {place}" if place in known else f"{measure} --train-limit {t['probe']} --save-real {place}" for place in STATISTICS}
     do = {
         "tokenizer": f"train.py --out RUN/tokenizer --data {'RUN/pictures' if cell.pictures else 'DATA'} --size {cell.size} {f'--decoder {cell.decoder}' * bool(cell.decoder)} "
                      f"{t['picture']} {t['batch']} {t['recipe']} {OBJECTIVES[cell.objective]} --perceptual none --steps {cell.steps} --seed {cell.seed} {also}",
@@ -101,10 +102,11 @@ def stages(cell, data, quick, known=False, also=""):
         "latents": f"dit.py latents RUN/tokenizer --data DATA --n {t['latents']} --out RUN/latents --fresh",
         "dit": f"dit.py train RUN/latents --out RUN/dit --size nano --steps {cell.dit or t['dit']} {t['adam']} --warmup 50 --precision bf16 --seed 0",
         "sample": f"dit.py sample RUN/dit --tokenizer RUN/decoder --out RUN/samples --n {t['samples']} --points 50 --precision bf16 --seed 0",
-        "fid": f"eval.py fid RUN/samples --features squeezenet {compared}",
+        "fid": f"eval.py fid RUN/samples --features squeezenet {compared['REAL']}",
+        "halved": f"eval.py fid RUN/samples --features squeezenet --halve {compared['HALF']}",
         "judge": f"eval.py fid RUN/samples {measure} {judged}",
     }
-    senseless = ["zeroshot"] * (cell.objective not in ("CLIP+AE", "ALL")) + ["fid"] * shapes            # knows no words; SqueezeNet knows photographs
+    senseless = ["zeroshot"] * (cell.objective not in ("CLIP+AE", "ALL")) + ["fid", "halved"] * shapes            # knows no words; SqueezeNet knows photographs
     return {stage: " ".join(command.split()) for stage, command in do.items() if stage not in senseless}
 
 
@@ -114,7 +116,7 @@ stopping, judging = threading.Event(), threading.Lock()
 
 def work(cell, args):
     """Do what is left of a cell; its line goes to results.jsonl"""
-    folder, real = args.work / cell.name, args.work / "real.npz"
+    folder = args.work / cell.name
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:                                    # the commands hold it too: one that outlives its driver goes on alone
         try:
@@ -127,9 +129,10 @@ def work(cell, args):
             link_pictures(args.data, folder / "pictures", cell.pictures)
         done = (lines(folder / "done.json") or [{}])[0]
         for stage, command in [x for x in stages(cell, args.data, args.quick).items() if x[0] not in done]:
-            shared = real if stage == "fid" else args.judge if "classifier" in command else None        # one for all cells: who comes first makes it, the others wait
-            with judging if shared and not shared.exists() else nullcontext():
-                command = stages(cell, args.data, args.quick, real.exists(), args.also)[stage]
+            file = common(command, args)
+            with judging if file and not file.exists() else nullcontext():      # who comes first makes it, the others wait
+                known = [p for p, name in STATISTICS.items() if (args.work / name).exists()]
+                command = stages(cell, args.data, args.quick, known, args.also)[stage]
                 if args.judge.exists() and not (folder / "judge.safetensors").exists():
                     os.link(args.judge, folder / "judge.safetensors")
                 done[stage] = {"command": f"python {command}"} | run(cell, stage, command, args, folder, lock)
@@ -139,11 +142,17 @@ def work(cell, args):
         keep(cell, folder, done, args)
 
 
+def common(command, args):
+    """The file that a command shares with those of all other cells: statistics of real pictures, the classifier, or None"""
+    place = next((p for p in STATISTICS if p in command.split()), None)
+    return args.work / STATISTICS[place] if place else args.judge if "classifier" in command else None
+
+
 def run(cell, stage, command, args, folder, lock):
     """One command as a process of its own -> seconds it took, and seconds of a core that it had, with those of its parts before a stop"""
     print(f"{time.strftime('%H:%M')} {cell.name}: {stage}\n", end="", flush=True)                        # in one piece: cells run side by side
-    places = {"DATA": args.data, "RUN": os.path.relpath(folder, ROOT), "REAL": os.path.relpath(args.work / "real.npz", ROOT)}
-    words = [re.sub(r"^(DATA|RUN|REAL)\b", lambda found: places[found[0]], word) for word in shlex.split(command)]
+    places = {"DATA": args.data, "RUN": os.path.relpath(folder, ROOT)} | {place: os.path.relpath(args.work / name, ROOT) for place, name in STATISTICS.items()}
+    words = [re.sub(rf"^({'|'.join(places)})\b", lambda found: places[found[0]], word) for word in shlex.split(command)]
     with open(folder / "out.txt", "a") as out:
         start = time.time()
         process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=out, stderr=out, pass_fds=[lock.fileno()], start_new_session=True,
