@@ -50,8 +50,7 @@ TABLE = {
     "judge":    (2400, 600, "steps of that classifier; eval.py's default"),
 }
 STATISTICS = {"REAL": "real.npz", "HALF": "half.npz"}        # of the real pictures; the first cell makes them
-SECONDS = [({"AE": 0.12, "CLIP+AE": 0.17, "SSL+AE": 0.21, "ALL": 0.25}, 840),               # of a step, and of all other stages, on one core of ours:
-           ({"AE": 0.12, "CLIP+AE": 0.17, "SSL+AE": 0.21, "ALL": 0.25}, 330)]               # a first estimate of what is left, no more
+SECONDS, REST = {"AE": 0.12, "CLIP+AE": 0.17, "SSL+AE": 0.21, "ALL": 0.25}, (840, 330)      # of a step, and of all other stages, on one core of ours: a first estimate
 
 
 @dataclass(frozen=True)
@@ -235,8 +234,7 @@ def main(args):
     args.constants = {"training_pictures": there, "also": args.also} | {name: str(values[args.quick]) for name, values in TABLE.items()}
     if others := [r["cell"] for r in finished(args) if r["constants"] != args.constants]:
         raise ValueError(f"{args.out / 'results.jsonl'} has cells of other pictures, constants or --also ({', '.join(others)}: their 'constants' say which); take another --out")
-    step, rest = SECONDS[args.quick]
-    minutes = {c: (c.steps * step[c.objective] + rest + 0.085 * max(c.dit - TABLE["dit"][args.quick], 0)) / 60 for c in wanted}
+    minutes = {c: (c.steps * SECONDS[c.objective] + REST[args.quick] + 0.085 * max(c.dit - TABLE["dit"][args.quick], 0)) / 60 for c in wanted}
     left = [c for c in wanted if c.name not in {r["cell"] for r in finished(args)}]
     for c in wanted:
         print(f"{c.name:28s} questions {c.questions:5s}" + (f"about {minutes[c]:3.0f} min" if c in left else "finished"))
