@@ -232,7 +232,7 @@ def main(args):
         print(f"{c.name:28s} questions {c.questions:5s}left out: there are {there} pictures to take from")
         wanted.remove(c)
     args.constants = {"training_pictures": there, "also": args.also} | {name: str(values[args.quick]) for name, values in TABLE.items()}
-    if others := [r["cell"] for r in finished(args) if r["constants"] != args.constants]:
+    if others := [r["cell"] for r in finished(args) if r.get("constants") != args.constants]:
         raise ValueError(f"{args.out / 'results.jsonl'} has cells of other pictures, constants or --also ({', '.join(others)}: their 'constants' say which); take another --out")
     minutes = {c: (c.steps * SECONDS[c.objective] + REST[args.quick] + 0.085 * max(c.dit - TABLE["dit"][args.quick], 0)) / 60 for c in wanted}
     left = [c for c in wanted if c.name not in {r["cell"] for r in finished(args)}]
