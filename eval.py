@@ -238,20 +238,22 @@ def comparing(kind, args, settings, side, device):
             raise ValueError("--halve goes with --features squeezenet or inception: the classifier has learned pictures of full size")
         judge, _ = judge_of(args, settings, side, device)
         return lambda x: judge(x)[0], "FD-classifier", "256-d features of the classifier trained on the real pictures"
-    try:
-        features, name, seen = ((load_squeezenet(device), "FD-squeezenet (no FID)", SqueezeNet.PROTOCOL) if kind == "squeezenet" else
-                                (load_inception(device), "FID", "pytorch-fid's Inception"))
-    except FileNotFoundError as problem:
-        raise problem if kind == "squeezenet" else FileNotFoundError(f"{problem}; or take --features classifier (or squeezenet, with its file), whose distance is no FID") from None
+    if kind == "squeezenet":
+        features, name, seen = load_squeezenet(device), "FD-squeezenet (no FID)", SqueezeNet.PROTOCOL
+    else:
+        try:
+            features, name, seen = load_inception(device), "FID", "pytorch-fid's Inception"
+        except FileNotFoundError as problem:
+            raise FileNotFoundError(f"{problem}; or take --features classifier (or squeezenet, with its file), whose distance is no FID") from None
     if not args.halve:
         return features, name, seen
-    if side % 2:
-        raise ValueError(f"--halve: pictures of {side} px have no half")
     return lambda x: features(halved(x)), f"FD-{kind}, halved (no FID)", f"{seen}; of pictures halved to {side // 2} px"
 
 
 def halved(x):
-    """uint8 (B, 3, H, W) -> (B, 3, H/2, W/2), each the mean of 2x2 pixels"""
+    """uint8 (B, 3, H, W), even sides -> (B, 3, H/2, W/2), each the mean of 2x2 pixels"""
+    if x.shape[-1] % 2 or x.shape[-2] % 2:
+        raise ValueError(f"--halve: pictures of {x.shape[-1]}x{x.shape[-2]} have no half; leave it out")
     return torch.nn.functional.avg_pool2d(x.float(), 2).round().byte()
 
 
@@ -292,18 +294,21 @@ def fid(args, device):
     features, name, seen = comparing(args.features, args, settings, side, device)
 
     def moments(source):
+        if args.halve and isinstance(source, Saved) and not source.features:
+            raise ValueError(f"{source.what} do not say that the pictures were halved; save them anew with --halve --save-real or --save-stats")
         return source.moments(args.features, seen) if isinstance(source, Saved) else statistics(features(x.to(device)) for x in source.batches(args.batch))
 
     def real(source, limit):
         return statistics(features(x.to(device)) for x, _, _ in reading(source, side, args, limit, "adm"))
 
+    stated = moments(reference) if reference else None                                  # first: statistics of something else are refused before the samples are seen
     found = moments(samples)
     if args.save_stats:
         save_statistics(args.save_stats, *found, n, how(samples), seen)
         say(f"mean and covariance of {samples.what} are in {args.save_stats}")
     what = f"{n or 'an unstated number of'} samples{few(n)}, {how(samples)}"
     if reference:
-        metric(args.out, name, frechet_distance(*found, *moments(reference)),
+        metric(args.out, name, frechet_distance(*found, *stated),
                f"{what}; against {len(reference) or 'an unstated number of'} pictures of {reference.what}{few(len(reference))}; {seen}")
     if not by_data:
         return

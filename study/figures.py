@@ -1,6 +1,6 @@
 """study/results.jsonl -> the figures of study/README.md, the paper's Fig. 4 to 7 in small, and a table.   python study/figures.py [FOLDER]
 
-    scaling                 compute of the tokenizer against PSNR, distance of reconstructions, latent probe, distance of samples      questions 1 to 3
+    scaling                 compute of the tokenizer against what it knows, what it keeps, and every judge of its samples              questions 1 to 3
     objectives              the four objectives at equal steps, mean over seeds, a dot a seed                                         questions 2, 3
     prediction              what predicts generation: the probe, PSNR, or what decoding loses?                                        question 4
     by_size, by_pictures    trunk, decoder, and pictures of the tokenizer's training set                                              questions 5, 6
@@ -208,6 +208,8 @@ def main(folder):
     for name, quick in sorted({(r["data"], r["quick"]) for r in rows}):
         own = [r for r in rows if (r["data"], r["quick"]) == (name, quick)]
         print("\n".join([f"\n{name}{', --quick' if quick else ''}", *table(own), *correlations(own)]))
+        if lacking := [r["cell"] for r in own if HALVED not in r["metrics"]] if any(HALVED in r["metrics"] for r in own) else []:
+            print(f"{HALVED} is not drawn: {', '.join(lacking)} lack it")
         for draw in (scaling, objectives, prediction, by_dit, by_size, by_pictures):
             path = folder / f"{name.partition(':')[0]}{'-quick' * quick}-{draw.__name__}.png"
             if figure := draw(own):

@@ -50,7 +50,7 @@ TABLE = {
     "judge":    (2400, 600, "steps of that classifier; eval.py's default"),
 }
 STATISTICS = {"REAL": "real.npz", "HALF": "half.npz"}        # of the real pictures; the first cell makes them
-SECONDS, REST = {"AE": 0.12, "CLIP+AE": 0.17, "SSL+AE": 0.21, "ALL": 0.25}, (840, 330)      # of a step, and of all other stages, on one core of ours: a first estimate
+SECONDS, REST = {"AE": 0.12, "CLIP+AE": 0.17, "SSL+AE": 0.21, "ALL": 0.25, "DiT": 0.085}, (840, 330)      # of a step, and of all other stages, on one core of ours: a first estimate
 
 
 @dataclass(frozen=True)
@@ -234,10 +234,12 @@ def main(args):
     args.constants = {"training_pictures": there, "also": args.also} | {name: str(values[args.quick]) for name, values in TABLE.items()}
     if others := [r["cell"] for r in finished(args) if r.get("constants") != args.constants]:
         raise ValueError(f"{args.out / 'results.jsonl'} has cells of other pictures, constants or --also ({', '.join(others)}: their 'constants' say which); take another --out")
-    minutes = {c: (c.steps * SECONDS[c.objective] + REST[args.quick] + 0.085 * max(c.dit - TABLE["dit"][args.quick], 0)) / 60 for c in wanted}
-    left = [c for c in wanted if c.name not in {r["cell"] for r in finished(args)}]
+    minutes = {c: (c.steps * SECONDS[c.objective] + REST[args.quick] + SECONDS["DiT"] * max(c.dit - TABLE["dit"][args.quick], 0)) / 60 for c in wanted}
+    rows = {r["cell"]: r for r in finished(args)}
+    left = [c for c in wanted if c.name not in rows]
     for c in wanted:
-        print(f"{c.name:28s} questions {c.questions:5s}" + (f"about {minutes[c]:3.0f} min" if c in left else "finished"))
+        lacks = [stage for stage in stages(c, args.data, args.quick) if c not in left and stage not in rows[c.name]["commands"]]
+        print(f"{c.name:28s} questions {c.questions:5s}" + (f"about {minutes[c]:3.0f} min" if c in left else "finished" + f" without {', '.join(lacks)}; delete its line to have it measured" * bool(lacks)))
     print(f"{len(left)} cells left, about {sum(minutes[c] for c in left) / 60 / args.jobs:.1f} h with --jobs {args.jobs}", flush=True)
     if args.list:
         return

@@ -223,6 +223,12 @@ def test_at_half_size_a_checkerboard_is_its_grey_and_statistics_of_full_size_are
     here("fid", tmp_path / "checked.npz", "--few", "--features", "squeezenet", "--save-stats", tmp_path / "full.npz")
     with pytest.raises(SystemExit, match="statistics of 512-d average.*wanted: 512-d average.*halved to 8 px"):
         here(*command, tmp_path / "full.npz")
+    save_statistics(tmp_path / "unsaid.npz", torch.zeros(512), torch.eye(512), 4000, "pictures")
+    with pytest.raises(SystemExit, match="do not say that the pictures were halved; save them anew"):
+        here(*command, tmp_path / "unsaid.npz")
+    np.savez(tmp_path / "odd.npz", arr_0=np.zeros((12, 15, 16, 3), np.uint8))
+    with pytest.raises(SystemExit, match="16x15 have no half"):
+        here("fid", tmp_path / "odd.npz", "--few", "--features", "squeezenet", "--halve", "--reference", tmp_path / "odd.npz")
     with pytest.raises(SystemExit, match="--halve goes with --features squeezenet or inception"):
         here("recon", run, "--perceptual", "none", "--few", "--limit", 12, "--features", "classifier", "--halve")
     here("recon", run, "--perceptual", "none", "--few", "--limit", 12, "--features", "squeezenet", "--halve", "--out", tmp_path / "kept")

@@ -168,6 +168,13 @@ def drive(tmp_path, monkeypatch):
     return go
 
 
+def test_a_finished_cell_that_lacks_a_measure_is_said(drive, monkeypatch, capsys):
+    drive()
+    known = study.stages
+    monkeypatch.setattr(study, "stages", lambda *a: known(*a) | {"halved": "a later idea"})
+    assert drive() == 0 and "finished without halved; delete its line" in capsys.readouterr().out
+
+
 def test_the_second_start_finds_everything_done(drive, tmp_path):
     assert drive() == 0
     before = (tmp_path / "my results" / "results.jsonl").read_text()
@@ -218,11 +225,12 @@ def test_times_of_a_stopped_stage_are_those_of_all_its_parts(played):
     folder = args.work / cell.name
     with pytest.raises(RuntimeError):
         study.work(cell, args)
-    first = json.loads((folder / "spent.json").read_text())["dit"]
+    spent = json.loads((folder / "spent.json").read_text())
+    (folder / "spent.json").write_text(json.dumps(spent | {"dit": [spent["dit"][0] + 1000, spent["dit"][1] + 100]}))       # as if its first part had been long
     (folder / "repaired").write_text("")
     study.work(cell, args)
     line = json.loads((args.out / "results.jsonl").read_text())
-    assert line["seconds"]["dit"] > first[0] > 0
+    assert 1100 > line["seconds"]["dit"] > 1000 > line["seconds"]["tokenizer"] and line["cpu_seconds"]["dit"] >= 100
 
 
 def test_a_pattern_that_fits_nothing_is_refused_with_what_there_is(drive):
