@@ -69,12 +69,17 @@ def nano_cells(rows):
     return [r for r in rows if r["size"] == "nano" and not r["decoder"] and not r["pictures"] and not r["dit"]]
 
 
-def over_seeds(rows):
-    """Cells that differ by their seed alone -> one, with the mean of each metric"""
+def by_seed(rows):
+    """Cells -> lists of those that differ by their seed alone"""
     groups = {}
     for r in rows:
         groups.setdefault((r["objective"], r["steps"]), []).append(r)
-    return [g[0] | {"seed": 0, "metrics": {name: np.mean([r["metrics"][name] for r in g]) for name in g[0]["metrics"] if all(name in r["metrics"] for r in g)}} for g in groups.values()]
+    return list(groups.values())
+
+
+def over_seeds(rows):
+    """Lists of cells that differ by their seed alone -> a cell each, with the mean of each metric"""
+    return [g[0] | {"seed": 0, "metrics": {name: np.mean([r["metrics"][name] for r in g]) for name in g[0]["metrics"] if all(name in r["metrics"] for r in g)}} for g in by_seed(rows)]
 
 
 # ---------------------------------------------------------------- the figures: rows -> a figure, or None if nothing is there to be drawn
@@ -149,6 +154,14 @@ def correlations(rows):
             yield f"{name:28s} and {judge:32s}{correlation(x, y)[0]:8.2f}{correlation(x, y)[1]:8.2f}{within(points, x, y):8.2f}"
 
 
+def spread(rows):
+    """Trainings of several seeds: mean, and lowest to highest"""
+    for g in [g for g in by_seed(nano_cells(rows)) if len(g) > 1]:
+        for name in known(rows) | judges(rows) | {"FD-classifier": ""}:
+            values = [r["metrics"][name] for r in g]
+            yield f"{g[0]['objective']:8s}{g[0]['steps']:6d} steps, {len(g)} seeds  {name:32s}{np.mean(values):12.4g}  from {min(values):.4g} to {max(values):.4g}"
+
+
 def by_size(rows):
     """Trunks, each with nano's decoder; decoders, each with nano's trunk"""
     rows = [r for r in rows if not r["pictures"] and not r["dit"] and not r["seed"]]
@@ -207,7 +220,7 @@ def main(folder):
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     for name, quick in sorted({(r["data"], r["quick"]) for r in rows}):
         own = [r for r in rows if (r["data"], r["quick"]) == (name, quick)]
-        print("\n".join([f"\n{name}{', --quick' if quick else ''}", *table(own), *correlations(own)]))
+        print("\n".join([f"\n{name}{', --quick' if quick else ''}", *table(own), "", *spread(own), *correlations(own)]))
         if lacking := [r["cell"] for r in own if HALVED not in r["metrics"]] if any(HALVED in r["metrics"] for r in own) else []:
             print(f"{HALVED} is not drawn: {', '.join(lacking)} lack it")
         for draw in (scaling, objectives, prediction, by_dit, by_size, by_pictures):

@@ -126,18 +126,20 @@ def work(cell, args):
             return
         if cell.pictures:
             link_pictures(args.data, folder / "pictures", cell.pictures)
-        done = (lines(folder / "done.json") or [{}])[0]
-        for stage, command in [x for x in stages(cell, args.data, args.quick).items() if x[0] not in done]:
+        done = (lines(folder / "done.json") or [{}])[0]                         # {stage: its command, whether it ended, seconds of all its parts}
+        for stage, command in [x for x in stages(cell, args.data, args.quick).items() if not done.get(x[0], {}).get("ended")]:
             file = common(command, args)
             with judging if file and not file.exists() else nullcontext():      # who comes first makes it, the others wait
                 known = [p for p, name in STATISTICS.items() if (args.work / name).exists()]
                 command = stages(cell, args.data, args.quick, known, args.also)[stage]
                 if args.judge.exists() and not (folder / "judge.safetensors").exists():
                     os.link(args.judge, folder / "judge.safetensors")
-                done[stage] = {"command": f"python {command}"} | run(cell, stage, command, args, folder, lock)
+                done[stage] = run(cell, stage, command, args, folder, lock, done.get(stage, {}))
                 if (folder / "judge.safetensors").exists() and not args.judge.exists():
                     os.link(folder / "judge.safetensors", args.judge)           # whole at once
             write_aside(folder / "done.json", lambda path: path.write_text(json.dumps(done)))
+            if not done[stage]["ended"]:
+                raise RuntimeError("stopped" if stopping.is_set() else f"{stage} failed: {command}\n{(folder / 'out.txt').read_text()[-1500:]}")
         keep(cell, folder, done, args)
 
 
@@ -147,8 +149,8 @@ def common(command, args):
     return args.work / STATISTICS[place] if place else args.judge if "classifier" in command else None
 
 
-def run(cell, stage, command, args, folder, lock):
-    """One command as a process of its own -> seconds it took, and seconds of a core that it had, with those of its parts before a stop"""
+def run(cell, stage, command, args, folder, lock, before):
+    """One command as a process of its own -> what done.json keeps of it: seconds it took and seconds of a core it had, with those of its parts `before` a stop"""
     print(f"{time.strftime('%H:%M')} {cell.name}: {stage}\n", end="", flush=True)                        # in one piece: cells run side by side
     places = {"DATA": args.data, "RUN": os.path.relpath(folder, ROOT)} | {place: os.path.relpath(args.work / name, ROOT) for place, name in STATISTICS.items()}
     words = [re.sub(rf"^({'|'.join(places)})\b", lambda found: places[found[0]], word) for word in shlex.split(command)]
@@ -161,13 +163,8 @@ def run(cell, stage, command, args, folder, lock):
                 os.kill(process.pid, signal.SIGTERM)
                 time.sleep(1)
     process.returncode = os.waitstatus_to_exitcode(ended[1])
-    spent = (lines(folder / "spent.json") or [{}])[0]
-    seconds, cpu = spent.get(stage, (0, 0))
-    spent[stage] = round(seconds + time.time() - start, 1), round(cpu + ended[2].ru_utime + ended[2].ru_stime, 1)
-    write_aside(folder / "spent.json", lambda path: path.write_text(json.dumps(spent)))
-    if process.returncode:
-        raise RuntimeError("stopped" if stopping.is_set() else f"{stage} failed (exit status {process.returncode}): {command}\n{(folder / 'out.txt').read_text()[-1500:]}")
-    return dict(zip(("seconds", "cpu"), spent[stage]))
+    spent = {"seconds": time.time() - start, "cpu": ended[2].ru_utime + ended[2].ru_stime}
+    return {"command": f"python {command}", "ended": process.returncode == 0} | {name: round(value + before.get(name, 0), 1) for name, value in spent.items()}
 
 
 def link_pictures(data, out, n):
@@ -197,7 +194,7 @@ def keep(cell, folder, done, args):
         f.write(json.dumps(line) + "\n")
     for large in ("tokenizer", "decoder", "latents", "dit", "samples", "pictures"):
         shutil.rmtree(folder / large, ignore_errors=True)
-    for name in ("judge.safetensors", "done.json", "spent.json", "metrics.jsonl"):
+    for name in ("judge.safetensors", "done.json", "metrics.jsonl"):
         (folder / name).unlink(missing_ok=True)
 
 

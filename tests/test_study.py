@@ -205,7 +205,7 @@ def test_other_flags_do_not_mix_with_what_was_begun(drive):
 def test_finished_cells_of_other_constants_are_refused_even_where_the_work_folder_is_gone(drive, tmp_path, monkeypatch):
     drive()
     study.shutil.rmtree(tmp_path / "runs")
-    with pytest.raises(ValueError, match="AE-750, AE-250.*take another --out"):
+    with pytest.raises(ValueError, match="other pictures, constants or --also.*AE-250.*take another --out"):
         drive(also="--w-koleo 0", list=True)
     monkeypatch.setitem(study.TABLE, "dit", (4000, 1, "ours"))
     with pytest.raises(ValueError, match="other pictures, constants"):
@@ -225,8 +225,9 @@ def test_times_of_a_stopped_stage_are_those_of_all_its_parts(played):
     folder = args.work / cell.name
     with pytest.raises(RuntimeError):
         study.work(cell, args)
-    spent = json.loads((folder / "spent.json").read_text())
-    (folder / "spent.json").write_text(json.dumps(spent | {"dit": [spent["dit"][0] + 1000, spent["dit"][1] + 100]}))       # as if its first part had been long
+    done = json.loads((folder / "done.json").read_text())
+    done["dit"] = {"ended": False, "seconds": 1000 + done["dit"]["seconds"], "cpu": 100 + done["dit"]["cpu"]}            # as if its first part had been long
+    (folder / "done.json").write_text(json.dumps(done))
     (folder / "repaired").write_text("")
     study.work(cell, args)
     line = json.loads((args.out / "results.jsonl").read_text())
@@ -266,6 +267,8 @@ def test_seeds_become_their_mean_before_anything_is_correlated():
     one, other = row("AE", 3, 0.1, 8.0), row("AE", 3, 0.3, 6.0, seed=1)
     mean, = figures.over_seeds([one, other])
     assert mean["metrics"]["linear probe latent"] == pytest.approx(0.2) and mean["metrics"]["FD-classifier"] == 7 and mean["steps"] == 3
+    said, = [line.split() for line in figures.spread([one, other, row("AE", 3, 0.9, 99.0, pictures=100), row("ALL", 3, 0.9, 99.0)]) if "FD-classifier" in line.split()]
+    assert said == "AE 3 steps, 2 seeds FD-classifier 7 from 6 to 8".split()
 
 
 def test_figures_are_drawn_of_what_is_there_and_name_what_is_not(tmp_path, capsys):
