@@ -1,11 +1,11 @@
 """study/results.jsonl -> the figures of study/README.md, the paper's Fig. 4 to 7 in small, and a table.   python study/figures.py [FOLDER]
 
     scaling                 compute of the tokenizer against what it knows, what it keeps, and every judge of its samples              questions 1 to 3
-    objectives              the four objectives at equal steps, mean over seeds, a dot a seed                                         questions 2, 3
+    objectives              the four objectives at equal steps, a dot a seed, a bar their mean over the seeds that all have           questions 2, 3
     prediction              what predicts generation: the probe, PSNR, or what decoding loses?                                        question 4
     by_size, by_pictures    trunk, decoder, and pictures of the tokenizer's training set                                              questions 5, 6
     by_dit                  the DiT three times as long: what was only a matter of patience?                                          questions 2, 3
-Each data set has figures of its own. Cells that are missing are simply absent, and said.
+Each data set has figures of its own. Cells and measures that are missing are gaps, and said.
 """
 import json
 import sys
@@ -28,7 +28,9 @@ def ranks(x):
 
 
 def correlation(x, y):
-    """-> Pearson's, Spearman's: of the values, of their places; nan below 3 points, or where nothing varies"""
+    """-> Pearson's, Spearman's: of the values, of their places; a pair with nan is left out; nan below 3 points, or where nothing varies"""
+    pairs = np.array([x, y])
+    x, y = pairs[:, ~np.isnan(pairs).any(0)]
     if len(x) < 3 or not np.ptp(x) or not np.ptp(y):
         return np.nan, np.nan
     return np.corrcoef(x, y)[0, 1], np.corrcoef(ranks(x), ranks(y))[0, 1]
@@ -40,7 +42,7 @@ def within(points, x, y):
     several = [kinds == o for o in COLOURS if (kinds == o).sum() > 1]
     if len(several) < 2:
         return np.nan
-    return correlation(*(np.concatenate([v[own] - v[own].mean() for own in several]) for v in (x, y)))[0]
+    return correlation(*(np.concatenate([v[own] - np.nanmean(v[own]) for own in several]) for v in (x, y)))[0]
 
 
 def compute(row):
@@ -59,9 +61,15 @@ def known(rows):
 
 
 def judges(rows):
-    """{metric of the samples: label}; those that every cell has"""
-    every = {distance(rows[0]): "FD of samples: lower is better", HALVED: "FD of samples at half size: lower is better", RECOGNISED: "samples recognised: higher is better"}
-    return {name: label for name, label in every.items() if all(name in r["metrics"] for r in rows)}
+    """{metric of the samples: label}; those that any cell has"""
+    every = {"FD-classifier": "FD of samples, classifier's features: lower is better", distance(rows[0]): "FD of samples: lower is better",
+             HALVED: "FD of samples at half size: lower is better", RECOGNISED: "samples recognised: higher is better"}
+    return {name: label for name, label in every.items() if any(name in r["metrics"] for r in rows)}
+
+
+def values(rows, name):
+    """A metric of cells -> array; nan, a gap in a figure, where it was not measured"""
+    return np.array([r["metrics"].get(name, np.nan) for r in rows])
 
 
 def nano_cells(rows):
@@ -79,23 +87,29 @@ def by_seed(rows):
 
 def over_seeds(rows):
     """Lists of cells that differ by their seed alone -> a cell each, with the mean of each metric"""
-    return [g[0] | {"seed": 0, "metrics": {name: np.mean([r["metrics"][name] for r in g]) for name in g[0]["metrics"] if all(name in r["metrics"] for r in g)}} for g in by_seed(rows)]
+    return [g[0] | {"seed": 0, "metrics": {name: np.nanmean(values(g, name)) for name in g[0]["metrics"]}} for g in by_seed(rows)]
+
+
+def error(rows, name):
+    """Two standard errors of shares, of 2500 pictures say; None for distances and dB, whose errors are not known"""
+    shares, n = values(rows, name), np.array([int(r["constants"]["samples"]) for r in rows])
+    return 2 * np.sqrt(shares * (1 - shares) / n) if name in (PROBE, RECOGNISED) else None
 
 
 # ---------------------------------------------------------------- the figures: rows -> a figure, or None if nothing is there to be drawn
 def scaling(rows):
-    """A dot a cell, a line through the means over seeds"""
+    """A dot a cell, a line through the means over seeds; bars: two standard errors each way, of shares"""
     rows = nano_cells(rows)
     if len({r["steps"] for r in rows}) < 2:
         return None
     what = known(rows) | judges(rows)
-    figure, axes = plt.subplots(2, 3, figsize=(16, 7.5))
+    figure, axes = plt.subplots(3, 3, figsize=(16, 11))
     for ax, (name, label) in zip(axes.flat, what.items()):
         for objective, colour in COLOURS.items():
             own = [r for r in rows if r["objective"] == objective]
             mean = sorted(over_seeds(own), key=compute)
-            ax.plot([compute(r) for r in own], [r["metrics"][name] for r in own], "o", color=colour, alpha=0.4, ms=4)
-            ax.plot([compute(r) for r in mean], [r["metrics"][name] for r in mean], "-", color=colour, label=objective)
+            ax.errorbar([compute(r) for r in own], values(own, name), error(own, name), fmt="o", color=colour, alpha=0.4, ms=4)
+            ax.plot([compute(r) for r in mean], values(mean, name), "-", color=colour, label=objective)
         ax.set(xscale="log", xlabel="GFLOP of the tokenizer's training (decoding trained equally after it)")
         ax.minorticks_off()
         ax.set_title(label, fontsize=9)
@@ -120,8 +134,8 @@ def objectives(rows):
         for k, (objective, colour) in enumerate(COLOURS.items()):
             own = [r for r in rows if r["objective"] == objective]
             if own:
-                ax.bar(k, np.mean([r["metrics"][name] for r in own if r["seed"] in shared]), color=colour, alpha=0.6)
-                ax.plot([k] * len(own), [r["metrics"][name] for r in own], "k.", ms=5)
+                ax.bar(k, np.mean(values([r for r in own if r["seed"] in shared], name)), color=colour, alpha=0.6)
+                ax.plot([k] * len(own), values(own, name), "k.", ms=5)
         ax.set(xticks=range(len(COLOURS)), xticklabels=COLOURS)
         ax.set_title(f"{label}; {steps} steps", fontsize=9)
     return figure
@@ -135,31 +149,32 @@ def prediction(rows):
         for ax, (name, label) in zip(line, known(rows).items()):
             for objective, colour in COLOURS.items():
                 for some, fill in ((others, "none"), (points, colour)):
-                    own = [r["metrics"] for r in some if r["objective"] == objective]
-                    ax.plot([m[name] for m in own], [m[judge] for m in own], "o", color=colour, mfc=fill, label=objective if some is points else None)
-            x, y = (np.array([r["metrics"][k] for r in points]) for k in (name, judge))
+                    own = [r for r in some if r["objective"] == objective]
+                    ax.plot(values(own, name), values(own, judge), "o", color=colour, mfc=fill, label=objective if some is points else None)
+            x, y = values(points, name), values(points, judge)
             ax.set(xlabel=label, ylabel=its)
-            ax.set_title("Pearson {:.2f}, Spearman {:.2f}, ".format(*correlation(x, y)) + f"within objectives {within(points, x, y):.2f}, n {len(points)}", fontsize=9)
+            ax.set_title("Pearson {:.2f}, Spearman {:.2f}, ".format(*correlation(x, y)) + f"within objectives {within(points, x, y):.2f}, n {(~np.isnan(y)).sum()}", fontsize=9)
     axes[0, 0].legend(fontsize=8)
     return figure
 
 
 def correlations(rows):
-    """The same numbers as text"""
-    points = over_seeds(nano_cells(rows))
-    yield f"\n{len(points)} trainings: Pearson, Spearman, Pearson within objectives"
-    for judge in judges(rows) | {"FD-classifier": ""}:
-        for name in known(rows):
-            x, y = (np.array([r["metrics"][k] for r in points]) for k in (name, judge))
-            yield f"{name:28s} and {judge:32s}{correlation(x, y)[0]:8.2f}{correlation(x, y)[1]:8.2f}{within(points, x, y):8.2f}"
+    """The same numbers as text; and of all cells with the same DiT, other sizes and fewer pictures too"""
+    trainings, cells = over_seeds(nano_cells(rows)), [r for r in rows if not r["dit"]]
+    for points, who in [(trainings, "trainings, means over seeds")] + [(cells, "cells, all with the same DiT")] * (len(cells) > len(trainings)):
+        yield f"\n{len(points)} {who}: Pearson, Spearman, Pearson within objectives"
+        for judge in judges(rows):
+            for name in known(rows):
+                x, y = values(points, name), values(points, judge)
+                yield f"{name:28s} and {judge:32s}{correlation(x, y)[0]:8.2f}{correlation(x, y)[1]:8.2f}{within(points, x, y):8.2f}"
 
 
 def spread(rows):
     """Trainings of several seeds: mean, and lowest to highest"""
     for g in [g for g in by_seed(nano_cells(rows)) if len(g) > 1]:
-        for name in known(rows) | judges(rows) | {"FD-classifier": ""}:
-            values = [r["metrics"][name] for r in g]
-            yield f"{g[0]['objective']:8s}{g[0]['steps']:6d} steps, {len(g)} seeds  {name:32s}{np.mean(values):12.4g}  from {min(values):.4g} to {max(values):.4g}"
+        for name in known(rows) | judges(rows):
+            x = values(g, name)
+            yield f"{g[0]['objective']:8s}{g[0]['steps']:6d} steps, {len(g)} seeds  {name:32s}{np.mean(x):12.4g}  from {min(x):.4g} to {max(x):.4g}"
 
 
 def by_size(rows):
@@ -167,37 +182,47 @@ def by_size(rows):
     rows = [r for r in rows if not r["pictures"] and not r["dit"] and not r["seed"]]
     compared = {r["steps"] for r in rows if r["size"] != "nano" or r["decoder"]}
     rows = [r | {"decoder": r["decoder"] or r["size"]} for r in rows if r["steps"] in compared]
-    panels = [{o: [(SIZES.index(r[part]), r) for r in rows if r["objective"] == o and r[other] == "nano"] for o in ("AE", "ALL")} for part, other in (("size", "decoder"), ("decoder", "size"))]
-    return compared and curves(rows, ["trunk", "decoder"], panels, SIZES)
+    panels = [{o: [(SIZES.index(r[part]), r) for r in rows if r["objective"] == o and r[other] == "nano"] for o in objectives}
+              for part, other, objectives in (("size", "decoder", ("AE", "ALL")), ("decoder", "size", ("ALL",)))]
+    return curves(rows, ["trunk", "decoder"], panels, SIZES) if rows else None
 
 
 def by_pictures(rows):
     """Equal steps, so few pictures come often: 100 of them some 600 times where 50,000 come once"""
     rows = [r for r in rows if r["size"] == "nano" and not r["decoder"] and not r["dit"] and not r["seed"]]
     compared = {r["steps"] for r in rows if r["pictures"]}
-    panel = {objective: [(r["pictures"] or r["constants"]["training_pictures"], r) for r in rows if r["objective"] == objective and r["steps"] in compared] for objective in ("AE", "ALL")}
-    return compared and curves(rows, ["pictures of the tokenizer's training set, equal steps"], [panel])
+    rows = [r for r in rows if r["steps"] in compared]
+    panel = {o: [(r["pictures"] or r["constants"]["training_pictures"], r) for r in rows if r["objective"] == o] for o in ("AE", "ALL")}
+    return curves(rows, ["pictures of the tokenizer's training set, equal steps"], [panel]) if rows else None
 
 
 def by_dit(rows):
     """The same latents, the DiT three times as long"""
     rows = [r for r in rows if r["size"] == "nano" and not r["decoder"] and not r["pictures"] and not r["seed"]]
-    compared = {r["steps"] for r in rows if r["dit"]}
-    panel = {o: [(r["dit"] or int(r["constants"]["dit"]), r) for r in rows if r["objective"] == o and r["steps"] in compared] for o in COLOURS}
-    return compared and curves(rows, ["steps of the DiT"], [panel])
+    compared = {(r["objective"], r["steps"]) for r in rows if r["dit"]}
+    rows = [r for r in rows if (r["objective"], r["steps"]) in compared]
+    panel = {o: [(r["dit"] or int(r["constants"]["dit"]), r) for r in rows if r["objective"] == o] for o in COLOURS}
+    return curves(rows, ["steps of the DiT"], [panel]) if rows else None
 
 
 def curves(rows, labels, panels, names=None):
-    """panels  [{objective: [(x, row)]}] -> a column each, a line a judge and one for the probe; names: of x = 0, 1, ...; None: x is a number, log scale"""
-    what = judges(rows) | {PROBE: known(rows)[PROBE]}
-    figure, axes = plt.subplots(len(what), len(panels), figsize=(5 * len(panels), 3 * len(what)), squeeze=False)
-    for (metric, title), line in zip(what.items(), axes):
-        for ax, label, panel in zip(line, labels, panels):
+    """panels  [{objective: [(x, row)]}] -> two rows of axes each, one axis a measure; names: of x = 0, 1, ...; None: x is a number, log scale"""
+    what = known(rows) | judges(rows)
+    what.pop(f"r{distance(rows[0])}")
+    figure, axes = plt.subplots(2 * len(panels), 3, figsize=(15, 6 * len(panels)))
+    for block, label, panel in zip(np.split(axes, len(panels)), labels, panels):
+        places = sorted({x for points in panel.values() for x, _ in points})
+        for ax, (metric, title) in zip(block.flat, what.items()):
             for objective, points in panel.items():
                 points = sorted(points, key=lambda point: point[0])
-                ax.plot([x for x, _ in points], [r["metrics"][metric] for _, r in points], "-o", color=COLOURS[objective], label=objective)
-            ax.set(xlabel=label, **({"xticks": range(len(names)), "xticklabels": names} if names else {"xscale": "log"}))
+                own = [r for _, r in points]
+                ax.errorbar([x for x, _ in points], values(own, metric), error(own, metric), fmt="-o", color=COLOURS[objective], label=objective if own else None)
+            ax.set(xlabel=label, xscale="linear" if names else "log")
+            ax.set_xticks(places, [names[x] if names else f"{x:,}" for x in places])
+            ax.minorticks_off()
             ax.set_title(title, fontsize=9)
+        for ax in block.flat[len(what):]:
+            ax.remove()
     axes[0, 0].legend(fontsize=8)
     return figure
 
@@ -221,8 +246,6 @@ def main(folder):
     for name, quick in sorted({(r["data"], r["quick"]) for r in rows}):
         own = [r for r in rows if (r["data"], r["quick"]) == (name, quick)]
         print("\n".join([f"\n{name}{', --quick' if quick else ''}", *table(own), "", *spread(own), *correlations(own)]))
-        if lacking := [r["cell"] for r in own if HALVED not in r["metrics"]] if any(HALVED in r["metrics"] for r in own) else []:
-            print(f"{HALVED} is not drawn: {', '.join(lacking)} lack it")
         for draw in (scaling, objectives, prediction, by_dit, by_size, by_pictures):
             path = folder / f"{name.partition(':')[0]}{'-quick' * quick}-{draw.__name__}.png"
             if figure := draw(own):
@@ -231,7 +254,7 @@ def main(folder):
                 plt.close(figure)
                 print(f"wrote {path}")
             else:
-                print(f"{path.name} is left out: no cell of that question is finished")
+                print(f"{path.name} is left out: too few cells of that question are finished")
 
 
 if __name__ == "__main__":

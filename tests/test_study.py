@@ -243,7 +243,7 @@ def test_a_pattern_that_fits_nothing_is_refused_with_what_there_is(drive):
 def row(objective, steps, probe, fd, **more):
     metrics = {"linear probe latent": probe, "PSNR": 20.0 + steps, "rFD-classifier": 1.0, "FD-classifier": fd, "samples recognised": 0.5}
     return {"cell": f"{objective}-{steps}", "questions": "1", "objective": objective, "steps": steps, "size": "nano", "decoder": "", "pictures": 0, "dit": 0, "seed": 0, "data": "shapes",
-            "quick": True, "constants": {"training_pictures": 50_000}, "metrics": metrics, "gflops_a_step": {"tokenizer": 25.0}, "cpu_seconds": {"tokenizer": float(steps)}} | more
+            "quick": True, "constants": {"training_pictures": 50_000, "samples": "2500", "dit": "4000"}, "metrics": metrics, "gflops_a_step": {"tokenizer": 25.0}, "cpu_seconds": {"tokenizer": float(steps)}} | more
 
 
 def test_spearman_is_one_for_whatever_rises_and_pearson_for_lines_alone():
@@ -253,6 +253,7 @@ def test_spearman_is_one_for_whatever_rises_and_pearson_for_lines_alone():
     assert spearman == pytest.approx(1) and pearson < 0.9
     assert figures.correlation(x, -np.exp(x))[1] == pytest.approx(-1)
     assert figures.ranks([5, 1, 5]).tolist() == [1.5, 0, 1.5]
+    assert figures.correlation([1, 2, np.nan, 3, 4], [2, 4, 100, 6, np.nan]) == pytest.approx((1, 1))          # a measure that was not made says nothing
 
 
 def test_within_objectives_needs_two_objectives_of_two_points():
