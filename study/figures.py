@@ -86,12 +86,12 @@ def by_seed(rows):
 
 
 def over_seeds(rows):
-    """Lists of cells that differ by their seed alone -> a cell each, with the mean of each metric"""
+    """Cells that differ by their seed alone -> one, with the mean of each metric"""
     return [g[0] | {"seed": 0, "metrics": {name: np.nanmean(values(g, name)) for name in g[0]["metrics"]}} for g in by_seed(rows)]
 
 
 def error(rows, name):
-    """Two standard errors of shares, of 2500 pictures say; None for distances and dB, whose errors are not known"""
+    """Two standard errors of a metric that is a share of pictures; None for distances and dB, whose errors are not known"""
     shares, n = values(rows, name), np.array([int(r["constants"]["samples"]) for r in rows])
     return 2 * np.sqrt(shares * (1 - shares) / n) if name in (PROBE, RECOGNISED) else None
 
@@ -103,7 +103,8 @@ def scaling(rows):
     if len({r["steps"] for r in rows}) < 2:
         return None
     what = known(rows) | judges(rows)
-    figure, axes = plt.subplots(3, 3, figsize=(16, 11))
+    lines = -(-len(what) // 3)
+    figure, axes = plt.subplots(lines, 3, figsize=(16, 3.7 * lines))
     for ax, (name, label) in zip(axes.flat, what.items()):
         for objective, colour in COLOURS.items():
             own = [r for r in rows if r["objective"] == objective]
@@ -174,7 +175,7 @@ def spread(rows):
     for g in [g for g in by_seed(nano_cells(rows)) if len(g) > 1]:
         for name in known(rows) | judges(rows):
             x = values(g, name)
-            yield f"{g[0]['objective']:8s}{g[0]['steps']:6d} steps, {len(g)} seeds  {name:32s}{np.mean(x):12.4g}  from {min(x):.4g} to {max(x):.4g}"
+            yield f"{g[0]['objective']:8s}{g[0]['steps']:6d} steps, {len(g)} seeds  {name:32s}{np.nanmean(x):12.4g}  from {np.nanmin(x):.4g} to {np.nanmax(x):.4g}"
 
 
 def by_size(rows):

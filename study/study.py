@@ -66,7 +66,7 @@ class Cell:
 
     @property
     def name(self):
-        special = {"": self.size.replace("nano", ""), "decoder_": self.decoder, "n": self.pictures, "dit": self.dit, "seed": self.seed}
+        special = {"": self.size.replace("nano", ""), "decoder_": self.decoder, "n": self.pictures, "dit": self.dit, "seed": self.seed}       # what nano, seed 0 and so on are not
         return "-".join([self.objective, str(self.steps), *(f"{word}{value}" for word, value in special.items() if value)])
 
 
@@ -126,8 +126,8 @@ def work(cell, args):
             return
         if cell.pictures:
             link_pictures(args.data, folder / "pictures", cell.pictures)
-        done = (lines(folder / "done.json") or [{}])[0]                         # {stage: its command, whether it ended, seconds of all its parts}
-        for stage, command in [x for x in stages(cell, args.data, args.quick).items() if not done.get(x[0], {}).get("ended")]:
+        done = (lines(folder / "done.json") or [{}])[0]                         # {stage: its command, exit status, seconds of all its parts}
+        for stage, command in [x for x in stages(cell, args.data, args.quick).items() if done.get(x[0], {}).get("exit") != 0]:
             file = common(command, args)
             with judging if file and not file.exists() else nullcontext():      # who comes first makes it, the others wait
                 known = [p for p, name in STATISTICS.items() if (args.work / name).exists()]
@@ -138,8 +138,8 @@ def work(cell, args):
                 if (folder / "judge.safetensors").exists() and not args.judge.exists():
                     os.link(folder / "judge.safetensors", args.judge)           # whole at once
             write_aside(folder / "done.json", lambda path: path.write_text(json.dumps(done)))
-            if not done[stage]["ended"]:
-                raise RuntimeError("stopped" if stopping.is_set() else f"{stage} failed: {command}\n{(folder / 'out.txt').read_text()[-1500:]}")
+            if done[stage]["exit"]:
+                raise RuntimeError("stopped" if stopping.is_set() else f"{stage} failed (exit status {done[stage]['exit']}): {command}\n{(folder / 'out.txt').read_text()[-1500:]}")
         keep(cell, folder, done, args)
 
 
@@ -164,7 +164,7 @@ def run(cell, stage, command, args, folder, lock, before):
                 time.sleep(1)
     process.returncode = os.waitstatus_to_exitcode(ended[1])
     spent = {"seconds": time.time() - start, "cpu": ended[2].ru_utime + ended[2].ru_stime}
-    return {"command": f"python {command}", "ended": process.returncode == 0} | {name: round(value + before.get(name, 0), 1) for name, value in spent.items()}
+    return {"command": f"python {command}", "exit": process.returncode} | {name: round(value + before.get(name, 0), 1) for name, value in spent.items()}
 
 
 def link_pictures(data, out, n):

@@ -226,7 +226,7 @@ def test_times_of_a_stopped_stage_are_those_of_all_its_parts(played):
     with pytest.raises(RuntimeError):
         study.work(cell, args)
     done = json.loads((folder / "done.json").read_text())
-    done["dit"] = {"ended": False, "seconds": 1000 + done["dit"]["seconds"], "cpu": 100 + done["dit"]["cpu"]}            # as if its first part had been long
+    done["dit"] = {"exit": 1, "seconds": 1000 + done["dit"]["seconds"], "cpu": 100 + done["dit"]["cpu"]}            # as if its first part had been long
     (folder / "done.json").write_text(json.dumps(done))
     (folder / "repaired").write_text("")
     study.work(cell, args)
