@@ -4,7 +4,8 @@ import torch
 
 from vtp_min import VTPConfig, VTPModel
 from vtp_min.baselines import LDM, LDMConfig
-from vtp_min.cost import OFFICIAL, costs, describe, flops, head_on_meta, official, on_meta, paper_says, parts
+from vtp_min.cost import (OFFICIAL, RELEASED_L, costs, describe, flops, head_on_meta, official,
+                          on_meta, paper_says, parts, tensors)
 
 OFFICIAL_GFLOPS = {"S": (11.078, 11.035, 24.538), "B": (43.984, 43.814, 92.648), "L": (155.861, 155.256, 324.053)}     # encoder, decoder, sum with attention
 
@@ -82,6 +83,44 @@ def test_what_cannot_be_compared_says_so():
     config = VTPConfig(vision_embed_dim=64, vision_depth=2, vision_num_heads=2, train_clip=False, decoder_embed_dim=1024, decoder_depth=4, decoder_num_heads=16)
     lines = "\n".join(describe(on_meta(VTPModel, config)))
     assert "none to compare with" in lines and f"{OFFICIAL['decoder'][1024, 4]:.3f}" in lines and "no CLIP" in lines and "text tower" not in lines
+
+
+# The defaults of the released configuration class at L's widths and depths: SwiGLU, no QKNorm, no
+# LayerScale, RMSNorm in the trunk, LayerNorm in the decoder, 12 layers in the text tower.
+L_SHAPE = dict(vision_embed_dim=1024, vision_depth=24, vision_num_heads=16,
+               decoder_embed_dim=1024, decoder_depth=24, decoder_num_heads=16)
+
+
+def test_the_default_configuration_at_l_s_shape_has_the_tensors_of_the_released_l():
+    assert tensors(on_meta(VTPModel, VTPConfig(**L_SHAPE))) == RELEASED_L
+    assert RELEASED_L == {"trunk": 295, "decoder": 343, "text and CLIP": 151, "all": 789}
+
+
+def test_of_the_choices_in_a_swiglu_model_only_one_has_the_tensors_of_the_released_l():
+    """mlp has two tensors per block fewer than SwiGLU, QKNorm and LayerScale have two more each. The
+    counts alone cannot tell mlp with one of these from SwiGLU; Table 1's 607.2M parameters can."""
+    found = {"trunk": set(), "decoder": set()}
+    for norm in ("layernorm", "rmsnorm"):
+        for qk_norm in (False, True):
+            for init in (None, 0.1):
+                choice = {"norm_layer": norm, "use_qk_norm": qk_norm, "init_values": init}
+                fields = {f"vision_{k}": v for k, v in choice.items()}
+                fields |= {f"decoder_{k}": v for k, v in choice.items()}
+                n = tensors(on_meta(VTPModel, VTPConfig(**L_SHAPE, **fields)))
+                for part in found:
+                    if n[part] == RELEASED_L[part]:
+                        found[part].add((norm, qk_norm, init))
+    assert found == {"trunk": {("rmsnorm", False, None)}, "decoder": {("layernorm", False, None)}}
+
+
+def test_check_shows_the_tensors_of_the_released_l_beside_those_of_a_model_with_l_s_trunk():
+    lines = [line.split() for line in describe(on_meta(VTPModel, VTPConfig(**L_SHAPE)))]
+    assert ["tensors", "here", *"a public port of the released L".split()] in lines
+    assert ["trunk", "295", "295"] in lines and ["decoder", "343", "343"] in lines
+    assert ["text", "and", "CLIP", "151", "151"] in lines and ["all", "789", "789"] in lines
+    ours = [line.split() for line in describe(on_meta(VTPModel, VTPConfig.of_size("L")))]
+    assert ["trunk", "343", "295"] in ours                   # QKNorm: two tensors per block
+    assert "port" not in "".join(describe(on_meta(VTPModel, VTPConfig.of_size("B"))))
 
 
 def test_the_paper_s_cnn_is_table_1_s():

@@ -1,5 +1,6 @@
 """The whole model: official layout and numbers, the Quick Start's methods, DINO head, teacher, student."""
 import hashlib
+import inspect
 import json
 import math
 
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from vtp_min import SIZES, VTPConfig, VTPModel
+from vtp_min.baselines import LDM
 from vtp_min.model import DINOHead, Student, Teacher
 
 TINY = dict(image_size=32, vision_patch_size=8, vision_embed_dim=32, vision_depth=2, vision_num_heads=2, vision_use_qk_norm=True, vision_feature_bottleneck=6,
@@ -48,9 +50,9 @@ def outputs(model, io, exact):
             text = torch.from_numpy(io["text"]).long()
             to_txt, to_img = model.get_clip_logits(img, text)
             yield from {f"clip_image_feature{at}": model.get_clip_image_feature(img, normalize=True), f"clip_logits_image{at}": to_txt,
-                        f"clip_image_feature_unnormalized{at}": model.get_clip_image_feature(img), f"clip_logits_text{at}": to_img,
+                        f"clip_image_feature_unnormalized{at}": model.get_clip_image_feature(img, normalize=False), f"clip_logits_text{at}": to_img,
                         "clip_text_feature": model.get_clip_text_feature(text, normalize=True),
-                        "clip_text_feature_unnormalized": model.get_clip_text_feature(text)}.items()
+                        "clip_text_feature_unnormalized": model.get_clip_text_feature(text, normalize=False)}.items()
     img, mask = torch.from_numpy(io["image"]), torch.from_numpy(io["mask"])
     cls, patches = model.trunk(img, mask=mask)
     *_, prenorm = model.trunk.layers(img, mask=mask)
@@ -78,6 +80,35 @@ def test_an_official_checkpoint_gives_the_official_outputs(golden, name, exact):
             met.add(prefix + key)
     stored = {k for k in io.files if k.startswith("rope_fp32.") == exact and "rope." not in k and not k.startswith("trace.")}
     assert stored - met <= {"image", "image_nonsquare", "text", "mask", "latents_random_3x5"}
+
+
+@pytest.mark.parametrize("name", ["vtp_a", "vtp_b"])
+@pytest.mark.parametrize("exact", [False, True], ids=["bfloat16 RoPE", "float32 RoPE"])
+def test_forward_gives_the_official_outputs_of_each_type(golden, name, exact):
+    """forward only combines the methods, so the arrays stored for the methods are its outputs."""
+    if not (golden / name).exists():
+        pytest.skip(f"{name} is one of the full golden sets only")
+    io = {key: torch.from_numpy(x) for key, x in np.load(golden / name / "io.npz").items()}
+    rope_dtype = torch.float32 if exact else None
+    model = VTPModel.from_pretrained(golden / name, rope_dtype=rope_dtype)
+    image, text = io["image"], io["text"].long()
+    prefix = "rope_fp32." if exact else ""
+    clip = model(image=image, text=text)
+    rec = model(image=image, forward_type="rec")
+    feature = model(image=image, forward_type="feature")
+    limits = {"last_bottleneck.cls_token": (feature["cls_token"], 1e-2, 1e-5),
+              "last_bottleneck.patch_tokens": (feature["patch_tokens"], 1e-2, 1e-5),
+              "latents": (rec["latents"], 1e-2, 1e-5),
+              "decoded": (rec["reconstructed_image"], 1.5e-2, 1.5e-5),
+              "clip_image_feature": (clip["image_features"], 3e-4, 2e-6)}
+    for key, (x, limit, exact_limit) in limits.items():
+        assert (x - io[prefix + key]).abs().max() <= (exact_limit if exact else limit), key
+    assert (clip["text_features"] - io["clip_text_feature"]).abs().max() <= 1e-6
+    logits = clip["logit_scale"] * clip["image_features"] @ clip["text_features"].T
+    logits = logits + clip.get("logit_bias", 0)
+    limit = 1e-5 if exact else 2e-3
+    assert (logits - io[prefix + "clip_logits_image"]).abs().max() <= limit
+    assert ("logit_bias" in clip) == (name == "vtp_b")
 
 
 def ssl_student(folder, rope_dtype):
@@ -136,8 +167,8 @@ def test_head_and_clip_of_the_released_training_code_are_met(golden):
     student, _ = ssl_student(golden / "vtp_ssl", "bfloat16")
     io = {k: torch.from_numpy(v) for k, v in np.load(golden / "vtp_ssl" / "io.npz").items()}
     assert torch.allclose(student.dino_head(io["head.input"]), io["head.output"], rtol=0, atol=1e-6)
-    assert torch.allclose(student.model.get_clip_text_feature(io["clip.text"].long(), True), io["clip.text_features"], rtol=0, atol=1e-6)
-    assert torch.allclose(student.model.get_clip_image_feature(io["clip.image"], True), io["clip.image_features"], rtol=0, atol=3e-4)
+    assert torch.allclose(student.model.get_clip_text_feature(io["clip.text"].long(), normalize=True), io["clip.text_features"], rtol=0, atol=1e-6)
+    assert torch.allclose(student.model.get_clip_image_feature(io["clip.image"], normalize=True), io["clip.image_features"], rtol=0, atol=3e-4)
     assert torch.allclose(student.model.get_clip_logits(io["clip.image"], io["clip.text"].long())[0], io["clip.logits"], rtol=0, atol=2e-3)
 
 
@@ -176,12 +207,103 @@ def test_an_unknown_size_is_refused_with_the_known_ones():
         VTPConfig.of_size("XL")
 
 
+# ---------------------------------------------------------------- the official interface
+NO_DEFAULT = inspect.Parameter.empty
+SIGNATURES = {
+    "get_clip_image_feature": {"image": NO_DEFAULT, "normalize": True},
+    "get_clip_text_feature": {"text": NO_DEFAULT, "normalize": True},
+    "get_last_layer_feature": {"image": NO_DEFAULT, "use_bottleneck": False},
+    "get_intermediate_layers_feature": {"image": NO_DEFAULT, "n": 1, "reshape": False,
+                                        "return_class_token": False, "norm": True},
+    "get_clip_logits": {"image": NO_DEFAULT, "text": NO_DEFAULT},
+    "get_reconstruction_latents": {"image": NO_DEFAULT},
+    "get_latents_decoded_images": {"latents": NO_DEFAULT},
+    "forward": {"image": None, "text": None, "forward_type": "clip"},
+    # The official model inherits the last two from transformers; these are our signatures.
+    "from_pretrained": {"folder": NO_DEFAULT, "rope_dtype": None},
+    "save_pretrained": {"folder": NO_DEFAULT},
+}
+
+
+def signature(method):
+    """-> {parameter: default}, in order, without self"""
+    parameters = inspect.signature(method).parameters
+    return {name: p.default for name, p in parameters.items() if name != "self"}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_a_public_method_has_the_official_parameters_and_defaults(name):
+    assert list(signature(getattr(VTPModel, name)).items()) == list(SIGNATURES[name].items())
+
+
+@pytest.mark.parametrize("name", ["get_reconstruction_latents", "get_latents_decoded_images"])
+def test_the_paper_s_cnn_names_its_parameters_as_the_tokenizer_does(name):
+    assert signature(getattr(LDM, name)) == SIGNATURES[name]
+
+
+def test_methods_take_their_arguments_by_name():
+    model, image, text = tiny(), torch.randn(2, 3, 16, 24), torch.randint(1, 64, (5, 10))
+    arguments = {"image": image, "text": text, "latents": torch.randn(2, 6, 2, 3)}
+    for name, parameters in SIGNATURES.items():
+        if not name.endswith("_pretrained"):
+            chosen = {p: arguments.get(p, default) for p, default in parameters.items()}
+            assert getattr(model, name)(**chosen) is not None
+
+
+def test_clip_features_have_length_one_unless_told_otherwise():
+    model, image, text = tiny(), torch.randn(2, 3, 16, 24), torch.randint(1, 64, (5, 10))
+    for method, x in ((model.get_clip_image_feature, image), (model.get_clip_text_feature, text)):
+        unit, raw = method(x), method(x, normalize=False)
+        assert torch.allclose(unit.norm(dim=-1), torch.ones(len(x)), rtol=0, atol=1e-6)
+        assert not torch.allclose(raw.norm(dim=-1), torch.ones(len(x)), rtol=0, atol=1e-2)
+        assert torch.equal(unit, F.normalize(raw, dim=-1))
+
+
+def test_forward_returns_what_the_methods_return():
+    model, image = tiny(init_logit_bias=-10.0), torch.randn(2, 3, 16, 24)
+    text = torch.randint(1, 64, (5, 10))
+    clip = model(image, text)
+    assert list(clip) == ["image_features", "text_features", "logit_scale", "logit_bias"]
+    assert torch.equal(clip["image_features"], model.get_clip_image_feature(image))
+    assert torch.equal(clip["text_features"], model.get_clip_text_feature(text))
+    assert clip["logit_scale"] == model.logit_scale.exp() and clip["logit_bias"] is model.logit_bias
+    rec = model(image, forward_type="rec")
+    assert list(rec) == ["latents", "reconstructed_image", "target_image"]
+    assert torch.equal(rec["latents"], model.get_reconstruction_latents(image))
+    decoded = model.get_latents_decoded_images(rec["latents"])
+    assert torch.equal(rec["reconstructed_image"], decoded) and rec["target_image"] is image
+    feature = model(image, forward_type="feature")
+    wanted = model.get_last_layer_feature(image, use_bottleneck=True)
+    assert list(feature) == ["cls_token", "patch_tokens"]
+    assert all(torch.equal(feature[key], wanted[key]) for key in wanted)
+
+
+def test_forward_leaves_out_the_clip_features_of_what_it_is_not_given():
+    model, image, text = tiny(), torch.randn(2, 3, 16, 24), torch.randint(1, 64, (5, 10))
+    assert list(model(image=image)) == ["image_features", "logit_scale"]
+    assert list(model(text=text)) == ["text_features", "logit_scale"]
+
+
+def test_forward_refuses_an_unknown_type_and_a_missing_image_in_a_sentence():
+    model, image = tiny(), torch.randn(1, 3, 16, 16)
+    known = "forward_type is 'reconstruction', but it must be 'clip', 'rec' or 'feature'"
+    with pytest.raises(ValueError, match=known):
+        model(image, forward_type="reconstruction")
+    for kind in ("rec", "feature"):
+        with pytest.raises(ValueError, match=f"image is None, but forward_type '{kind}' needs an"):
+            model(text=torch.ones(1, 10, dtype=torch.long), forward_type=kind)
+    with pytest.raises(ValueError, match="it was made with train_clip false"):
+        tiny(train_clip=False)(image)
+    with pytest.raises(ValueError, match="it was made with train_reconstruction false"):
+        tiny(train_reconstruction=False)(image, forward_type="rec")
+
+
 # ---------------------------------------------------------------- the Quick Start's methods
 def test_methods_have_the_quick_start_s_shapes():
     model, img, text = tiny(), torch.randn(2, 3, 16, 24), torch.randint(1, 64, (5, 10))     # 2 x 3 patches
     z = model.get_reconstruction_latents(img)
     assert z.shape == (2, 6, 2, 3) and model.get_latents_decoded_images(z).shape == img.shape
-    assert model.get_clip_image_feature(img, normalize=True).shape == (2, 24) and model.get_clip_text_feature(text).shape == (5, 24)
+    assert model.get_clip_image_feature(img, normalize=True).shape == (2, 24) and model.get_clip_text_feature(text, normalize=False).shape == (5, 24)
     to_txt, to_img = model.get_clip_logits(img, text)
     assert to_txt.shape == (2, 5) and torch.equal(to_img, to_txt.T)
     last, squeezed = model.get_last_layer_feature(img), model.get_last_layer_feature(img, use_bottleneck=True)
@@ -243,7 +365,7 @@ def test_a_latent_as_wide_as_the_trunk_needs_no_bottleneck():
 def test_clip_may_read_through_the_bottleneck_and_from_the_mean_patch():
     model, img = tiny(vision_bottleneck_ae_only=False, vision_clip_feat="pooled"), torch.randn(2, 3, 16, 16)
     patches = model.get_last_layer_feature(img, use_bottleneck=True)["patch_tokens"]
-    assert model.feature_dim == 6 and torch.allclose(model.get_clip_image_feature(img), model.visual_proj(patches.mean(1)), atol=1e-6)
+    assert model.feature_dim == 6 and torch.allclose(model.get_clip_image_feature(img, normalize=False), model.visual_proj(patches.mean(1)), atol=1e-6)
 
 
 def test_clip_starts_at_a_temperature_of_seven_hundredths():
@@ -298,7 +420,7 @@ def everything(model):
     img, text = torch.randn(2, 3, 16, 24, generator=g), torch.randint(1, 64, (2, 10), generator=g)
     out = [*model.get_last_layer_feature(img).values(), *model.get_intermediate_layers_feature(img, n=2), z := model.get_reconstruction_latents(img)]
     out += [model.get_latents_decoded_images(z)] if model.config.train_reconstruction else []
-    out += [model.get_clip_image_feature(img), model.get_clip_text_feature(text)] if model.config.train_clip else []
+    out += [model.get_clip_image_feature(img, normalize=False), model.get_clip_text_feature(text, normalize=False)] if model.config.train_clip else []
     return out + ([model.get_clip_logits(img, text)[0]] if model.config.train_clip and model.config.text_pool_type != "none" else [])
 
 
@@ -456,9 +578,27 @@ def test_one_forward_of_the_student_serves_all_objectives():
     shapes = {"img": (4, 24), "txt": (4, 24), "scale": (), "pixels": (2, 3, 32, 32), "cls": (5, 2, 20), "patch": (M, 20), "tokens": (2, 2, 32)}
     assert {k: out[k].shape for k in shapes} == shapes and out["bias"] is None
     assert torch.allclose(out["pixels"], student.model.get_latents_decoded_images(student.model.get_reconstruction_latents(b["image"][[0, 2]])), atol=1e-5)
-    assert torch.allclose(out["img"], student.model.get_clip_image_feature(b["image"], True), atol=1e-5)
+    assert torch.allclose(out["img"], student.model.get_clip_image_feature(b["image"], normalize=True), atol=1e-5)
     cls, patch = teacher(b["crops"], b["mask"]).values()
     assert cls.shape == (2, 2, 20) and patch.shape == (M, 20)
+
+
+def test_training_normalises_clip_features_in_float32_under_bfloat16_autocast():
+    """In bfloat16, lengths would be 0.999 to 1.0015.
+
+    The public methods keep the type that autocast gives, as the official code does.
+    """
+    student, b = pair()[0], batch()
+    b |= {"image": torch.randn(64, 3, 32, 32), "text": torch.randint(1, 64, (64, 7))}
+    with torch.autocast("cpu", torch.bfloat16):
+        out = student({k: b[k] for k in ("image", "text")}, NO_DROP)
+        public = student.model.get_clip_text_feature(b["text"])
+        raw = student.model.get_clip_text_feature(b["text"], normalize=False)
+    assert torch.equal(out["txt"], F.normalize(raw.float(), dim=-1))     # once, and in float32
+    for name in ("img", "txt"):
+        assert out[name].dtype == torch.float32
+        assert (out[name].double().norm(dim=-1) - 1).abs().max() < 1e-6
+    assert public.dtype == torch.bfloat16
 
 
 def test_student_and_teacher_agree_on_a_picture_of_which_nothing_is_hidden():

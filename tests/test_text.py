@@ -44,7 +44,7 @@ def test_without_the_causal_mask_every_token_sees_every_other():
 
 def test_cutting_the_padding_changes_nothing():
     model, text = tower(), captions()
-    whole, cut = (model.get_clip_text_feature(t, True) for t in (text, text[:, :7]))
+    whole, cut = (model.get_clip_text_feature(t, normalize=True) for t in (text, text[:, :7]))
     assert torch.allclose(whole, cut, atol=1e-6)
 
 
@@ -52,12 +52,12 @@ def test_what_stands_behind_the_end_token_is_not_read():
     model, text = tower(), captions()
     other = text.clone()
     other[0, 4:] = 7
-    assert torch.allclose(model.get_clip_text_feature(text), model.get_clip_text_feature(other), atol=1e-6)
+    assert torch.allclose(*(model.get_clip_text_feature(t, normalize=False) for t in (text, other)), atol=1e-6)
 
 
 def test_features_have_unit_length_when_asked_and_point_the_same_way():
     model, text = tower(), captions()
-    raw, unit = model.get_clip_text_feature(text), model.get_clip_text_feature(text, normalize=True)
+    raw, unit = (model.get_clip_text_feature(text, normalize=asked) for asked in (False, True))
     assert torch.allclose(unit.norm(dim=-1), torch.ones(4)) and torch.allclose(F.normalize(raw, dim=-1), unit)
 
 
@@ -99,7 +99,7 @@ def test_activations_are_the_reference_s(golden):
 @pytest.mark.parametrize("fields, shape", [({"text_proj_bias": True}, (4, 24)), ({"text_proj_type": "none"}, (4, 24)), ({"text_pool_type": "none"}, (4, 10, 24)),
                                            ({"text_quick_gelu": True, "text_ls_init_value": 0.1}, (4, 24))])
 def test_every_official_option_of_the_tower_runs(fields, shape):
-    assert tower(**fields).get_clip_text_feature(captions()).shape == shape
+    assert tower(**fields).get_clip_text_feature(captions(), normalize=False).shape == shape
 
 
 def test_the_paper_s_tower_has_85_05_million_parameters():

@@ -64,7 +64,7 @@ def forward(student, batch, rows):
     cls, patches = m.trunk(batch["image"])                                     # words
     out = {"img": F.normalize(wide(m.project(cls, patches)), dim=-1), "scale": m.logit_scale.exp()}
     text = F.pad(batch["text"], (0, 77 - batch["text"].shape[1]))
-    out["txt"] = F.normalize(wide(m.get_clip_text_feature(text)), dim=-1)
+    out["txt"] = F.normalize(wide(m.get_clip_text_feature(text, normalize=False)), dim=-1)
     patches = m.trunk(batch["image"][batch["rec"]])[1]                         # pixels
     side = math.isqrt(patches.shape[1])
     out["pixels"] = m.pixel_decoder(m.latents(patches, side, side))

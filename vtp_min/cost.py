@@ -1,6 +1,7 @@
 """What a model costs: parameters and arithmetic of each part, beside the paper's and the released code's.   VTP Table 1
 
 parts, official      parameters of a model; those of the released code at the same widths and depths; `describe` puts them side by side
+tensors              tensors in a model's file; `describe` compares them with the released L's
 flops, costs         multiply-adds of one image, 2 each, in matrix products and convolutions; `table` shows them
 paper_says           Table 1's row, and what is known about the difference
 
@@ -20,6 +21,10 @@ OFFICIAL = {"trunk": {(384, 12): 21.612, (768, 12): 85.690, (1024, 24): 303.543}
             "decoder": {(384, 12): 21.621, (768, 12): 85.709, (1024, 24): 303.591, (1024, 4): 51.31},
             "text transformer": {(512, 12): 37.83, (768, 12): 85.05, (1024, 24): 302.3},
             "text tower": {(512, 12): 63.43, (768, 12): 123.65, (1024, 24): 354.0}}
+# Tensors in the released L's file, as stated by a public port of the released L checkpoint.
+# VTPConfig's defaults give the same numbers at L's widths and depths: SwiGLU, no QKNorm,
+# RMSNorm in the trunk, LayerNorm in the decoder, 12 layers in the text tower.
+RELEASED_L = {"trunk": 295, "decoder": 343, "text and CLIP": 151, "all": 789}
 TABLE_1 = {(768, 12): (171.2, 87.7), (1024, 24): (607.2, 311.1)}                  # trunk's width, depth: M parameters, GFLOPs of encoder + decoder
 
 
@@ -41,6 +46,17 @@ def parts(model):
     return n
 
 
+def tensors(model):
+    """-> {part: tensors in model.safetensors}. They include the RoPE periods, which are buffers.
+
+    "text and CLIP" is the text tower, the image projection, and the logit scale and bias.
+    """
+    names = list(model.state_dict())
+    n = {"trunk": sum(name.startswith("trunk.") for name in names),
+         "decoder": sum(name.startswith("pixel_decoder.") for name in names)}
+    return n | {"text and CLIP": len(names) - sum(n.values()), "all": len(names)}
+
+
 def official(config):
     """-> {part: millions}, for the parts whose width and depth the released code was counted at"""
     c = config
@@ -51,7 +67,10 @@ def official(config):
 
 
 def describe(model):
-    """-> lines: parameters beside the released code's, and the configuration"""
+    """-> lines: parameters beside the released code's, then the configuration
+
+    For a trunk of L's width and depth, also tensors beside those of the released L.
+    """
     c, theirs = model.config, official(model.config) if hasattr(model, "trunk") else {}
     yield f"{'M parameters':20s}{'here':>12s}{'released code, same width and depth':>40s}"
     for part, n in parts(model).items():
@@ -59,6 +78,10 @@ def describe(model):
     if not hasattr(model, "trunk"):
         yield str(c)
         return
+    if (c.vision_embed_dim, c.vision_depth) == (1024, 24):
+        yield f"{'tensors':20s}{'here':>12s}{'a public port of the released L':>40s}"
+        for part, n in tensors(model).items():
+            yield f"{part:20s}{n:12d}{RELEASED_L[part]:40d}"
     yield (f"trunk {c.vision_embed_dim} x {c.vision_depth}, {c.vision_num_heads} heads, patch {c.vision_patch_size}, {c.vision_ffn_layer}, {c.vision_norm_layer}, "
            f"QKNorm {'on' if c.vision_use_qk_norm else 'off'}, latents {c.vision_feature_bottleneck}-d, RoPE {c.rope_dtype}, for pictures of {c.image_size} px")
     yield (f"decoder {c.decoder_embed_dim} x {c.decoder_depth}, {c.decoder_num_heads} heads, {c.decoder_ffn_layer}, {c.decoder_norm_layer}, "
@@ -86,7 +109,8 @@ def costs(model, side, head=None):
         rows.append(("encoder + decoder", *(a + b for a, b in zip(rows[0][1:], rows[1][1:]))))
     if c.train_clip:
         text = torch.zeros(1, c.text_context_length, dtype=torch.long, device=device)
-        rows.append(("text tower", n["text tower"], *flops(lambda: model.get_clip_text_feature(text))))
+        work = flops(lambda: model.get_clip_text_feature(text, normalize=False))
+        rows.append(("text tower", n["text tower"], *work))
     if head:
         rows.append(("DINO head", count(head), *flops(lambda: head(torch.empty(1, model.feature_dim, device=device)))))
     return rows

@@ -176,20 +176,57 @@ class VTPModel(nn.Module):
         if not getattr(self.config, field):
             raise ValueError(f"this model has no {part}: it was made with {field} false")
 
+    # ------------------------------------------------------------ the official forward pass
+    def forward(self, image=None, text=None, forward_type="clip"):
+        """image (B, 3, H, W), text (n, T) token ids -> a dict; its keys depend on forward_type.
+
+        "clip"     image_features (B, E) if there is an image, text_features (n, E) if there is a
+                   text, both normalised; logit_scale, already exponentiated; logit_bias if there
+                   is one
+        "rec"      latents (B, d, h, w), reconstructed_image, and target_image, which is the image
+        "feature"  cls_token (B, d) and patch_tokens (B, N, d), both after the bottleneck
+        """
+        if forward_type not in ("clip", "rec", "feature"):
+            raise ValueError(f"forward_type is {forward_type!r}, but it must be 'clip', 'rec' or "
+                             "'feature'; for example model(image, text, forward_type='clip')")
+        if forward_type == "clip":
+            return self.clip_outputs(image, text)
+        if image is None:
+            raise ValueError(f"image is None, but forward_type {forward_type!r} needs an image; "
+                             f"call model(image, forward_type={forward_type!r})")
+        if forward_type == "feature":
+            return self.get_last_layer_feature(image, use_bottleneck=True)
+        latents = self.get_reconstruction_latents(image)
+        reconstructed = self.get_latents_decoded_images(latents)
+        return {"latents": latents, "reconstructed_image": reconstructed, "target_image": image}
+
+    def clip_outputs(self, image, text):
+        """The outputs of forward_type "clip". An absent image or text leaves its features out."""
+        self.want("train_clip", "CLIP side")
+        out = {}
+        if image is not None:
+            out["image_features"] = self.get_clip_image_feature(image, normalize=True)
+        if text is not None:
+            out["text_features"] = self.get_clip_text_feature(text, normalize=True)
+        out["logit_scale"] = self.logit_scale.exp()
+        if self.logit_bias is not None:
+            out["logit_bias"] = self.logit_bias
+        return out
+
     # ------------------------------------------------------------ as an auto-encoder
-    def get_reconstruction_latents(self, img):
-        """(B, 3, H, W) -> z (B, d, h, w): all that the decoder, and later the DiT, ever see"""
-        h, w = (side // self.config.vision_patch_size for side in img.shape[-2:])
-        return self.latents(self.trunk(img)[1], h, w)
+    def get_reconstruction_latents(self, image):
+        """image (B, 3, H, W) -> latents (B, d, h, w): all that the decoder and the DiT see"""
+        h, w = (side // self.config.vision_patch_size for side in image.shape[-2:])
+        return self.latents(self.trunk(image)[1], h, w)
 
     def latents(self, patches, h, w):
         """(B, N, D) -> (B, d, h, w)"""
         return self.trunk.feature_bottleneck(patches).transpose(1, 2).unflatten(2, (h, w))
 
-    def get_latents_decoded_images(self, z):
-        """(B, d, h, w) -> (B, 3, h*u, w*u), ImageNet-normalised, not clamped"""
+    def get_latents_decoded_images(self, latents):
+        """latents (B, d, h, w) -> images (B, 3, h*u, w*u), ImageNet-normalised, not clamped"""
         self.want("train_reconstruction", "pixel decoder")
-        return self.pixel_decoder(z)
+        return self.pixel_decoder(latents)
 
     # ------------------------------------------------------------ as CLIP
     def project(self, cls, patches):
@@ -198,13 +235,17 @@ class VTPModel(nn.Module):
         x = cls if self.config.vision_clip_feat == "cls" else patches.mean(1)
         return self.visual_proj(x if self.config.vision_bottleneck_ae_only else self.trunk.feature_bottleneck(x))
 
-    def get_clip_image_feature(self, img, normalize=False):
-        """-> (B, E)"""
-        x = self.project(*self.trunk(img))
+    def get_clip_image_feature(self, image, normalize=True):
+        """image (B, 3, H, W) -> (B, E), of length 1 unless normalize is False"""
+        x = self.project(*self.trunk(image))
         return F.normalize(x, dim=-1) if normalize else x
 
-    def get_clip_text_feature(self, text, normalize=False):
-        """text (B, T) ids, T at most the context length (below it the official model crashes) -> (B, E), or (B, T, E) with pool type 'none'"""
+    def get_clip_text_feature(self, text, normalize=True):
+        """text (B, T) token ids -> (B, E), or (B, T, E) with pool type "none"
+
+        T is at most the context length (the official model crashes unless it is equal). Features
+        have length 1 unless normalize is False.
+        """
         self.want("train_clip", "text tower")
         if text.shape[1] > len(self.positional_embedding):
             raise ValueError(f"texts are {text.shape[1]} tokens long, wanted at most {len(self.positional_embedding)}; "
@@ -216,20 +257,23 @@ class VTPModel(nn.Module):
             x = self.text_projection(x) if self.config.text_proj_bias else x @ self.text_projection
         return F.normalize(x, dim=-1) if normalize else x
 
-    def get_clip_logits(self, img, text):
-        """-> how well each image fits each caption (B, n), and the transpose"""
-        logits = self.logit_scale.exp() * self.get_clip_image_feature(img, True) @ self.get_clip_text_feature(text, True).T
+    def get_clip_logits(self, image, text):
+        """image (B, 3, H, W), text (n, T) -> logits per image (B, n) and per text (n, B)"""
+        image_features = self.get_clip_image_feature(image, normalize=True)
+        text_features = self.get_clip_text_feature(text, normalize=True)
+        logits = self.logit_scale.exp() * image_features @ text_features.T
         logits = logits if self.logit_bias is None else logits + self.logit_bias
         return logits, logits.T
 
     # ------------------------------------------------------------ as a feature extractor
-    def get_last_layer_feature(self, img, use_bottleneck=False):
+    def get_last_layer_feature(self, image, use_bottleneck=False):
         """-> {'cls_token': (B, D), 'patch_tokens': (B, N, D)}; width d after the bottleneck"""
-        cls, patches = self.trunk(img)
+        cls, patches = self.trunk(image)
         squeeze = self.trunk.feature_bottleneck if use_bottleneck else nn.Identity()
         return {"cls_token": squeeze(cls), "patch_tokens": squeeze(patches)}
 
-    def get_intermediate_layers_feature(self, img, n=1, reshape=False, return_class_token=False, norm=True):
+    def get_intermediate_layers_feature(self, image, n=1, reshape=False, return_class_token=False,
+                                        norm=True):
         """n  how many of the last blocks, or a list of block numbers -> one (patches, cls) pair a block, or patches alone, in the blocks' order
 
         patches (B, N, D), or (B, D, h, w) with reshape; norm applies the final norm to every block's output
@@ -238,9 +282,9 @@ class VTPModel(nn.Module):
         wanted = range(depth - n, depth) if isinstance(n, int) else n
         if not wanted or not set(wanted) <= set(range(depth)):
             raise ValueError(f"n is {n}, but the trunk has {depth} blocks; wanted 1 to {depth} of the last ones, or a list of numbers from 0 to {depth - 1}")
-        h, w = (side // self.config.vision_patch_size for side in img.shape[-2:])
+        h, w = (side // self.config.vision_patch_size for side in image.shape[-2:])
         out = []
-        for i, x in enumerate(self.trunk.layers(img)):
+        for i, x in enumerate(self.trunk.layers(image)):
             if i not in wanted:
                 continue
             x = self.trunk.norm(x) if norm else x
@@ -379,7 +423,8 @@ class Student(nn.Module):
         patches = patches.unflatten(0, (-1, h * w))                              # of the images that are read, in order
         if "text" in batch:
             out["img"] = F.normalize(wide(m.project(cls, patches)), dim=-1)
-            out["txt"] = F.normalize(wide(m.get_clip_text_feature(batch["text"])), dim=-1)
+            text = m.get_clip_text_feature(batch["text"], normalize=False)
+            out["txt"] = F.normalize(wide(text), dim=-1)     # in bfloat16: lengths of 0.999 to 1.0015
             out["scale"] = m.logit_scale.exp()
             out["bias"] = None if m.logit_bias is None else m.logit_bias.clone()  # a bare parameter would seem unused to DDP
         if paints:

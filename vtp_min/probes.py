@@ -58,7 +58,7 @@ def text_encoder(model, device):
         ids = tokenize(texts)
         if not c.text_no_causal_mask and c.text_pool_type == "argmax":
             ids = ids[:, :int((ids != 0).any(0).nonzero().max()) + 1]
-        return model.get_clip_text_feature(ids.to(device))
+        return model.get_clip_text_feature(ids.to(device), normalize=False)
     return captions
 
 

@@ -269,7 +269,8 @@ def answers(save, seen):
 
     def encode(texts):
         ids = tokenizer(texts).to(device_of(m))
-        return m.get_clip_text_feature(ids[:, :ids.argmax(-1).max() + 1])    # read at the end token: what follows is never seen
+        ids = ids[:, :ids.argmax(-1).max() + 1]      # tokens after the end token change nothing
+        return m.get_clip_text_feature(ids, normalize=False)
 
     W = zero_shot_classifier(encode, names, templates)                       # (E, C)
     img, x = seen.pictures(6, 6)
