@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision.transforms.functional as F
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -456,9 +456,9 @@ def sheet(out, patch, zoom):
     grid, line = side // patch, 32 // zoom
     hidden = out["mask"].view(2, b, 1, grid, grid).repeat_interleave(patch, -1).repeat_interleave(patch, -2)
     tiles = [out["image"], *torch.where(hidden, 128, out["crops"]), *out["locals"]]
-    rows = torch.cat([F.pad(t, [2, 2, 2, side + 2 - t.shape[-1]], fill=255) for t in tiles], -1)       # (b, 3, side + 4, wide)
-    page = torch.cat([*F.pad(rows, [0, 0, 0, line], fill=255)], -2).repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
-    page = F.to_pil_image(page)
+    rows = torch.cat([F.pad(t, [2, 2, 2, side + 2 - t.shape[-1]], value=255) for t in tiles], -1)       # (b, 3, side + 4, wide)
+    page = torch.cat([*F.pad(rows, [0, 0, 0, line], value=255)], -2).repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
+    page = Image.fromarray(page.permute(1, 2, 0).numpy())
     pen = ImageDraw.Draw(page)
     for row, caption in enumerate(out["captions"]):
         y = ((row + 1) * (side + 4 + line) - line) * zoom
@@ -492,10 +492,10 @@ def main():
     p.add_argument("--data", default="shapes", help="shapes, shapes:objects=1,size=0.6-0.9, a folder (DIR/train/CLASS/x.jpg or DIR/CLASS/x.jpg), "
                                                     "or tars of pairs, in quotes: 'pairs-{000000..000003}.tar', 'pairs-*.tar'")
     p.add_argument("--split", choices=["train", "val"], default="train", help="which part of --data")
-    p.add_argument("--image", type=int, default=48, help="side of the clean view and the global crops; nano trains at 48, the released models at 256")
-    p.add_argument("--local-image", type=int, default=24, help="side of the local crops; DINOv2 takes 96 to a global 224")
+    p.add_argument("--image", type=int, default=36, help="side of the clean view and the global crops; nano trains at 36, the released models at 256")
+    p.add_argument("--local-image", type=int, default=18, help="side of the local crops; DINOv2 takes 96 to a global 224")
     p.add_argument("--locals", type=int, default=2, help="local crops a picture; DINOv2 takes 8")
-    p.add_argument("--patch", type=int, default=12, help="side of a patch, masks hide whole ones; nano 12, the paper 16")
+    p.add_argument("--patch", type=int, default=9, help="side of a patch, masks hide whole ones; nano 9, the paper 16")
     p.add_argument("--rows", type=int, default=8, help="samples on the sheet")
     p.add_argument("--seed", type=int, default=0, help="another seed: another order, other crops and masks")
     p.add_argument("--out", default="sheet.png", help="the sheet")

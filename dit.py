@@ -17,7 +17,8 @@ import os
 import shutil
 import time
 import zipfile
-from itertools import islice
+from functools import partial
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -28,15 +29,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
-from data import batches, eval_batches, nearest, open_data
+from data import batches, eval_batches, my_share, nearest, open_data
 from vtp_min import baselines
 from vtp_min.dist import rank, say, start, stop, wait, world
 from vtp_min.latents import Latents, Steps, latent_stats, shards, write_shard
 from vtp_min.lightning import SIZES, LightningDiT
-from vtp_min.run import STOPPED, Run, autocast, choose_precision, matmul_peak, write_aside
-from vtp_min.views import NOISE, denormalize, lots, normalize
+from vtp_min.run import (STOPPED, ProgressBar, Run, autocast, matmul_peak,
+                         multiplies_bf16, set_tf32, tf32_of, warn_if_emulated, write_aside)
+from vtp_min.views import NOISE, POSTERIOR, denormalize, lots, normalize
 
 ENCODER = "trunk.", "encoder."                # what stands between picture and latent: VTP's (bottleneck included), then the baselines'
 
@@ -76,12 +77,21 @@ def euler(velocity, x, grid):
     return x
 
 
+def precision_of(args, device):
+    """--precision, or what this machine multiplies in hardware: bf16 (LightningDiT trains in it), else fp32"""
+    if args.precision:
+        warn_if_emulated(device, args.precision)
+        return args.precision
+    return "bf16" if multiplies_bf16(device) else "fp32"
+
+
 # ------------------------------------------------------------------------------------------------ command: latents
 
 def load_tokenizer(folder, device):
     """The frozen tokenizer, and a fingerprint of its encoder: latents mean nothing to the decoder of another one.
 
-    All that this file asks of a tokenizer: get_reconstruction_latents, get_latents_decoded_images, config.image_size, and the names in ENCODER.
+    All that this file asks of a tokenizer: get_reconstruction_latents, get_latents_decoded_images, config.image_size, and the names in ENCODER;
+    of a KL autoencoder (baselines.LDM) also sample_latents.
     """
     tokenizer = baselines.load(folder).to(device).eval().requires_grad_(False)
     digest = hashlib.sha256()
@@ -94,12 +104,14 @@ def load_tokenizer(folder, device):
 @torch.no_grad()
 def latents(args):
     here = start(args.device)
+    set_tf32(here, True)                                                         # as VTP's extract_features_vtp.py
     out = Path(args.out or Path(args.run) / "latents")
     old, ended = shards(out), (out / "latents_stats.pt").exists()
     if old and ended and not args.fresh:
         raise ValueError(f"{out} holds latents already ({len(old)} files); train on them (python dit.py train {out}), or encode anew with --fresh")
     if args.batch < 1 or (args.n is not None and args.n < 1):
         raise ValueError(f"--batch {args.batch} --n {args.n}: both must be at least 1")
+    precision = precision_of(args, here)
     tokenizer, encoder = load_tokenizer(args.run, here)
     trained = Path(args.run) / "run.json"
     if not trained.exists() and args.data is None:
@@ -118,27 +130,52 @@ def latents(args):
         for path in [out / "latents_stats.pt", *out.glob("latents_rank*")]:      # the first stands for "whole": it goes first and comes last
             path.unlink(missing_ok=True)
     wait()
-    mine = tqdm(eval_batches(source, side, args.batch, limit=n, crop="adm", workers=args.workers),        # this rank's share, a run of neighbours
+    mine = ProgressBar(eval_batches(source, side, args.batch, limit=n, crop="adm", workers=args.workers),        # this rank's share, a run of neighbours
                 total=-(-n // (args.batch * world())), desc="latents", unit="batch", disable=rank() > 0)
-    encoded = (encode(tokenizer, normalize(img.to(here)), labels) for img, labels, _ in mine)
+    draws = draws_of(args.seed, my_share(n).start)
+    encoded = (encode(tokenizer, normalize(img.to(here)), labels, precision, draws) for img, labels, _ in mine)
     for number, held in enumerate(iter(lambda: list(islice(encoded, max(1, 10000 // args.batch))), [])):  # as VTP shares them out
         write_shard(out / f"latents_rank{rank():02d}_shard{number:03d}.safetensors", *(torch.cat(column).contiguous() for column in zip(*held)), here)
     wait()
     if rank() == 0:
         done = Latents(out)
         stats = latent_stats(done, args.seed)
+        posterior = f"sampled with seed {args.seed}" if is_kl(tokenizer) else "deterministic"
         (out / "classes.json").write_text(json.dumps(list(source.classes)) + "\n")
-        about = dict(tokenizer=os.path.relpath(args.run, out), encoder=encoder, data=spec, split=args.split, image=side, shape=done.shape)
+        about = dict(tokenizer=os.path.relpath(args.run, out), encoder=encoder, data=spec, split=args.split, image=side, shape=done.shape, precision=precision,
+                     posterior=posterior)
         (out / "latents.json").write_text(json.dumps(about, indent=2) + "\n")
         write_aside(out / "latents_stats.pt", lambda path: torch.save(stats, path))
         mean, std = stats["mean"], stats["std"]
-        say(f"{len(done)} images, {len(source.classes)} classes, {side} px, ADM centre crop, fp32 -> {out}: latents {done.shape}, mirrored too\n"
+        say(f"{len(done)} images, {len(source.classes)} classes, {side} px, ADM centre crop, {precision}{tf32_of(here)} -> {out}: latents {done.shape}, mirrored too, {posterior}\n"
             f"mean {mean.min():.3f} .. {mean.max():.3f}, std {std.min():.3f} .. {std.max():.3f} over channels")
 
 
-def encode(tokenizer, img, labels):
-    """img (b, 3, H, W) -> its latents, those of its mirror image (b, C, h, w), labels (b,); fp32 (VTP)"""
-    z, z_flip = tokenizer.get_reconstruction_latents(img), tokenizer.get_reconstruction_latents(img.flip(-1))
+def is_kl(tokenizer):
+    """Is it a KL autoencoder? Its encoder gives a Gaussian, and a DiT learns from samples of it.
+
+    LightningDiT's extract_features.py stores samples too, not means.
+    """
+    return hasattr(tokenizer, "sample_latents")
+
+
+def draws_of(seed, first):
+    """Random generators, one for each image of this rank in order; the first has index `first`"""
+    return (lots(POSTERIOR, seed, index) for index in count(first))
+
+
+def encode(tokenizer, img, labels, precision, draws):
+    """img (b, 3, H, W) -> its latents, those of its mirror image (b, C, h, w), both stored in float32, and labels (b,)
+
+    draws  random generators. A KL autoencoder takes the next b, one per image: its sample is drawn
+           first, then that of the mirror image.
+    """
+    encode_images = tokenizer.get_reconstruction_latents
+    if is_kl(tokenizer):
+        encode_images = partial(tokenizer.sample_latents, rngs=list(islice(draws, len(img))))
+    with autocast(img.device, precision):
+        z = encode_images(img)
+        z_flip = encode_images(img.flip(-1))
     return z.float().cpu(), z_flip.float().cpu(), labels
 
 
@@ -157,11 +194,12 @@ def ema_decay(step, fixed):
 
 def train(args):
     here = start(args.device)
+    set_tf32(here, False)                                                        # as LightningDiT's train.py
     data = Latents(args.latents)
     stats = torch.load(data.beside("latents_stats.pt"), weights_only=True)
     classes, about = (json.loads(data.beside(name).read_text()) for name in ("classes.json", "latents.json"))
     refuse(args, data, stats, classes)
-    precision = args.precision or ("bf16" if choose_precision(here) == "bf16" else "fp32")
+    precision = precision_of(args, here)
     wide = torch.float64 if precision == "fp64" else torch.float32              # of the weights
 
     # ---- the model and its moving average
@@ -176,14 +214,14 @@ def train(args):
 
     # ---- the run, new or gone on with
     known = f"{len(data)} of {C}x{side}x{side} from {about['data']} ({about['split']}) by encoder {about['encoder']}"        # wherever they lie
-    run = Run(args.out, vars(args) | {"latents": known, "machine": f"{here}, {precision}"}, args.fresh)
+    run = Run(args.out, vars(args) | {"latents": known, "machine": f"{here}, {precision}{tf32_of(here)}"}, args.fresh)
     parts = {"model": model, "ema": ema, "opt": opt}
     for name, part in parts.items() if run.state else ():
         part.load_state_dict(run.state[name])
     run.state = None                                                            # free its memory
     config = dict(model=fields, tokenizer=os.path.relpath(data.folder / about["tokenizer"], args.out), encoder=about["encoder"], multiplier=1.0)
     say(f"LightningDiT-{args.size}: {sum(p.numel() for p in weights) / 1e6:.1f} M parameters, {side * side} tokens of {C} channels, {len(data)} latents of "
-        f"{len(classes)} classes; steps {run.first} to {args.steps} at {args.batch} ({args.steps * args.batch / len(data):.1f} epochs); {here}, {precision}")
+        f"{len(classes)} classes; steps {run.first} to {args.steps} at {args.batch} ({args.steps * args.batch / len(data):.1f} epochs); {here}, {precision}{tf32_of(here)}")
 
     def keep():
         return {name: part.state_dict() for name, part in parts.items()}
@@ -293,6 +331,8 @@ def operations(model, config, grid, args):
 @torch.no_grad()
 def sample(args):
     here = start(args.device)
+    set_tf32(here, True)                                                         # as LightningDiT's inference.py
+    args.precision = precision_of(args, here)
     model, config, stats, names, step = load_dit(args.run, here)
     wanted, n = asked(args, config, names)
     painter = args.tokenizer or os.path.normpath(Path(args.run) / config["tokenizer"])
@@ -310,7 +350,7 @@ def sample(args):
     mean, std, grid = stats["mean"].to(here), stats["std"].to(here), time_grid(args.points, args.shift).to(here)
     mine = range(rank(), n, world())
     peak, flops, began = matmul_peak(here, args.precision), operations(model, config, grid, args), time.perf_counter()
-    bar = tqdm(total=len(mine), desc="sample", unit="image", disable=rank() > 0)
+    bar = ProgressBar(total=len(mine), desc="sample", unit="image", disable=rank() > 0)
     for k in range(0, len(mine), args.batch):
         js = mine[k:k + args.batch]
         y, drawn = zip(*(class_of(j, wanted, args) for j in js))
@@ -327,7 +367,7 @@ def sample(args):
     if rank() == 0:
         protocol = (f"{n} samples of {args.run}: EMA weights of step {step}, Euler with {args.points - 1} steps, shift {args.shift}, guidance "
                     + ("off" if args.cfg == 1 else f"{args.cfg} from t {args.cfg_start} on {args.cfg_channels} channels")
-                    + f", labels {args.labels} over {len(wanted)} classes, seed {args.seed}, {args.precision}, "
+                    + f", labels {args.labels} over {len(wanted)} classes, seed {args.seed}, {args.precision}{tf32_of(here)}, "
                     + f"decoded by {painter} in fp32, 8 bit by truncation")
         labels = [class_of(j, wanted, args)[0] for j in range(n)]
         picture = lambda j: np.asarray(Image.open(out / "png" / f"{j:06d}.png"))
@@ -390,8 +430,10 @@ def parse(argv=None):
     p.add_argument("--image", type=int, help="side in pixels; default: the tokenizer's")
     p.add_argument("--batch", type=int, default=50, help="images at once on each process (VTP: 50); a shard holds 10000 images")
     p.add_argument("--out", help="folder of the shards; default RUN/latents")
-    p.add_argument("--seed", type=int, default=0, help="chooses the 10000 latents that mean and std are measured on")
+    p.add_argument("--seed", type=int, default=0, help="chooses the 10000 latents that mean and std are measured on, and the samples of a KL autoencoder's latents")
     p.add_argument("--workers", type=int, default=0, help="processes that read images, for each process; 0 reads in this one, 8 feed a GPU")
+    p.add_argument("--precision", choices=["fp32", "bf16"], help="of the encoder's matrix products; latents are stored in fp32 (VTP's script: fp32 throughout). "
+                   "Default: bf16 where the hardware multiplies it, else fp32")
     p.add_argument("--device", help="cpu, cuda, mps; default: the best one present")
     p.add_argument("--fresh", action="store_true", help="encode anew over the shards that are there")
 
@@ -399,11 +441,11 @@ def parse(argv=None):
                      "--size XL --ema 0.9999 --precision bf16 and the defaults, but for its L tokenizer --lognorm-mu -0.75 --lognorm-sigma 1.")
     p.add_argument("latents", help="folder that `dit.py latents` wrote")
     p.add_argument("--out", required=True, help="folder of this run; if it holds a checkpoint, training goes on from it")
-    p.add_argument("--size", choices=SIZES, default="B", help="B is the paper's yardstick (Sec. 4.1), XL that of VTP's configs; nano is ours, for a CPU")
-    p.add_argument("--steps", type=int, default=100_000, help="VTP: 100000 = 80 epochs of ImageNet at batch 1024; nano: a few thousand")
+    p.add_argument("--size", choices=SIZES, default="B", help="B is the paper's yardstick (Sec. 4.1), XL that of VTP's configs; pico and nano are ours, for a CPU")
+    p.add_argument("--steps", type=int, default=100_000, help="VTP: 100000 = 80 epochs of ImageNet at batch 1024; ours: a thousand for pico, a few thousand for nano")
     p.add_argument("--batch", type=int, default=1024, help="latents per step over ALL processes (LightningDiT: 1024); 64 suits a CPU")
-    p.add_argument("--lr", type=float, default=2e-4, help="AdamW, constant, betas 0.9, 0.95, no weight decay or clipping (LightningDiT); nano: 1e-3 "
-                   "with --warmup 50 (ours)")
+    p.add_argument("--lr", type=float, default=2e-4, help="AdamW, constant, betas 0.9, 0.95, no weight decay or clipping (LightningDiT); ours, with "
+                   "--warmup 50: 1e-3 for a few thousand steps of nano, 8e-3 for a thousand of pico")
     p.add_argument("--warmup", type=int, default=0, help="steps of linear warm-up (LightningDiT: 0)")
     p.add_argument("--lognorm-mu", type=float, default=-0.5, help="time draw: VTP -0.5 for its S and B tokenizers, -0.75 for L; LightningDiT 0")
     p.add_argument("--lognorm-sigma", type=float, default=1.25, help="time draw: VTP 1.25 for S and B, 1.0 for L; LightningDiT 1")
@@ -435,8 +477,8 @@ def parse(argv=None):
     p.add_argument("--cfg-channels", default="3", choices=["3", "all"], help="LightningDiT guides only the first 3; all is the textbook way")
     p.add_argument("--seed", type=int, default=0, help="of noise and random labels")
     p.add_argument("--batch", type=int, default=50, help="pictures at once on this process; changes speed and memory only")
-    p.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the DiT's matrix products; decoding is fp32. On a CPU that has bf16 "
-                   "it is 2 to 4 times as fast, and no pixel of a trained nano went further than 2 of 255 from fp32's (50 points, guidance 3)")
+    p.add_argument("--precision", choices=["fp32", "bf16"], help="of the DiT's matrix products; decoding is fp32. "
+                   "Default: bf16 where the hardware multiplies it, else fp32; no pixel of a trained nano differed by more than 2 of 255 (50 points, guidance 3)")
     p.add_argument("--out", help="folder of the pictures; default RUN_DIT/samples")
     p.add_argument("--device", help="cpu, cuda, mps; default: the best one present")
 

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from data import eval_batches, in_workers, open_data
 from vtp_min import weights
@@ -33,7 +32,7 @@ from vtp_min.losses import Perceptual
 from vtp_min.model import SIZES, SMALL, VTPConfig, VTPModel
 from vtp_min.probes import RATES, Part, augmented, knn, last_layer, last_layers, linear_probe, sgd_probe, text_encoder, zero_shot, zero_shot_classifier
 from vtp_min.report import write_report
-from vtp_min.run import autocast, metric
+from vtp_min.run import ProgressBar, autocast, metric, set_tf32, tf32_of
 from vtp_min.views import denormalize, normalize
 
 
@@ -70,7 +69,7 @@ def reading(source, side, args, limit, crop):
     n = min(limit or len(source), len(source))
     if n < world():
         raise ValueError(f"{n} pictures of {source.spec} for {world()} processes: each needs one; start fewer")
-    return tqdm(eval_batches(source, side, args.batch, limit, crop, args.workers), "reading", leave=False, disable=rank() > 0)
+    return ProgressBar(eval_batches(source, side, args.batch, limit, crop, args.workers), "reading", total=-(-n // (args.batch * world())), leave=False, disable=rank() > 0)
 
 
 @torch.no_grad()
@@ -100,7 +99,7 @@ def zeroshot(args, device):
     x = encode(model, source, side, device, args, args.limit, "squash", last_layer)
     C, distinct = len(source.classes), len(set(source.classes))                      # ImageNet's 1000 names are 998: missile and sunglasses are there twice
     protocol = (f"{len(x['labels'])} pictures of {source.spec} val, {C} classes{f' ({distinct} distinct names)' if distinct < C else ''} x {len(source.templates)} "
-                f"templates, squashed to {side} px, {args.precision}, chance {1 / C:.3f}")
+                f"templates, squashed to {side} px, {args.precision}{tf32_of(device)}, chance {1 / C:.3f}")
     for k, value in zero_shot(x["clip"], W, x["labels"]).items():
         metric(args.out, f"zero-shot {k}", value, protocol)
 
@@ -123,7 +122,7 @@ def probe_cached(args, model, train, val, device):
     for kind, what in (("latent", "mean of the {}-d patch latents"), ("full", "class token ++ mean patch, last layer, {}-d")):
         if kind in a:
             data = (f"{what.format(a[kind].shape[1])}; {len(a['labels'])} train, {len(b['labels'])} val pictures of {val.spec}, "
-                    f"ADM crop {side} px, {args.precision}, chance {1 / C:.3f}")
+                    f"ADM crop {side} px, {args.precision}{tf32_of(device)}, chance {1 / C:.3f}")
             found = linear_probe(a[kind], a["labels"], b[kind], b["labels"], C, seed=args.seed)
             metric(args.out, f"linear probe {kind}", found["accuracy"],
                    f"{data}; logistic regression by L-BFGS, L2 {found['l2']:g} chosen on a tenth of train (seed {args.seed})")
@@ -149,14 +148,14 @@ def probe_released(args, model, train, val, device):
     work = partial(augmented, Part(train, kept), side, B, args.seed, rows)
 
     def batches():
-        for images, labels in tqdm(in_workers(work, range(T), args.workers), "probe", T, leave=False, disable=rank() > 0):
+        for images, labels in ProgressBar(in_workers(work, range(T), args.workers), "probe", T, leave=False, disable=rank() > 0):
             with torch.no_grad(), autocast(device, args.precision):
                 x = last_layers(model, normalize(images.to(device)))
             yield {k: collect(v.float()) for k, v in x.items()}, collect(labels.to(device))
 
     found = sgd_probe(batches(), T, C, sets, args.epoch_length, seed=args.seed)
     data = (f"{len(kept)} train (RandomResizedCrop {side} bicubic + flip), {len(held_out)} held out, {len(sets['val'][1])} val pictures of {val.spec} "
-            f"(centre {side} of {round(side * 8 / 7)} px), SGD, {args.epochs} epochs of {args.epoch_length} x {B}, 13 rates, {args.precision} trunk, "
+            f"(centre {side} of {round(side * 8 / 7)} px), SGD, {args.epochs} epochs of {args.epoch_length} x {B}, 13 rates, {args.precision}{tf32_of(device)} trunk, "
             f"seed {args.seed}, chance {1 / C:.3f}")
     layers = sorted(found["val"].keys() - {"latent"})
     for name, kinds, what in (("official", layers, f"class tokens of the last {' or '.join(k[1:] for k in layers)} layers ++ mean patch, full width"),
@@ -212,7 +211,9 @@ def recon(args, device):
                 moments.add(features((255 * x).byte()))                              # cut off, as the released code's PNGs: a fifth of the references' values lose 1
     values = {k: collect(torch.cat(v)) for k, v in values.items()}
     how = "encoder bf16, decoder fp32 (official)" if args.precision == "bf16" else "encoder and decoder fp32 (official: encoder bf16)"
-    protocol = f"{len(values['PSNR'])} pictures of {source.spec} val, ADM crop {side} px, {how}"
+    if hasattr(model, "sample_latents"):
+        how += ", latents are the mean of the posterior (LDM and VA-VAE evaluate a sample)"
+    protocol = f"{len(values['PSNR'])} pictures of {source.spec} val, ADM crop {side} px, {how}{tf32_of(device)}"
     for k, v in values.items():
         metric(args.out, k, v.cpu().double().mean().item(), f"{protocol}, mean over pictures{f', {args.perceptual}, v0.1' if k == 'LPIPS' else ''}")
     if not lpips:
@@ -355,7 +356,7 @@ def cost(args, device):
     else:
         chosen = {}
         for size in [args.size] if args.size else [*SIZES, "ldm"]:                   # nano: train.py's picture and head; else the paper's picture, DINOv2's head
-            picture, head = (dict(image=48, patch=12), (256, 256, 64)) if size in SMALL else ({}, (65536, 2048, 256))
+            picture, head = (dict(image=36, patch=9), (256, 256, 64)) if size in SMALL else ({}, (65536, 2048, 256))
             if size == "ldm":
                 model, head = on_meta(LDM, LDMConfig(latent_dim=args.latent_dim)), None
             else:
@@ -500,6 +501,7 @@ def main():
     args = arguments()
     try:
         device = start(args.device)
+        set_tf32(device, False)                                                      # PyTorch's default, which VTP's evaluation scripts keep
         if args.alone:                                                               # nothing to share: rank 0 goes on as one process
             first = rank() == 0
             stop()

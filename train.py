@@ -26,22 +26,22 @@ from vtp_min import baselines, gan
 from vtp_min.dist import rank, say, stop, world
 from vtp_min.gauges import advice, entropy, spread
 from vtp_min.losses import (Perceptual, centered_softmax, clip_loss, dino_loss, ibot_loss, koleo_loss, moved_center, rec_loss,
-                            siglip_loss, sinkhorn_center, wide)
+                            siglip_loss, sinkhorn_center, to_fp32)
 from vtp_min.model import SIZES, SMALL, DINOHead, Student, Teacher, VTPConfig, VTPModel
-from vtp_min.run import STOPPED, Run, autocast, give_back_memory, machine
+from vtp_min.run import STOPPED, Run, autocast, give_back_memory, machine, move_to, tf32_of
 from vtp_min.schedules import cosine, param_groups, ramp, set_lr_and_decay, warmup_cosine
 from vtp_min.text import TextBlock
 from vtp_min.vit import Block, StochasticDepth
 from vtp_min.views import mask_indices_and_weights, normalize
 
 DEFAULTS = {   # flag: (nano, S/B/L, where the second comes from). nano's are ours, for a CPU and its built-in pictures
-    "image": (48, 256, "paper Sec. 4.2"),
-    "patch": (12, 16, "paper: f16"),
+    "image": (36, 256, "paper Sec. 4.2"),
+    "patch": (9, 16, "paper: f16"),
     "latent_dim": (64, 64, "paper: d64"),
-    "steps": (1_100, 67_000, "paper Sec. 4.5: 1.1 billion samples, in batches of 16k"),
-    "batch": (64, 16_384, "paper Sec. 4.1: B_clip = 16k"),
-    "batch_ssl": (32, 4_096, "paper Sec. 4.1: B_ssl = 4k"),
-    "batch_rec": (64, 2_048, "paper Sec. 4.1: B_rec = 2k"),
+    "steps": (480, 67_000, "paper Sec. 4.5: 1.1 billion samples, in batches of 16k"),
+    "batch": (48, 16_384, "paper Sec. 4.1: B_clip = 16k"),
+    "batch_ssl": (16, 4_096, "paper Sec. 4.1: B_ssl = 4k"),
+    "batch_rec": (48, 2_048, "paper Sec. 4.1: B_rec = 2k"),
     "locals": (2, 8, "borrowed from DINOv2"),
     "prototypes": (256, 65_536, "borrowed from DINOv2's default recipe"),
     "head_hidden": (256, 2_048, "borrowed from DINOv2"),
@@ -63,7 +63,7 @@ def main(args):
     if device.type == "cpu" and args.size not in SMALL:
         give_back_memory()
     clip, ssl, rec = args.w_clip > 0, args.w_ssl > 0, args.w_rec > 0
-    settings = vars(args) | {"precision": precision, "machine": str(device)}
+    settings = vars(args) | {"precision": precision, "machine": f"{device}{tf32_of(device)}"}
     args.warmup = max(args.steps // 10, 1) if args.warmup is None else args.warmup     # not a setting: --steps may change when a run goes on
 
     # ---- the models
@@ -138,7 +138,7 @@ def main(args):
                     with autocast(device, precision):
                         with run.counting(times=3):
                             out = ddp(part, drop)
-                        own = of_the_batch(args, out) | of_each_row(out, part, targets, perceptual)
+                    own = of_the_batch(args, out) | of_each_row(out, part, targets, perceptual)
                     scaler.scale(weighted(args, own)).backward()
                 terms |= {k: term.detach() for k, term in own.items()}
                 gauges |= {"spread": spread(out["tokens"][0])} if "tokens" in out and run.due else {}
@@ -177,7 +177,7 @@ def of_the_batch(args, out):
         contrast = siglip_loss if args.clip_loss == "siglip" else clip_loss
         terms["clip"] = contrast(out["img"], out["txt"], out["scale"], out["bias"])
     if "tokens" in out and args.w_koleo:                                                # no two pictures in one place
-        terms["koleo"] = sum(koleo_loss(wide(crop)) for crop in out["tokens"])
+        terms["koleo"] = sum(koleo_loss(crop) for crop in out["tokens"])
     return terms
 
 
@@ -188,7 +188,7 @@ def of_each_row(out, batch, targets, perceptual):
         terms["dino"] = dino_loss(out["cls"], targets["cls"])
         terms["ibot"] = ibot_loss(out["patch"], targets["patch"], batch["mask_weight"], n_crops=2 * batch["crops"].shape[1])
     if "pixels" in out:                                                                 # what the eye sees
-        terms["rec"] = sum(rec_loss(wide(out["pixels"]), batch["image"][batch["rec"]], perceptual))
+        terms["rec"] = sum(rec_loss(out["pixels"], batch["image"][batch["rec"]], perceptual))
     return terms
 
 
@@ -207,10 +207,20 @@ def balance(how, logits, temp, center):
 def by_objective(batch):
     """-> (part, is it the last): the views, then the rest. Their graphs share nothing but weights, so each has its backward pass before the next
     one grows: the same gradient in less memory (S at 256 px, of 8 pictures: 0.56 GB in place of 0.99, as study/memory.py counts)."""
-    views = {k: x for k, x in batch.items() if k in ("crops", "locals", "mask", "mask_weight")}
-    rest = {k: x for k, x in batch.items() if k not in views}
-    found = [part for part in (views, rest) if "crops" in part or "image" in part]
+    found = [part for part in split(batch) if "crops" in part or "image" in part]
     return [(part, part is found[-1]) for part in found]
+
+
+def split(batch):
+    """-> the part that self-supervision reads, the part that CLIP and reconstruction read"""
+    views = {k: x for k, x in batch.items() if k in ("crops", "locals", "mask", "mask_weight")}
+    return views, {k: x for k, x in batch.items() if k not in views}
+
+
+def compared(args, batch):
+    """The part of a batch whose features `of_the_batch` needs: crops for KoLeo, the rest for CLIP"""
+    views, rest = split(batch)
+    return (views if args.w_ssl and args.w_koleo else {}) | (rest if args.w_clip else {})
 
 
 def in_pieces(args, ddp, teacher, perceptual, batch, step, temp, center, scaler, run, device, precision):
@@ -227,8 +237,8 @@ def in_pieces(args, ddp, teacher, perceptual, batch, step, temp, center, scaler,
     with autocast(device, precision), torch.no_grad():
         for piece, drop in zip(pieces, drops):
             piece = to_device(piece, device)
-            if args.w_clip or args.w_ssl and args.w_koleo:
-                vectors.append(student(piece, drop, heads=False))                       # img, txt, scale, bias, tokens
+            if part := compared(args, piece):
+                vectors.append(student(part, drop, heads=False))                        # img, txt, scale, bias, tokens
             if teacher:
                 with run.counting():
                     points.append(teacher.points(piece["crops"], piece["mask"]))
@@ -247,7 +257,7 @@ def in_pieces(args, ddp, teacher, perceptual, batch, step, temp, center, scaler,
     slopes = dict(zip(moved, torch.autograd.grad(weighted(args, terms), moved.values(), allow_unused=True))) if terms else {}
     slopes = {k: s.chunk(n, 1 if k == "tokens" else 0) if s.ndim else [s / n] * n for k, s in slopes.items() if s is not None}
 
-    rows, gauges = {}, {}
+    rows, gauges, tokens = {}, {}, []                                                   # tokens: of the first global crop
     for k, (piece, drop) in enumerate(zip(pieces, drops)):
         targets = {key: centered_softmax(compare(p), now[key], temp) for key, p in points[k].items()} if teacher else {}
         for part, last in by_objective(to_device(piece, device)):
@@ -256,12 +266,13 @@ def in_pieces(args, ddp, teacher, perceptual, batch, step, temp, center, scaler,
                     with run.counting(times=3):
                         out = ddp(part, drop)
                 own = of_each_row(out, part, targets, perceptual)
-                carried = sum((wide(out[key]) * slope[k]).sum() for key, slope in slopes.items() if key in out)
+                carried = sum((to_fp32(out[key]) * slope[k]).sum() for key, slope in slopes.items() if key in out)
                 scaler.scale(weighted(args, own) / n + carried).backward()
             rows |= {key: rows.get(key, 0) + term.detach() / n for key, term in own.items()}
+            tokens += [out["tokens"][0].detach()] if "tokens" in out else []
         gauges = {"teacher_entropy": gauges.get("teacher_entropy", 0) + entropy(targets["cls"]) / n} if teacher else {}
-    if "tokens" in at:
-        gauges["spread"] = spread(at["tokens"][0])
+    if tokens:
+        gauges["spread"] = spread(torch.cat(tokens))
     return {k: t.detach() for k, t in terms.items()} | rows, gauges, after
 
 
@@ -288,18 +299,26 @@ def refuse_unequal_pieces(args):
 
 def forget_activations(student):
     """Each block keeps its input alone and computes itself again for the backward pass: less memory, a third more work.   Chen et al. 2016"""
-    for m in student.modules():
-        if isinstance(m, (Block, TextBlock)):
-            m.forward = partial(checkpoint, m.forward, use_reentrant=False)
+    for block in blocks_of(student):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def compile_blocks(*models):
-    """One kernel in place of many small ones: norms, rotations, residuals. It is compiled for each size of crop, with and without gradients"""
+    """One kernel in place of many small ones: norms, rotations, residuals. It is compiled for each size of crop, with and without gradients
+
+    The checkpoint of forget_activations stays outside: torch.compile skips a block that calls it, silently.
+    """
     torch._dynamo.config.recompile_limit = 64                                           # each of these counts; beyond its limit of 8 torch would go back to the slow way
-    for model in models:
-        for m in (model.modules() if model else ()):
-            if isinstance(m, (Block, TextBlock)):
-                m.compile()
+    for block in blocks_of(*models):
+        if recomputed := vars(block).pop("forward", None):                              # partial(checkpoint, the plain forward)
+            block.forward = partial(checkpoint, torch.compile(recomputed.args[0]), use_reentrant=False)
+        else:
+            block.compile()
+
+
+def blocks_of(*models):
+    modules = [m for model in models if model is not None for m in model.modules()]
+    return [m for m in modules if isinstance(m, (Block, TextBlock))]
 
 
 # ---------------------------------------------------------------- a step's draws, and its pixels
@@ -323,7 +342,7 @@ def stochastic_depth(args, step, batch):
 
 def to_device(batch, device):
     """Pixels travel as bytes and become ImageNet-normalised floats on arrival."""
-    out = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) and not k.startswith("rows") else v for k, v in batch.items()}
+    out = {k: move_to(v, device) if torch.is_tensor(v) and not k.startswith("rows") else v for k, v in batch.items()}
     if "mask" in out:
         out["mask_weight"] = mask_indices_and_weights(out["mask"])[1]
     return out | {k: normalize(out[k]).to(torch.get_default_dtype()) for k in ("image", "crops", "locals") if k in out}
@@ -340,7 +359,7 @@ def introduce(args, model, head, source, device, precision):
         f"text {text:.2f}M, DINO head {count(head):.2f}M parameters; latents {args.latent_dim} x {grid} x {grid}")
     say(f"data         {source.spec}   batch {args.batch} (clip), {args.batch_ssl} (ssl), {args.batch_rec} (rec) over {world()} process(es)"
         + (f", {args.micro} at a time in each" if args.micro else ""))
-    say(f"machine      {device}, {precision}{'' if args.precision else ' (chosen: bf16 where the hardware multiplies it, fp16 on older GPUs, else fp32)'}, "
+    say(f"machine      {device}, {precision}{tf32_of(device)}{'' if args.precision else ' (chosen: bf16 where the hardware multiplies it, fp16 on older GPUs, else fp32)'}, "
         f"{torch.get_num_threads()} threads")
     if args.w_ssl and args.batch_ssl < 16:
         say(f"note         {args.batch_ssl} images are few: Sinkhorn shares {args.prototypes} prototypes among 2 x {args.batch_ssl} rows, KoLeo has {args.batch_ssl - 1} neighbours; "
@@ -393,11 +412,11 @@ def arguments():
     sized("--ema", float, "teacher momentum at the start; rises to 1 by a cosine")
     flag("--layer-decay", float, "factor on the learning rate for each block that stands above; 1: none (OpenCLIP); DINOv2's ViT-L recipe 0.9", 1.0)
     flag("--patch-lr", float, "factor on the learning rate of the patch embedding; 1: none (OpenCLIP); DINOv2 0.2", 1.0)
-    flag("--clip-grad", float, "largest gradient norm; borrowed from DINOv2, there per part; of the decoder in stage 2, ours", 3.0)
+    flag("--clip-grad", float, "largest gradient norm; borrowed from DINOv2, there per part. Stage 2 and baselines do not clip unless it is typed (RAE)", 3.0)
     flag("--stage", int, "1: words, views, pixels together; 2: the decoder alone, with a GAN, the tokenizer frozen (paper Sec. 3.2)", 1, choices=[1, 2])
     flag("--init", str, "stage 2: the run, or the released weights, whose decoder is fine-tuned; data, seed and picture side are its own unless typed, --out is INIT-gan")
     flag("--w-gan", float, f"stage 2: weight of the GAN, times VQGAN's adaptive weight; 0 turns it off (default {gan.DEFAULTS['w_gan'][1]}, {gan.DEFAULTS['w_gan'][2]})")
-    flag("--gan-start", int, "stage 2: step from which the decoder listens to the discriminator (default an eighth of the run, RAE's head start of the discriminator)")
+    flag("--gan-start", int, "stage 2: step from which the decoder listens to the discriminator (default half of the run; the discriminator learns from three eighths of it: RAE)")
     flag("--ema-decoder", float, f"stage 2: momentum of the average of the decoder that is saved (default {gan.DEFAULTS['ema_decoder'][1]}, {gan.DEFAULTS['ema_decoder'][2]}; "
                                  f"nano {gan.DEFAULTS['ema_decoder'][0]}, ours)")
     flag("--baseline", str, "train another tokenizer of the paper in place of VTP: ldm, a convolutional autoencoder (Table 1); vavae, one aligned to --encoder (Fig. 9); "

@@ -3,9 +3,9 @@
 #   DATA=path/to/imagenet64-10 bash study/baselines.sh
 set -eu
 ENCODER=${ENCODER:-runs/imagenet64-10} RUNS=${RUNS:-runs/baselines} PY=${PY:-.venv/bin/python}
-$PY train.py --baseline ldm                     --out $RUNS/ldm   --data "$DATA" --image 64 --patch 16 --batch 32 --steps 400 --w-gan 0 --perceptual none --precision fp32 --lr 5e-4
-$PY train.py --baseline vavae --encoder $ENCODER --out $RUNS/vavae --data "$DATA" --image 64 --patch 16 --batch 32 --steps 400 --w-gan 0 --perceptual none --precision fp32 --lr 5e-4
-$PY train.py --baseline rae --encoder $ENCODER   --out $RUNS/rae   --data "$DATA" --image 64            --batch 32 --steps 400 --w-gan 0 --perceptual none --precision fp32 --lr 5e-4
+$PY train.py --baseline ldm                     --out $RUNS/ldm   --data "$DATA" --image 64 --patch 16 --batch 32 --steps 400 --w-gan 0 --perceptual none --lr 5e-4
+$PY train.py --baseline vavae --encoder $ENCODER --out $RUNS/vavae --data "$DATA" --image 64 --patch 16 --batch 32 --steps 400 --w-gan 0 --perceptual none --lr 5e-4
+$PY train.py --baseline rae --encoder $ENCODER   --out $RUNS/rae   --data "$DATA" --image 64            --batch 32 --steps 400 --w-gan 0 --perceptual none --lr 5e-4
 for RUN in $RUNS/ldm $RUNS/vavae $RUNS/rae; do
     $PY eval.py recon $RUN --perceptual none
     $PY eval.py probe $RUN

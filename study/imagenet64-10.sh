@@ -8,7 +8,7 @@ $PY eval.py zeroshot $RUN
 $PY eval.py probe $RUN
 $PY eval.py recon $RUN --perceptual none
 $PY dit.py latents $RUN --fresh
-$PY dit.py train $RUN/latents --out $RUN/dit --size nano --steps 2500 --batch 64 --lr 1e-3 --warmup 50 --precision bf16
+$PY dit.py train $RUN/latents --out $RUN/dit --size nano --steps 2500 --batch 64 --lr 1e-3 --warmup 50
 $PY dit.py sample $RUN/dit --per-class 50 --points 50 --cfg 3 --cfg-channels all
 $PY eval.py fid $RUN/dit/samples --run $RUN --features classifier --few --judge-steps 1200
 $PY eval.py report $RUN

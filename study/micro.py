@@ -1,4 +1,4 @@
-"""Peak memory, and seconds of a step, of nano (built-in shapes, 48 px, bf16, the paper's proportions) against the batch, --micro and --recompute.
+"""Peak memory, and seconds of a step, of nano (built-in shapes, 48 px, the precision of the machine, the paper's proportions) against the batch, --micro and --recompute.
 
     python study/micro.py        several minutes -> study/micro.txt
 """
@@ -15,7 +15,7 @@ RUNS = {64: [""], 512: ["", "--micro 16", "--micro 64", "--micro 256", "--micro 
 def measure(batch, how):
     """Two steps -> GB at the peak, seconds of the second without its wait for data"""
     words = (f"train.py --out {RUN} --fresh --steps 2 --log-every 1 --save-every 9 --batch {batch} --batch-ssl {batch // 4} --batch-rec {batch // 8} "
-             f"--perceptual none --precision bf16 {how}").split()
+             f"--image 48 --patch 12 --perceptual none {how}").split()
     said = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     last = json.loads((RUN / "log.jsonl").read_text().splitlines()[-1])
     return float(re.search("Peak memory ([0-9.]+) GB", said)[1]), batch / last["images_per_s"] * (1 - last["data_wait"])

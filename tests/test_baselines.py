@@ -2,6 +2,7 @@
 import json
 import re
 import runpy
+import shutil
 import signal
 import sys
 from dataclasses import replace
@@ -13,9 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import train
-from vtp_min import VTPConfig, VTPModel
+from vtp_min import VTPConfig, VTPModel, baselines, gan
 from vtp_min.baselines import (KL, LDM, MARGINS, W_ALIGN, LDMConfig, as_strong_as, drawn, features, kl_loss, load, mcos_loss, mdms_loss, paint_ldm,
                                paint_rae, paint_vavae, rae)
+from vtp_min.views import lots, normalize
 from vtp_min.cost import count, flops
 
 ROOT = Path(__file__).parents[1]
@@ -59,6 +61,21 @@ def test_a_size_is_a_width_and_a_patch_is_a_number_of_halvings():
         LDMConfig.of_size("nano", 48, 12, 64)
 
 
+@pytest.mark.parametrize("patch, encoder, decoder", [(4, {64: 1}, {64: 1}), (8, {32: 1}, {32: 1}), (16, {16: 3}, {16: 4}), (32, {16: 2, 8: 3}, {8: 4, 16: 3})])
+def test_attention_stands_where_ldm_has_it(patch, encoder, decoder):
+    """{side of the grid: attentions there}: one in the middle always; one after each block of 16 and 8 px, which f4 and f8 do not reach"""
+    with torch.device("meta"):
+        model = LDM(LDMConfig.of_size("nano", 256, patch, 4))
+    for net, expected, side, factor in ((model.encoder, encoder, 256, 0.5), (model.decoder, decoder, 256 // patch, 2)):
+        found = {}
+        for layer in net:
+            if isinstance(layer, nn.Sequential):                                          # halves or doubles the grid
+                side = int(side * factor)
+            if isinstance(layer, baselines.Attention):
+                found[side] = found.get(side, 0) + 1
+        assert found == expected
+
+
 @pytest.mark.parametrize("side", [(16, 16), (8, 24)])
 def test_shapes_there_and_back(side):
     model, img = LDM(TINY), torch.randn(2, 3, *side)
@@ -86,6 +103,16 @@ def test_training_draws_its_latents_and_evaluation_takes_the_mean():
     assert torch.equal(model.get_reconstruction_latents(img), model.moments(img)[0])
     kl = paint_ldm(model, img)[1]["kl"]
     assert torch.isclose(kl, KL * kl_loss(*model.moments(img)) / (3 * 16 * 16))
+
+
+def test_latents_of_a_dit_are_samples_that_depend_on_the_generators_alone():
+    model, img = LDM(TINY), torch.randn(2, 3, 16, 16)
+    mean, logvar = model.moments(img)
+    z = model.sample_latents(img, [lots(12, 0, index) for index in (5, 6)])
+    noise = torch.stack([torch.from_numpy(lots(12, 0, index).standard_normal((4, 4, 4), dtype="float32")) for index in (5, 6)])
+    assert torch.equal(z, mean + (logvar / 2).exp() * noise)
+    alone = model.sample_latents(img[1:], [lots(12, 0, 6)])
+    assert torch.allclose(z[1:], alone, atol=1e-5)
 
 
 # ---------------------------------------------------------------- to disk and back
@@ -170,6 +197,34 @@ def test_alignment_teaches_the_encoder_and_its_projection_but_not_the_decoder_or
     assert moved == {"encoder", "project"} and all(p.grad is None for p in frozen.parameters())
 
 
+def test_both_losses_read_the_projected_latents(monkeypatch):
+    frozen, model, img = VTPModel(VTP).eval(), LDM(replace(TINY, encoder_width=16)), torch.randn(2, 3, 16, 16)
+    read = {}
+    for name in ("mcos_loss", "mdms_loss"):
+        def kept(z, f, name=name, loss=getattr(baselines, name)):
+            read[name] = z
+            return loss(z, f)
+        monkeypatch.setattr(baselines, name, kept)
+    torch.manual_seed(1)
+    paint_vavae(frozen, None, model, img)
+    torch.manual_seed(1)
+    projected = model.project(drawn(*model.moments(img)))
+    assert torch.equal(read["mcos_loss"], projected) and torch.equal(read["mdms_loss"], projected)
+
+
+def test_alignment_is_balanced_with_l1_in_ldm_s_units(monkeypatch):
+    frozen, model = VTPModel(VTP).eval(), LDM(replace(TINY, encoder_width=16))
+    seen, img = [], normalize(255 * torch.rand(2, 3, 16, 16))
+
+    def kept(rec, other, at):
+        seen.append(rec)
+        return as_strong_as(rec, other, at)
+    monkeypatch.setattr(baselines, "as_strong_as", kept)
+    pixels, _ = paint_vavae(frozen, None, model, img)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    assert torch.isclose(seen[0], (2 * std * (pixels - img)).abs().mean())
+
+
 # ---------------------------------------------------------------- RAE
 def test_rae_is_the_encoder_itself_under_another_decoder(tmp_path):
     frozen = VTPModel(VTP).eval()
@@ -217,16 +272,36 @@ def run(tmp_path):
 @pytest.mark.parametrize("kind, terms", [("ldm", {"l1", "kl"}), ("vavae", {"l1", "kl", "align"}), ("rae", {"l1"})])
 def test_each_trains_with_the_same_command_and_resuming_is_the_same_run(tmp_path, run, kind, terms):
     more = {"ldm": ["--patch", 4, "--latent-dim", 4], "vavae": ["--encoder", run, "--latent-dim", 4], "rae": ["--encoder", run]}[kind] + ["--baseline", kind]
-    whole = command(tmp_path / "whole", *more, "--steps", 3, "--warmup", 1, "--ema-decoder", 0)
+    whole = command(tmp_path / "whole", *more, "--steps", 3, "--save-every", 2, "--warmup", 1, "--ema-decoder", 0)
     assert all(terms <= line.keys() and abs(line["loss"] - sum(line[k] for k in terms)) < 1e-4 for line in whole) and len(whole) == 3
-    command(tmp_path / "halves", *more, "--steps", 2, "--warmup", 1, "--ema-decoder", 0)
-    command(tmp_path / "halves", *more, "--steps", 3, "--warmup", 1, "--ema-decoder", 0)
+    (tmp_path / "halves").mkdir()
+    for old, new in (("previous.pt", "last.pt"), ("log.jsonl", "log.jsonl"), ("run.json", "run.json")):       # a kill after step 2's checkpoint
+        shutil.copy(tmp_path / "whole" / old, tmp_path / "halves" / new)
+    command(tmp_path / "halves", *more, "--steps", 3, "--save-every", 2, "--warmup", 1, "--ema-decoder", 0)
     a, b = load(tmp_path / "whole"), load(tmp_path / "halves")
     assert all(torch.equal(x, b.state_dict()[k]) for k, x in a.state_dict().items())
     assert json.loads((tmp_path / "whole" / "config.json").read_text())["model_type"] == {"rae": "vtp"}.get(kind, kind)
     if kind == "rae":
         frozen = VTPModel.from_pretrained(run).trunk.state_dict()
         assert all(torch.equal(x, frozen[k]) for k, x in a.trunk.state_dict().items())
+
+
+@pytest.mark.parametrize("kind, data_range", [("ldm", 2), ("vavae", 2), ("rae", 1)])
+def test_l1_is_in_the_units_of_the_baseline_s_source(tmp_path, run, monkeypatch, kind, data_range):
+    more = {"ldm": ["--patch", 4, "--latent-dim", 4], "vavae": ["--encoder", run, "--latent-dim", 4], "rae": ["--encoder", run]}[kind]
+    seen = {}
+
+    def painted(paint):
+        def kept(model, img):
+            pixels, terms = paint(model, img)
+            seen["error"] = (pixels - img).detach()
+            return pixels, terms
+        return kept
+    fit = gan.fit
+    monkeypatch.setattr(gan, "fit", lambda args, model, paint, *rest: fit(args, model, painted(paint), *rest))
+    line = command(tmp_path / "out", *more, "--baseline", kind, "--steps", 1)[0]
+    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    assert line["l1"] == pytest.approx((data_range * std * seen["error"]).abs().mean().item(), rel=1e-5)
 
 
 def test_a_baseline_learns_eight_pictures_by_heart():

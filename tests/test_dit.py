@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import dit
 from dit import LightningDiT, euler, flow_loss, lognorm_time, time_grid
-from vtp_min import VTPConfig, VTPModel, run
+from vtp_min import VTPConfig, VTPModel, run, views
 from vtp_min.latents import Latents, Steps, shards
 from vtp_min.lightning import SIZES, Rotary
 from vtp_min.run import STOPPED, TIMING
@@ -361,6 +361,40 @@ def test_two_processes_draw_one_process_s_batch_and_an_epoch_sees_each_latent_on
 
 def test_workers_change_nothing(folder):
     assert same(train(folder, "A", "--steps", "3")["ema"], train(folder, "B", "--steps", "3", "--workers", "2")["ema"])
+
+
+class FoldedGaussian(Folded):
+    """A stand-in KL autoencoder: the mean is what Folded stores, every deviation is 0.5"""
+    def sample_latents(self, image, rngs):
+        mean = self.get_reconstruction_latents(image)
+        noise = np.stack([rng.standard_normal(mean.shape[1:], dtype=np.float32) for rng in rngs])
+        return mean + 0.5 * torch.from_numpy(noise)
+
+
+def stored(folder):
+    """Both latents of every image, in order"""
+    shard = [load_file(path) for path in shards(folder)]
+    return [torch.cat([part[name] for part in shard]) for name in ("latents", "latents_flip")]
+
+
+def test_latents_of_a_kl_autoencoder_are_samples(folder, monkeypatch, capsys):
+    """LightningDiT's extraction stores mean + std * noise, for the mirrored copy with noise of its own; ours depends on seed and image alone"""
+    means = stored(folder / "RUN" / "latents")
+    monkeypatch.setattr(dit.baselines, "load", lambda folder: FoldedGaussian())
+    encode(folder, "--out", f"{folder}/five")
+    said = capsys.readouterr().out
+    noise = [(z - mean) / 0.5 for z, mean in zip(stored(folder / "five"), means)]
+    assert all(abs(x.mean()) < 0.02 and abs(x.std() - 1) < 0.02 for x in noise)
+    assert abs((noise[0] * noise[1]).mean()) < 0.02 and abs((noise[0][1:] * noise[0][:-1]).mean()) < 0.02       # independent
+    encode(folder, "--out", f"{folder}/seven", "--batch", "7")
+    assert same(stored(folder / "seven"), stored(folder / "five"))
+    encode(folder, "--out", f"{folder}/other", "--seed", "1")
+    assert not torch.equal(stored(folder / "other")[0], stored(folder / "five")[0])
+    monkeypatch.setattr(dit, "my_share", lambda n: range(12, 24))                          # the second of two processes
+    encode(folder, "--out", f"{folder}/second")
+    assert torch.allclose((stored(folder / "second")[0] - means[0])[:12], 0.5 * noise[0][12:], atol=1e-5)
+    written = [json.loads((folder / name / "latents.json").read_text())["posterior"] for name in ("RUN/latents", "five", "other")]
+    assert written == ["deterministic", "sampled with seed 0", "sampled with seed 1"] and written[1] in said
 
 
 # ------------------------------------------------------------------------------------------------ going on

@@ -21,8 +21,8 @@ from data import Steps, open_data
 from vtp_min import VTPConfig, VTPModel, gan
 from vtp_min.gan import Discriminator, adaptive_weight, advice, discriminator_for, fit, follow, hinge_d, hinge_g
 from vtp_min.losses import Perceptual
-from vtp_min.run import TIMING
-from vtp_min.views import normalize
+from vtp_min.run import STOPPED, TIMING
+from vtp_min.views import STD, normalize
 
 ROOT = Path(__file__).parents[1]
 TINY = "--stage 2 --batch 4 --steps 4 --save-every 2 --gan-start 1 --perceptual none --precision fp32 --log-every 1 --device cpu --workers 0".split()
@@ -120,6 +120,16 @@ def test_the_discriminator_has_vqgan_s_depth_and_start():
     assert all(abs(m.weight.std() - 0.02) < 1e-3 for m in convs) and len([m for m in discriminator_for(64).net if isinstance(m, nn.Conv2d)]) == 4
 
 
+@pytest.mark.parametrize("data_range, low", [(1, 0), (2, -1)])
+def test_l1_is_that_of_pixels_in_the_source_s_range(data_range, low):
+    """RAE takes L1 + LPIPS of pixels in [0, 1], LDM and VA-VAE of pixels in [-1, 1]"""
+    a, b = torch.rand(2, 2, 3, 8, 8)
+    expected = ((low + data_range * a) - (low + data_range * b)).abs().mean()
+    ours = gan.pixel_losses(normalize(255 * a), normalize(255 * b), None, data_range)
+    assert torch.isclose(ours[0], expected) and ours[1] == 0
+    assert gan.pixel_losses(normalize(255 * a), normalize(255 * b), lambda x, y: (x - y).square().mean(), data_range)[1] > 0
+
+
 def test_an_average_follows_from_a_copy_to_standing_still():
     ema, now = {"w": torch.tensor(1.0)}, {"w": torch.tensor(3.0)}
     for m, expected in ((1.0, 1.0), (0.75, 1.5), (0.0, 3.0)):
@@ -152,7 +162,7 @@ def test_the_gradient_of_a_step_is_that_of_the_equation(stage1, tmp_path, monkey
     source = open_data("shapes:objects=1", "train", 3, side=16)
     img = normalize(Steps(source, None, 3, 4, 4, 4, clip=False, ssl=False, rec=True, image=16, local_image=16, n_local=0, patch=8)[0]["image"]).double()
     pixels = model.get_latents_decoded_images(model.get_reconstruction_latents(img))
-    l1, fool = (pixels - img).abs().mean(), -disc(pixels).mean()
+    l1, fool = (STD * (pixels - img)).abs().mean(), -disc(pixels).mean()                   # L1 of pixels in [0, 1]
     last = model.pixel_decoder.proj_out.weight
     rec_slope, gan_slope = (torch.autograd.grad(loss, last, retain_graph=True)[0] for loss in (l1, fool))
     weight = rec_slope.norm() / (gan_slope.norm() + 1e-4)
@@ -188,6 +198,53 @@ def test_the_decoder_hears_the_discriminator_from_gan_start_on(stage1, whole, tm
     never = go(monkeypatch, stage1, tmp_path / "never", "--w-gan", 0)
     assert not {"gan", "disc", "adaptive"} & {k for line in never for k in line}
     assert never[0]["grad_norm"] == lines[0]["grad_norm"] and never[1]["grad_norm"] != lines[1]["grad_norm"]
+
+
+def test_the_discriminator_starts_after_six_sixteenths_and_the_decoder_hears_it_after_half_of_the_run(stage1, tmp_path, monkeypatch):
+    """RAE: disc_upd_start 6 and disc_start 8 of 16 epochs"""
+    monkeypatch.setitem(globals(), "TINY", " ".join(TINY).replace("--gan-start 1 ", "").split())
+    lines = go(monkeypatch, stage1, tmp_path / "gan", "--steps", 16, "--save-every", 16)
+    assert ["disc" in line for line in lines] == [False] * 6 + [True] * 10
+    assert ["gan" in line for line in lines] == [False] * 8 + [True] * 8
+
+
+def test_the_learning_rate_falls_by_a_cosine_to_a_tenth(stage1, tmp_path, monkeypatch):
+    """RAE: warm-up during one epoch of 16, then from 2e-4 to 2e-5; the discriminator's rate counts the discriminator's own steps"""
+    def rate(step, warmup=2, steps=16):
+        if step < warmup:
+            return 2e-4 * (step + 1) / warmup
+        return 2e-5 + 1.8e-4 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup - 1))) / 2
+
+    lines = go(monkeypatch, stage1, tmp_path / "gan", "--steps", 16, "--save-every", 16, "--lr", 2e-4, "--warmup", 2, "--gan-start", 8)
+    assert [line["lr"] for line in lines] == pytest.approx([rate(step) for step in range(16)], rel=1e-5)      # the log has 6 digits
+    state = torch.load(tmp_path / "gan" / "last.pt")
+    assert state["opt"]["param_groups"][0]["lr"] == pytest.approx(2e-5)
+    assert state["opt_disc"]["param_groups"][0]["lr"] == pytest.approx(rate(15 - 6))
+
+
+def test_gradients_are_not_clipped_unless_asked(stage1, tmp_path, monkeypatch):
+    """RAE clips none; 0 is none, too"""
+    tops, clip = [], gan.clip_grad_norm_
+
+    def kept(parameters, top):
+        tops.append(top)
+        return clip(parameters, top)
+    monkeypatch.setattr(gan, "clip_grad_norm_", kept)
+    for number, words in enumerate(([], ["--clip-grad", 0], ["--clip-grad", 2.5])):
+        go(monkeypatch, stage1, tmp_path / f"gan{number}", "--steps", 1, "--w-gan", 0, *words)
+    assert tops == [math.inf, math.inf, 2.5]
+
+
+def test_the_average_starts_with_two_elevenths_as_ldm_s_does(stage1, tmp_path, monkeypatch):
+    """LDM's LitEma counts the step before it averages"""
+    decays, step = [], gan.follow
+
+    def kept(ema, trained, decay):
+        decays.append(decay)
+        step(ema, trained, decay)
+    monkeypatch.setattr(gan, "follow", kept)
+    go(monkeypatch, stage1, tmp_path / "gan", "--w-gan", 0, "--ema-decoder", 0.3)
+    assert decays == pytest.approx([2 / 11, 3 / 12, 0.3, 0.3])
 
 
 def test_a_resumed_run_is_the_same_run(stage1, whole, tmp_path, monkeypatch):
@@ -248,19 +305,25 @@ class Blots(nn.Module):
 
 
 def test_fit_trains_what_asks_for_gradients_on_terms_of_its_own_and_draws_alike_after_a_resume(tmp_path, monkeypatch):
+    stop_in = []
+
     def paint(model, img):
+        if stop_in and stop_in.pop(0) == 1:
+            signal.raise_signal(signal.SIGTERM)
         noise = torch.randn(len(img), 3, 1, 1)                                            # as RAE and LDM draw
         return (img.mean((2, 3), keepdim=True) + noise) * model.gain + 0 * img, {"small": 0.5 * model.gain.square().sum()}
 
-    def run(out, steps):
-        args = Namespace(out=str(tmp_path / out), fresh=False, data="shapes", seed=0, image=16, patch=8, steps=steps, batch=4, lr=0.1, warmup=0, clip_grad=3.0, w_gan=0.5, gan_start=1,
+    def run(out, status=0):
+        args = Namespace(out=str(tmp_path / out), fresh=False, data="shapes", seed=0, image=16, patch=8, steps=4, batch=4, lr=0.1, warmup=0, clip_grad=3.0, w_gan=0.5, gan_start=1,
                          ema_decoder=0.0, perceptual="none", workers=0, max_bad=0.1, log_every=1, save_every=100)
         model = Blots()
-        assert fit(args, model, paint, torch.device("cpu"), "fp32", model.gain) == 0
+        assert fit(args, model, paint, torch.device("cpu"), "fp32", model.gain) == status
         return log(args.out)
 
-    whole, first = run("whole", 4), run("parts", 2)
-    assert run("parts", 4) == whole and first == whole[:2]
+    whole = run("whole")
+    stop_in[:] = [0, 1]                                                                   # a signal in the second step
+    first = run("parts", STOPPED)
+    assert run("parts") == whole and first == whole[:2]
     line, saved = whole[-1], weights(tmp_path / "whole")
     assert math.isclose(line["loss"], line["l1"] + line["small"] + 0.5 * line["adaptive"] * line["gan"], rel_tol=1e-4)
     assert (saved["gain"] < 1).all() and torch.equal(saved["frozen"], torch.ones(3))
@@ -274,6 +337,7 @@ def test_what_was_not_typed_comes_from_stage_1_and_the_rest_from_a_table(stage1,
     gan.take_over(args, VTPConfig(image_size=16, vision_patch_size=8))
     assert (args.data, args.val_data, args.seed, args.image, args.patch) == ("shapes:objects=1", None, 3, 16, 8)
     assert (args.steps, args.batch, args.lr, args.ema_decoder) == (600, 64, 1e-3, 0.99)                    # nano
+    assert args.clip_grad is None
     args = typed(monkeypatch, "--stage", 2, "--init", tmp_path, "--data", "shapes", "--image", 32, "--seed", 5)
     gan.take_over(args, VTPConfig())                                                      # released weights have no run.json
     assert (args.data, args.seed, args.image, args.steps, args.batch, args.w_gan) == ("shapes", 5, 32, 40_000, 512, 0.5)
@@ -296,6 +360,7 @@ def test_evaluation_reads_it(whole, monkeypatch, tmp_path):
     (["--init", "RUN", "--out", "RUN"], "is the run of stage 1 itself"),
     (["--init", "RUN", "--ema-decoder", "1.5"], "--ema-decoder 1.5: wanted 0 or more, and at most 1"),
     (["--init", "RUN", "--w-gan", "-1"], "--w-gan -1.0: wanted 0 or more"),
+    (["--init", "RUN", "--clip-grad", "-1"], "--clip-grad -1.0: wanted 0 or more"),
     (["--init", "RUN", "--steps", "0"], "--steps 0: wanted 1 or more"),
     (["--init", "EMPTY", "--data", "shapes"], "holds no config.json"),
     (["--init", "RUN", "--image", "8"], "--image 8 is too small for the discriminator: wanted 12 px or more"),

@@ -271,7 +271,7 @@ def test_want_of_memory_and_ctrl_c_are_not_the_samples_fault(zoo, monkeypatch):
 @pytest.mark.parametrize("language", [{"LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"LANG": "C", "PYTHONIOENCODING": "utf-8:strict"}])
 def test_the_sheet_is_drawn_of_such_a_folder_in_any_language(zoo, tmp_path, language):
     env = {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG", "PYTHON"))} | language
-    run = subprocess.run([sys.executable, str(ROOT / "data.py"), "--data", str(zoo), "--out", str(tmp_path / "sheet.png"), "--image", "24", "--local-image", "12"],
+    run = subprocess.run([sys.executable, str(ROOT / "data.py"), "--data", str(zoo), "--out", str(tmp_path / "sheet.png"), "--image", "24", "--local-image", "12", "--patch", "12"],
                          capture_output=True, env=env, cwd=ROOT)
     assert run.returncode == 0 and b"Traceback" not in run.stderr and b"Warning" not in run.stderr, run.stderr.decode(errors="replace")
     assert b"caf\\xe9 au lait" in run.stdout or "caf\u00e9 au lait".encode() in run.stdout         # the class, and so its captions, is the same in any locale

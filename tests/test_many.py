@@ -143,7 +143,7 @@ def test_a_run_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path):
     assert (tmp_path / "killed" / "model.safetensors").read_bytes() == (tmp_path / "left alone" / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGUSR1], ids=lambda s: s.name)
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda s: s.name)
 def test_a_signal_finishes_the_step_saves_and_exits_with_the_stated_status(tmp_path, how):
     run = start(tmp_path, "--steps", 5000, "--w-clip", 0, "--w-ssl", 0)
     while run.poll() is None and not (tmp_path / "log.jsonl").exists():
@@ -151,6 +151,7 @@ def test_a_signal_finishes_the_step_saves_and_exits_with_the_stated_status(tmp_p
     run.send_signal(how)
     said, _ = run.communicate(timeout=60)
     assert run.returncode == STOPPED == 75 and "saved; the same command goes on" in said
+    assert said.count("stopping after this step; press Ctrl-C again to end at once") == (how == signal.SIGINT)
     assert torch.load(tmp_path / "last.pt")["step"] == log(tmp_path)[-1]["step"]
 
 
@@ -164,6 +165,20 @@ def test_torchrun_starts_a_broken_run_again_and_it_goes_on(tmp_path):
     said, problems = run.communicate(timeout=300)
     assert run.returncode == 0, problems[-3000:]
     assert "holds a checkpoint of step" in said and [line["step"] for line in log(tmp_path / "run")] == list(range(1, 13))
+
+
+def test_workers_of_torchrun_save_after_any_number_of_signals(tmp_path):
+    """Ctrl-C may reach a worker twice, from the terminal and from torchrun, and SIGTERM may follow."""
+    run = start(tmp_path, "--steps", 5000, "--w-clip", 0, "--w-ssl", 0, processes=2)
+    while run.poll() is None and not (tmp_path / "log.jsonl").exists():
+        time.sleep(0.1)
+    workers = [int(pid) for pid in subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()]
+    for how in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+        for pid in workers:
+            os.kill(pid, how)
+    said, problems = run.communicate(timeout=120)
+    assert said.count("stopping after this step") == 1 and "KeyboardInterrupt" not in problems
+    assert "saved; the same command goes on" in said and torch.load(tmp_path / "last.pt")["step"] == log(tmp_path)[-1]["step"]
 
 
 def test_two_nodes_train_as_one_process(one, tmp_path):

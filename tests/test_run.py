@@ -3,7 +3,9 @@ import json
 import math
 import os
 import resource
+import runpy
 import signal
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 from vtp_min import run as rooms
-from vtp_min.run import FREE, Run, autocast, matmul_peak, metric, plain, write_aside
+from vtp_min.run import FREE, Run, autocast, matmul_peak, metric, move_to, plain, set_tf32, tf32_of, write_aside
 
 SETTINGS = {"size": "nano", "lr": 1e-3, "betas": (0.9, 0.98), "steps": 10, "workers": 0, "device": "cpu"}
 
@@ -180,6 +182,39 @@ def test_a_signal_asks_the_loop_to_stop_and_kills_nothing(tmp_path):
             signal.signal(s, handler)
 
 
+@pytest.fixture
+def listening(tmp_path, monkeypatch):
+    """A run that listens to signals; Python's handlers come back afterwards"""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    run, before = Run(tmp_path, SETTINGS), {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    run.finish_on_signals()
+    yield run
+    for s, handler in before.items():
+        signal.signal(s, handler)
+
+
+def test_the_first_ctrl_c_says_what_happens_and_the_second_ends_at_once(listening, capsys):
+    os.kill(os.getpid(), signal.SIGINT)
+    assert listening.stopping and capsys.readouterr().out == "\nstopping after this step; press Ctrl-C again to end at once\n"
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+    assert capsys.readouterr().out == ""
+
+
+def test_sigterm_before_or_after_ctrl_c_still_lets_the_step_finish(listening, capsys):
+    for s in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        os.kill(os.getpid(), s)
+    assert listening.stopping and capsys.readouterr().out.count("stopping") == 1
+
+
+def test_a_ctrl_c_that_torchrun_delivers_twice_lets_the_step_finish_and_is_said_once(listening, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    for s in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
+        os.kill(os.getpid(), s)
+    assert listening.stopping and capsys.readouterr().out == "\nstopping after this step\n"
+
+
 # ---------------------------------------------------------------- the walk through the steps
 CPU, FLAGS = torch.device("cpu"), Namespace(steps=6, batch=4, log_every=2, save_every=3, max_bad=0.1)
 
@@ -283,3 +318,55 @@ def test_autocast_narrows_matrix_products_alone():
 
 def test_the_machine_s_peak_is_measured_not_assumed():
     assert 1e7 < matmul_peak(torch.device("cpu"), "fp32", seconds=0.02) < 1e15
+
+
+@pytest.mark.parametrize("device, asynchronous", [("cuda", True), ("mps", False), ("cpu", False)])
+def test_only_cuda_is_sent_tensors_asynchronously(device, asynchronous):
+    """On MPS the values may be read before they have arrived."""
+    class Recorder:
+        def to(self, device, non_blocking=False):
+            return device.type, non_blocking
+    assert move_to(Recorder(), torch.device(device)) == (device, asynchronous)
+
+
+def test_non_blocking_stands_in_one_place():
+    found = [path.name for path in sources() if "non_blocking" in path.read_text()]
+    assert found == ["run.py"]
+
+
+def sources():
+    root = Path(rooms.__file__).parents[1]
+    return [*root.glob("*.py"), *root.glob("vtp_min/**/*.py"), *root.glob("study/**/*.py")]
+
+
+def test_tf32_is_set_and_named_on_cuda_alone():
+    matmul, cuda = torch.backends.cuda.matmul, torch.device("cuda")
+    before = matmul.allow_tf32
+    try:
+        for on in (True, False):
+            set_tf32(cuda, on)
+            assert matmul.allow_tf32 == on and tf32_of(cuda) == (", tf32 on" if on else ", tf32 off")
+            set_tf32(CPU, not on)
+            assert matmul.allow_tf32 == on and tf32_of(CPU) == "" == tf32_of(torch.device("mps"))
+    finally:
+        matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("words, on", [(("train.py",), True), (("dit.py", "latents"), True), (("dit.py", "train"), False),
+                                       (("dit.py", "sample"), True), (("eval.py", "recon"), False)],
+                         ids=str)
+def test_each_script_sets_tf32_as_its_reference_does(words, on, monkeypatch, tmp_path):
+    """Asked of the script itself, on a machine that pretends to have CUDA and stops there."""
+    class Enough(Exception):
+        pass
+
+    def seen(device, allowed):
+        raise Enough(device.type, allowed)
+    monkeypatch.setattr(rooms, "set_tf32", seen)
+    monkeypatch.setattr(rooms, "start", lambda device: torch.device("cuda"))
+    monkeypatch.setattr("vtp_min.dist.start", lambda device: torch.device("cuda"))
+    folders = ["--out", str(tmp_path)] + [str(tmp_path)] * (len(words) - 1)
+    monkeypatch.setattr("sys.argv", [*words, *folders])
+    with pytest.raises(Enough) as stopped:
+        runpy.run_path(str(Path(rooms.__file__).parents[1] / words[0]), run_name="__main__")
+    assert stopped.value.args == ("cuda", on)

@@ -11,15 +11,18 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from train import advice, cosine, entropy, param_groups, ramp, set_lr_and_decay, spread, stochastic_depth, warmup_cosine
-from vtp_min import VTPConfig, VTPModel
+from train import (advice, compile_blocks, cosine, entropy, forget_activations, param_groups, ramp, set_lr_and_decay, spread,
+                   stochastic_depth, warmup_cosine)
+from vtp_min import VTPConfig, VTPModel, vit
 from vtp_min.model import DINOHead, Student
 from vtp_min.run import TIMING
 
@@ -147,6 +150,96 @@ def test_a_step_with_a_loss_that_is_not_finite_is_skipped_and_changes_nothing(ou
     assert same(one["opt"]["state"], two["opt"]["state"])
 
 
+# ---------------------------------------------------------------- compiled, and in pieces
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
+def test_gradients_of_compiled_blocks_are_those_of_plain_ones(recompute, monkeypatch):
+    torch.manual_seed(0)
+    model, grads, counter = VTPModel(VTPConfig.of_size("pico", 16, 8, 16)), [], CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    torch._dynamo.reset()
+    image, text = torch.randn(2, 3, 16, 16), torch.randint(1, 99, (2, 8))
+    for compiled in (False, True):
+        if compiled:
+            if recompute:
+                forget_activations(model)
+            compile_blocks(model)
+        model.zero_grad()
+        outputs = [*model.trunk(image), model.get_clip_text_feature(text)]
+        sum(x.square().sum() for x in outputs).backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert counter.frame_count > 1 and grads[0].keys() == grads[1].keys()              # a block of the trunk and one of the text tower
+    for name, grad in grads[0].items():
+        assert torch.allclose(grads[1][name], grad, rtol=1e-4, atol=1e-5 * grad.abs().max().item()), name
+
+
+def test_a_run_with_compile_and_recompute_compiles_its_blocks(out, monkeypatch):
+    """From the second step on. Once, torch.compile skipped each checkpointed block without a word."""
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    torch._dynamo.reset()
+    here(out, "--steps", 2, "--compile", "--recompute", "--size", "pico", "--w-clip", 0, "--w-ssl", 0)
+    assert counter.frame_count > 0
+
+
+def passes(out, monkeypatch, *flags):
+    """-> how often a step in two pieces runs the student's trunk: (images, with gradients), (images, without), (crops, with), (crops, without)"""
+    counts, forward = dict.fromkeys([(x, g) for x in ("images", "crops") for g in (True, False)], 0), vit.VisionTransformer.forward
+
+    def counted(trunk, img, mask=None, **more):
+        if trunk.training:                                                             # the teacher's never is
+            counts["images" if mask is None else "crops", torch.is_grad_enabled()] += 1
+        return forward(trunk, img, mask=mask, **more)
+    monkeypatch.setattr(vit.VisionTransformer, "forward", counted)
+    lines = here(out, "--steps", 1, "--micro", 4, "--locals", 0, *flags)
+    return lines[0], tuple(counts.values())
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ([], (2, 2, 2, 2)),
+    (["--w-koleo", 0], (2, 2, 2, 0)),
+    (["--w-clip", 0], (2, 0, 2, 2)),
+    (["--w-clip", 0, "--w-koleo", 0], (2, 0, 2, 0)),
+    (["--w-clip", 0, "--w-rec", 0], (0, 0, 2, 2)),
+    (["--w-ssl", 0], (2, 2, 0, 0)),
+    (["--w-ssl", 0, "--w-clip", 0], (2, 0, 0, 0)),
+], ids=lambda x: " ".join(map(str, x)) if isinstance(x, list) else "")
+def test_the_first_pass_over_pieces_runs_for_what_clip_and_koleo_compare_and_nothing_else(out, monkeypatch, flags, expected):
+    """CLIP compares images, KoLeo crops: what the flags turn off costs no forward pass."""
+    line, found = passes(out, monkeypatch, *flags)
+    assert found == expected
+    assert ("koleo" in line) == (found[3] > 0) and ("spread" in line) == (found[2] > 0)
+
+
+def first_gradient(out, monkeypatch, *flags):
+    """-> the first step's gradient as one vector, its line of the log"""
+    found, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def kept(parameters, top):
+        parameters = [*parameters]
+        found.append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
+        return clip(parameters, top)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", kept)
+        line, = here(out, "--fresh", "--steps", 1, *flags)
+    return found[0], line
+
+
+def test_pieces_give_the_gradient_of_the_whole_in_bfloat16(out, monkeypatch):
+    """Losses are computed in float32 in both, so the same features give the same terms. Sums of bfloat16 gradients are taken in another order."""
+    flags = ["--precision", "bf16", "--size", "pico", "--batch", 16, "--batch-ssl", 16, "--batch-rec", 16, "--locals", 0, "--w-koleo", 1]
+    (one, line), (many, other) = (first_gradient(out, monkeypatch, *flags, "--micro", micro) for micro in (0, 4))
+    assert (one - many).norm() < 3e-3 * one.norm()
+    for name in ("clip", "dino", "ibot", "koleo", "rec", "teacher_entropy", "spread"):
+        assert math.isclose(line[name], other[name], rel_tol=2e-5), name
+
+
+def test_pieces_log_the_spread_of_the_whole_batch_with_and_without_koleo(whole, out):
+    """It is that of the features, whatever losses read them."""
+    line = here(out, "--steps", 1, "--micro", 4, "--w-koleo", 0)[0]
+    assert math.isclose(line["spread"], log(whole)[0]["spread"], rel_tol=1e-4)
+
+
+# ---------------------------------------------------------------- what is said
 def test_collapse_is_named_with_the_knob_that_helps_and_health_is_left_alone(capsys):
     args = Namespace(prototypes=256, batch=64, warmup=10, clip_loss="clip")
     health = {"teacher_entropy": 4.4, "spread": 0.9, "clip": 1.0}
@@ -158,6 +251,26 @@ def test_collapse_is_named_with_the_knob_that_helps_and_health_is_left_alone(cap
         assert advice(args, health | values, 5, warned) == "" and advice(args, health | values, 50, warned) == kind
         assert knob in capsys.readouterr().out
         assert advice(args, health | values, 60, warned) == kind and capsys.readouterr().out == ""      # said once, logged while it lasts
+
+
+@pytest.mark.parametrize("values, sentence", [
+    ({"clip": 4.5}, "clip 4.50 is at or above ln B = 4.16, the value of random guessing"),
+    ({"clip": math.log(64)}, "clip 4.16 is at or above ln B = 4.16, the value of random guessing"),
+    ({"clip": 4.1}, "clip 4.10 is less than 2 % below ln B = 4.16, the value of random guessing"),
+    ({"teacher_entropy": 5.54}, "the teacher's entropy 5.54 is within 1 % of its maximum, ln K = 5.55"),
+    ({"teacher_entropy": 0.05}, "the teacher's entropy 0.050 is below 2 % of its maximum, ln K = 5.55"),
+    ({"spread": 0.01}, "their spread is 0.010, that of random directions is 1"),
+], ids=str)
+def test_a_warning_states_the_value_and_the_limit_that_it_passed(values, sentence, capsys):
+    args = Namespace(prototypes=256, batch=64, warmup=10, clip_loss="clip")
+    assert advice(args, values, 50, set())
+    said = capsys.readouterr().out
+    assert sentence in said and said.startswith("\nwarning, step 51: ") and said.endswith(".\n")
+
+
+def test_siglip_has_no_value_of_random_guessing():
+    args = Namespace(prototypes=256, batch=64, warmup=10, clip_loss="siglip")
+    assert advice(args, {"clip": 9.0}, 50, set()) == ""
 
 
 def test_small_batches_are_remarked_upon_with_the_reason(out, capsys):

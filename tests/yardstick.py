@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 from vtp_min.fid import Conv
 from vtp_min.lightning import waves
-from vtp_min.losses import clip_loss, koleo_loss, sinkhorn, wide
+from vtp_min.losses import clip_loss, koleo_loss, sinkhorn, to_fp32
 from vtp_min.text import CausalAttention
 from vtp_min.views import VIEWS
 from vtp_min.vit import Attention, RMSNorm
@@ -62,9 +62,9 @@ def forward(student, batch, rows):
     """-> as Student.forward, in three passes and one more for the local crops. rows: of the buffer for hidden patches"""
     m = student.model
     cls, patches = m.trunk(batch["image"])                                     # words
-    out = {"img": F.normalize(wide(m.project(cls, patches)), dim=-1), "scale": m.logit_scale.exp()}
+    out = {"img": F.normalize(to_fp32(m.project(cls, patches)), dim=-1), "scale": m.logit_scale.exp()}
     text = F.pad(batch["text"], (0, 77 - batch["text"].shape[1]))
-    out["txt"] = F.normalize(wide(m.get_clip_text_feature(text, normalize=False)), dim=-1)
+    out["txt"] = F.normalize(to_fp32(m.get_clip_text_feature(text, normalize=False)), dim=-1)
     patches = m.trunk(batch["image"][batch["rec"]])[1]                         # pixels
     side = math.isqrt(patches.shape[1])
     out["pixels"] = m.pixel_decoder(m.latents(patches, side, side))
@@ -90,13 +90,13 @@ def teach(teacher, batch, rows, temp):
 
 
 def losses(out, targets, batch, tau=0.1):
-    dino, patch = F.log_softmax(wide(out["cls"]) / tau, -1), F.log_softmax(wide(out["patch"]) / tau, -1)
+    dino, patch = F.log_softmax(to_fp32(out["cls"]) / tau, -1), F.log_softmax(to_fp32(out["patch"]) / tau, -1)
     pairs = [-(targets["cls"][t] * dino[s]).sum(-1).mean() for t in range(2) for s in range(len(dino)) if s != t]
     return {"clip": clip_loss(out["img"], out["txt"], out["scale"]),
-            "koleo": sum(koleo_loss(wide(crop)) for crop in out["tokens"]),
+            "koleo": sum(koleo_loss(to_fp32(crop)) for crop in out["tokens"]),
             "dino": sum(pairs) / len(pairs),
             "ibot": -((targets["patch"] * patch).sum(-1) * batch["mask_weight"]).sum() / batch["mask"].flatten(0, 1).shape[0],
-            "rec": (wide(out["pixels"]) - batch["image"][batch["rec"]]).abs().mean()}
+            "rec": (to_fp32(out["pixels"]) - batch["image"][batch["rec"]]).abs().mean()}
 
 
 def optimizer(groups, betas, eps):

@@ -7,9 +7,18 @@
     python train.py --baseline ldm
     python train.py --baseline vavae --encoder RUN        RUN: a run of train.py, or released weights; rae likewise
 L1 + LPIPS + GAN, optimizer, EMA and run folder are those of stage 2 (gan.py); evaluation and DiT read a baseline's run as any other: see `load`.
+That is one recipe for all three, mostly RAE's, so that they compare. LDM and VA-VAE themselves have
+Adam with betas 0.5 and 0.9 at a constant learning rate, no EMA, and the GAN from step 50001 and 5001 on;
+none of the three clips gradients. L1 stays in the units of each: pixels in [0, 1] for RAE, else in [-1, 1].
 The paper's VA-VAE and RAE stand on DINOv2; ours on any VTPModel, so Fig. 8 and 9 are re-enacted, not repeated. What LDM, VA-VAE and RAE draw (noise) depends on the rank:
 a resumed run draws the same, another number of processes does not.
-Their papers publish more settings than VTP does; each constant names its source. Read from memory of LDM's, VA-VAE's and RAE's papers and code, none of which was at hand.
+Their papers publish more settings than VTP does; each constant names its source:
+
+    LDM     CompVis/latent-diffusion  configs/autoencoder/autoencoder_kl_*.yaml
+                                      ldm/modules/losses/contperceptual.py
+    VA-VAE  hustvl/LightningDiT       vavae/configs/f16d32_vfdinov2.yaml
+                                      vavae/ldm/modules/losses/contperceptual.py
+    RAE     bytetriper/RAE            configs/stage1/training/DINOv2-B_decXL.yaml, src/stage1/rae.py
 
 B images    d latent channels    D width of the frozen encoder    h, w latent grid    N = h*w
 """
@@ -18,6 +27,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -25,14 +35,17 @@ from torch import nn
 
 from . import gan
 from .dist import say, total, world
-from .losses import Perceptual, rec_loss, wide
+from .losses import Perceptual, to_fp32
 from .model import SIZES, SMALL, VTPConfig, VTPModel, load_weights
 from .run import machine, write_aside
 
 KL = 1e-6                    # weight of the KL term: LDM
+DATA_RANGE = 2               # L1 of pixels in [-1, 1]: LDM, VA-VAE; see gan.pixel_losses
 MARGINS = 0.5, 0.25          # m1 of the cosine loss, m2 of the matrix loss: VA-VAE
 W_ALIGN = 0.1                # weight of both together: VA-VAE's w_hyper
 TAU = 0.8                    # largest noise on the latents that RAE's decoder sees: RAE
+ATTENTION = 16               # levels downsampled by this or more have attention: LDM at 256 px,
+                             # on 16 px at f16, on 16 and 8 at f32, on none at f4 and f8
 WIDTHS = dict.fromkeys(SMALL, 32)        # channels at full resolution: nano's is ours; S, B and L all mean the paper's one CNN, LDM's 128
 MULTIPLES = {4: [1, 2, 4], 8: [1, 2, 4, 4], 16: [1, 1, 2, 2, 4], 32: [1, 1, 2, 2, 4, 4]}     # patch: what the width is multiplied by, level by level: LDM
 DEFAULTS = gan.DEFAULTS | {  # flag: (nano, larger, where the second comes from): stage 2's (mostly RAE's) for all three, so that they compare
@@ -43,7 +56,7 @@ DEFAULTS = gan.DEFAULTS | {  # flag: (nano, larger, where the second comes from)
 FLAGS = ("baseline", "encoder", "size", "patch", "latent_dim", "light_decoder", "w_gan", "gan_start", "ema_decoder", *(name for name in gan.SHARED if name != "stage"))
 
 
-# ---------------------------------------------------------------- LDM's autoencoder: convolutions, and attention where the grid is smallest
+# ---------------------------------------------------------------- LDM's autoencoder: convolutions, and attention where the grid is small
 def norm(c):
     return nn.GroupNorm(32, c, eps=1e-6)
 
@@ -83,16 +96,22 @@ def middle(c):
     return [ResBlock(c, c), Attention(c), ResBlock(c, c)]
 
 
-def level(a, b, depth, lowest):
-    """`depth` blocks from a to b channels; on the smallest grid each is followed by attention"""
-    return [layer for i in range(depth) for layer in (ResBlock(b if i else a, b), *([Attention(b)] if lowest else []))]
+def level(i, a, b, depth):
+    """Level i, downsampled by 2**i: `depth` blocks from a to b channels, with attention after each
+    if the grid is small"""
+    layers = []
+    for k in range(depth):
+        layers.append(ResBlock(b if k else a, b))
+        if 2 ** i >= ATTENTION:
+            layers.append(Attention(b))
+    return layers
 
 
 def conv_encoder(widths, depth, out):
     """img (B, 3, H, W) -> (B, out, h, w)      widths  the channels of each level, finest first"""
     layers, last = [nn.Conv2d(3, widths[0], 3, padding=1)], len(widths) - 1
     for i, c in enumerate(widths):
-        layers += level(widths[max(i - 1, 0)], c, depth, i == last) + ([halve(c)] if i < last else [])
+        layers += level(i, widths[max(i - 1, 0)], c, depth) + ([halve(c)] if i < last else [])
     return nn.Sequential(*layers, *middle(c), norm(c), nn.SiLU(), nn.Conv2d(c, out, 3, padding=1), nn.Conv2d(out, out, 1))
 
 
@@ -101,7 +120,7 @@ def conv_decoder(widths, depth, latent_dim):
     c, last = widths[-1], len(widths) - 1
     layers = [nn.Conv2d(latent_dim, latent_dim, 1), nn.Conv2d(latent_dim, c, 3, padding=1), *middle(c)]
     for i in reversed(range(len(widths))):
-        layers += level(widths[min(i + 1, last)], widths[i], depth + 1, i == last) + ([double(widths[i])] if i else [])
+        layers += level(i, widths[min(i + 1, last)], widths[i], depth + 1) + ([double(widths[i])] if i else [])
     return nn.Sequential(*layers, norm(widths[0]), nn.SiLU(), nn.Conv2d(widths[0], 3, 3, padding=1))
 
 
@@ -131,7 +150,8 @@ class LDMConfig:
 
 
 class LDM(nn.Module):
-    """The convolutional autoencoder. A picture becomes a Gaussian in every place: training draws from it, evaluation takes its mean."""
+    """The convolutional autoencoder. An image becomes a Gaussian at every place: training and the
+    latents for a DiT take samples, evaluation takes the mean."""
 
     def __init__(self, config):
         super().__init__()
@@ -143,16 +163,25 @@ class LDM(nn.Module):
 
     def moments(self, img):
         """-> mean, log-variance of the latents, each (B, d, h, w)"""
-        mean, logvar = wide(self.encoder(img)).chunk(2, 1)
+        mean, logvar = to_fp32(self.encoder(img)).chunk(2, 1)
         return mean, logvar.clamp(-30, 20)                                       # LDM
 
-    def get_reconstruction_latents(self, img):
-        """(B, 3, H, W) ImageNet-normalised -> z (B, d, h, w)"""
-        return self.moments(img)[0]
+    def get_reconstruction_latents(self, image):
+        """image (B, 3, H, W), ImageNet-normalised -> latents (B, d, h, w)"""
+        return self.moments(image)[0]
 
-    def get_latents_decoded_images(self, z):
-        """(B, d, h, w) -> (B, 3, H, W) ImageNet-normalised, not clamped"""
-        return self.decoder(z)
+    def sample_latents(self, image, rngs):
+        """image (B, 3, H, W), rngs: a numpy Generator for each -> samples of the latents (B, d, h, w)
+
+        A DiT learns from samples, not from means: LDM, and LightningDiT's extract_features.py.
+        """
+        mean, logvar = self.moments(image)
+        noise = [rng.standard_normal(mean.shape[1:], dtype="float32") for rng in rngs]
+        return drawn(mean, logvar, torch.from_numpy(np.stack(noise)).to(mean))
+
+    def get_latents_decoded_images(self, latents):
+        """latents (B, d, h, w) -> images (B, 3, H, W), ImageNet-normalised, not clamped"""
+        return self.decoder(latents)
 
     def save_pretrained(self, folder):
         """config.json + model.safetensors, each written aside and renamed"""
@@ -185,8 +214,10 @@ def load(folder):
 
 
 # ---------------------------------------------------------------- what each of them paints, and what it is told besides L1 + LPIPS
-def drawn(mean, logvar):
-    return mean + (logvar / 2).exp() * torch.randn_like(mean)
+def drawn(mean, logvar, noise=None):
+    """A sample of the Gaussians; noise from N(0, 1), by default torch's next"""
+    noise = torch.randn_like(mean) if noise is None else noise
+    return mean + (logvar / 2).exp() * noise
 
 
 def kl_loss(mean, logvar):
@@ -197,7 +228,7 @@ def kl_loss(mean, logvar):
 def paint_ldm(model, img):
     """img (B, 3, H, W) -> pixels, {'kl'}
 
-    LDM sums its losses over a picture's 3HW values where ours are means of them, so its KL is divided by their number too.
+    LDM sums its losses over the 3HW values of an image and we take their mean, so KL is divided by 3HW.
     """
     mean, logvar = model.moments(img)
     return model.get_latents_decoded_images(drawn(mean, logvar)), {"kl": KL * kl_loss(mean, logvar) / img[0].numel()}
@@ -214,7 +245,8 @@ def mcos_loss(z, f, margin=MARGINS[0]):
 def mdms_loss(z, f, margin=MARGINS[1]):
     """Two places are as alike in the latents as in the features, up to a margin.   VA-VAE, marginal distance matrix similarity
 
-    z (B, d, h, w) latents      f (B, D, h, w) features      The widths may differ: only angles within each are compared.
+    z (B, D, h, w) projected latents      f (B, D, h, w) features
+    Only angles within each are compared.
     """
     a, b = (F.normalize(x.flatten(2), dim=1) for x in (z, f))
     return F.relu((a.transpose(1, 2) @ a - b.transpose(1, 2) @ b).abs() - margin).mean()           # of (B, N, N)
@@ -226,34 +258,36 @@ def features(encoder, img, h, w):
     if img.shape[-2:] != (h * p, w * p):
         img = F.interpolate(img, (h * p, w * p), mode="bicubic", antialias=True)                   # ours
     with torch.no_grad():
-        return wide(encoder.trunk(img)[1].transpose(1, 2).unflatten(2, (h, w)))
+        return to_fp32(encoder.trunk(img)[1].transpose(1, 2).unflatten(2, (h, w)))
 
 
 def as_strong_as(rec, other, at):
     """|slope of rec| / |slope of other| at the parameter `at`, over the whole batch: what makes the two pull alike.   VA-VAE's w_adaptive, after VQGAN"""
     a, b = (total(torch.autograd.grad(x, at, retain_graph=True)[0]).norm() / world() for x in (rec, other))
-    return (a / (b + 1e-4)).clamp(0, 1e8)                                                          # 1e-4: VQGAN; 1e8: VA-VAE, as we remember it
+    return (a / (b + 1e-4)).clamp(0, 1e8)                                     # 1e-4, 1e8: VA-VAE
 
 
 def paint_vavae(encoder, perceptual, model, img):
     """img (B, 3, H, W) -> pixels, {'kl', 'align'}
 
-    Not known to us: whether the matrix loss reads the latents, as here, or their projection.
+    Both losses of `align` read the projected latents, as in VA-VAE's code.
     """
     mean, logvar = model.moments(img)
     z = drawn(mean, logvar)
     pixels = model.get_latents_decoded_images(z)
     f = features(encoder, img, *z.shape[-2:])
-    with torch.autocast(img.device.type, enabled=False):                                           # angles want float32
-        align = mcos_loss(model.project(z), f) + mdms_loss(z, f)
-    strength = as_strong_as(sum(rec_loss(wide(pixels), img, perceptual)), align, model.encoder[-2].weight)      # [-2]: its last 3x3 convolution
+    with torch.autocast(img.device.type, enabled=False):                      # losses and gradients in float32
+        projected = model.project(z)                                          # (B, D, h, w)
+        align = mcos_loss(projected, f) + mdms_loss(projected, f)
+        rec = sum(gan.pixel_losses(pixels, img, perceptual, DATA_RANGE))
+        strength = as_strong_as(rec, align, model.encoder[-2].weight)         # its last 3x3 convolution
     return pixels, {"kl": KL * kl_loss(mean, logvar) / img[0].numel(), "align": W_ALIGN * strength * align}
 
 
 def paint_rae(model, img):
     """img (B, 3, H, W) -> pixels, {}      The decoder sees latents with noise of a size drawn per picture, so that it forgives a DiT its errors.   RAE
 
-    Sizes are uniform up to TAU (RAE's code as we remember it; its paper has |N(0, TAU^2)|), in units of the features before the last norm's gain:
+    Sizes are uniform up to TAU (RAE's code; its paper has |N(0, TAU^2)|), in units of the features before the last norm's gain:
     RAE drops that gain, here the encoder stays as it is.
     """
     with torch.no_grad():
@@ -283,13 +317,15 @@ def train(args):
     if args.baseline == "rae":
         model, paint = rae(encoder, args.size, args.image, args.light_decoder), paint_rae
         last = model.pixel_decoder.proj_out.weight
+        data_range = 1                                                        # pixels in [0, 1]: RAE
     else:
         model = LDM(LDMConfig.of_size(args.size, args.image, args.patch, args.latent_dim, encoder and encoder.config.vision_embed_dim))
         perceptual = Perceptual(args.perceptual).to(device) if encoder and args.perceptual != "none" else None
         paint = partial(paint_vavae, encoder, perceptual) if encoder else paint_ldm
         last = model.decoder[-1].weight
+        data_range = DATA_RANGE
     say(f"baseline     {args.baseline}{f', frozen encoder {args.encoder}' if encoder else ''}; latents {args.latent_dim} x {args.image // args.patch} x {args.image // args.patch}")
-    return gan.fit(args, model.to(device), paint, device, precision, last)
+    return gan.fit(args, model.to(device), paint, device, precision, last, data_range)
 
 
 def take_over(args, encoder):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torchvision.transforms.functional import to_pil_image
+from PIL import Image
 
 from data import ASSETS, is_picture, open_data
 
@@ -46,7 +46,8 @@ def paint(target, back, files, out):
     for name, value in zip(files, psnr(a, F.interpolate(b, side, mode="area")).tolist()):
         metric(out, "PSNR", value, f"{name}, ADM crop {side} px, fp32")
     page = torch.cat([torch.cat([*x], 2) for x in (F.interpolate(a, painted), b)], 1)                # (3, 2 painted, n painted)
-    to_pil_image(page.cpu()).save(Path(out, "check.png"))
+    page = (255 * page).byte().permute(1, 2, 0).cpu().numpy()                                         # (2 painted, n painted, 3)
+    Image.fromarray(page).save(Path(out, "check.png"))
     say(f"wrote {Path(out, 'check.png')}: originals over reconstructions")
 
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 def on(): return dist.is_available() and dist.is_initialized()
 def rank(): return dist.get_rank() if on() else 0
 def world(): return dist.get_world_size() if on() else 1
+def under_torchrun(): return "TORCHELASTIC_RUN_ID" in os.environ
 def say(*words): print(*words, flush=True) if rank() == 0 else None
 
 

@@ -19,10 +19,9 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
-from tqdm import trange
 
 from .dist import on, rank, say, total, wait, world
-from .run import write_aside
+from .run import ProgressBar, write_aside
 from .weights import find
 
 
@@ -455,7 +454,7 @@ def train_judge(images, labels, n_classes, val_images, val_labels, steps=2400, b
         opt = torch.optim.AdamW(judge.parameters(), lr, weight_decay=0.05)
         rate = torch.optim.lr_scheduler.OneCycleLR(opt, lr, steps, pct_start=0.2)
         order = torch.cat([torch.randperm(len(images)) for _ in range(steps * batch // len(images) + 1)])       # epoch after epoch
-        for step in trange(steps, desc="judge", disable=not progress or rank() > 0):
+        for step in ProgressBar(range(steps), desc="judge", unit="step", disable=not progress or rank() > 0):
             rows = order[step * batch:][:batch]
             x = disturb(images[rows].float(), mirror).to(device)          # drawn on the CPU: the same for every device
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):

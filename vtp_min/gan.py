@@ -1,15 +1,24 @@
 """Stage 2 of VTP: the tokenizer stands still, and its decoder learns to paint what a discriminator takes for real.   VTP Sec. 3.2
 
     loss = L1 + LPIPS + w_gan * a * gan          a = |slope of L1 + LPIPS| / |slope of gan| at the decoder's last layer: VQGAN's adaptive weight
+                                                 L1 of pixels in [0, 1]: RAE's units
 
 A GAN and a ViT get on badly (large gradients, Sec. 3.2), hence the second stage: the latents stay what they are, to the bit, so a DiT trained
 on them needs no retraining. The paper publishes nothing else of it. PatchGAN, hinge losses and adaptive weight are those of VQGAN
-(Esser et al. 2021) and LDM (Rombach et al. 2022); optimizer, EMA and the discriminator's head start those of RAE (Zheng et al. 2025), where a ViT
-decodes too. Their values are quoted from memory: neither their papers nor their code were at hand.
+(Esser et al. 2021) and LDM (Rombach et al. 2022); optimizer, learning rate, EMA, the units of L1
+and the start of the discriminator are those of RAE (Zheng et al. 2025), where a ViT decodes too.
+
+    VQGAN  CompVis/taming-transformers  configs/imagenet_vqgan.yaml
+                                        taming/modules/losses/vqperceptual.py
+    LDM    CompVis/latent-diffusion     configs/autoencoder/autoencoder_kl_*.yaml
+                                        ldm/modules/losses/contperceptual.py, ldm/modules/ema.py
+    RAE    bytetriper/RAE               configs/stage1/training/DINOv2-B_decXL.yaml
+                                        src/train_stage1.py
 
     python train.py --stage 2 --init runs/vtp        leaves runs/vtp-gan, a run like any other (vtp_min/run.py)
 
     Discriminator, hinge_*, adaptive_weight    the discriminator and what it says
+    pixel_losses                               L1 + LPIPS in the units of the source
     fit                                        trains whatever of a model asks for gradients, by these losses; baselines.py trains by it too
     train, flags                               stage 2: what stands still, what is taken over from stage 1
 
@@ -27,22 +36,26 @@ from torch.nn.utils import clip_grad_norm_
 from data import Steps, batches, open_data
 
 from .dist import rank, say, stop, total, world
-from .losses import Perceptual, rec_loss, wide
+from .losses import Perceptual, to_fp32
 from .model import SMALL, VTPModel
-from .run import STOPPED, Run, autocast, machine
-from .views import PAINT, lots, normalize
+from .run import STOPPED, Run, autocast, machine, move_to, tf32_of
+from .schedules import warmup_cosine
+from .views import PAINT, STD, lots, normalize
 
 DEFAULTS = {   # flag: (nano, larger, where the second comes from). nano's are ours, for a CPU. L1 and LPIPS weigh 1 and 1, as in stage 1 (RAE too)
     "steps": (600, 40_000, "RAE: 16 epochs of ImageNet, in batches of 512"),
     "batch": (64, 512, "RAE"),
-    "lr": (2e-4, 2e-4, "RAE; constant after warm-up, as VQGAN and LDM"),
+    "lr": (2e-4, 2e-4, "RAE; after warm-up a cosine to 2e-5"),
+    "clip_grad": (None, None, "no clipping: RAE"),
     "w_gan": (0.5, 0.5, "LDM; VQGAN 0.8, RAE 0.75"),
     "ema_decoder": (0.99, 0.9978, "RAE; LDM and VQGAN have none in their autoencoders"),
 }
 BETAS = (0.9, 0.95)              # AdamW of the decoder, without weight decay: RAE
 BETAS_DISC = (0.5, 0.9)          # of the discriminator: VQGAN
+LR_FLOOR = 2e-5                  # learning rate at the end of the cosine: RAE
 WARMUP = 1 / 16                  # share of the run: RAE's one epoch of 16
-HEAD_START = 1 / 8               # share of the run during which the discriminator learns before the decoder listens to it: RAE's epochs 6 to 8 of 16
+GAN_START = 1 / 2                # share of the run without the GAN loss: RAE's epochs 0 to 8 of 16
+HEAD_START = 1 / 8               # share before it in which the discriminator learns: RAE's 6 to 8
 FLOOR, TOP = 1e-4, 1e4           # adaptive weight: added to the gan's slope, and the most it may be: VQGAN
 OWN = ("init", "w_gan", "gan_start", "ema_decoder")
 SHARED = ("out", "fresh", "data", "val_data", "image", "steps", "batch", "perceptual", "lr", "warmup", "clip_grad", "seed", "workers", "device",
@@ -100,6 +113,28 @@ def adaptive_weight(rec, gan):
 
 
 # ---------------------------------------------------------------- the training
+def pixel_losses(pixels, target, perceptual, data_range):
+    """L1 and LPIPS, each with weight 1, between images (B, 3, H, W), ImageNet-normalised -> two scalars
+
+    data_range  range of the pixels in the source: 1 for [0, 1] (RAE), 2 for [-1, 1] (LDM, VA-VAE).
+                Stage 1 takes L1 of ImageNet-normalised pixels: 4.4 and 2.2 times as much.
+    """
+    pixels = to_fp32(pixels)
+    target = to_fp32(target)
+    error = data_range * STD.to(pixels) * (pixels - target)
+    l1 = error.abs().mean()
+    return l1, perceptual(pixels, target) if perceptual else l1.new_zeros(())
+
+
+def ema_decay(step, decay):
+    """EMA warm-up: a lower decay during the first steps, 2/11, 3/12, ...   LDM's LitEma
+
+    It counts a step before it averages, hence 2/11 and not 1/10 in the first one.
+    """
+    updates = step + 1
+    return min(decay, (1 + updates) / (10 + updates))
+
+
 class Painter(nn.Module):
     """What DistributedDataParallel wraps: paint as the forward of a module"""
     def __init__(self, model, paint):
@@ -110,7 +145,7 @@ class Painter(nn.Module):
         return self.paint(self.model, img)
 
 
-def fit(args, model, paint, device, precision, last):
+def fit(args, model, paint, device, precision, last, data_range=1):
     """Train what of `model` asks for gradients on L1 + LPIPS + GAN -> the exit status: 0, or STOPPED when a signal ended it early
 
     args    out, fresh, data, seed, image, patch, steps, batch, lr, warmup, clip_grad, w_gan, gan_start, ema_decoder, perceptual, workers, max_bad, log_every, save_every
@@ -118,12 +153,15 @@ def fit(args, model, paint, device, precision, last):
     paint   (model, img (B, 3, H, W) ImageNet-normalised) -> pixels, the same; {name: further terms of the loss (), already weighted}
             What it draws with torch follows from seed, step and rank: a resumed run draws the same
     last    the parameter nearest to the pixels: where the adaptive weight compares slopes
+    data_range  units of L1, see pixel_losses
     """
     settings = vars(args) | {"precision": precision, "machine": str(device)}
     warmup, ahead = (max(round(args.steps * share), 1) for share in (WARMUP, HEAD_START))      # not settings: --steps may change when a run goes on
     warmup = warmup if args.warmup is None else args.warmup
-    listens = ahead if args.gan_start is None else args.gan_start                             # the step from which the decoder listens
-    judges = listens - ahead                                                                  # and that from which the discriminator learns
+    listens = args.gan_start                                      # the decoder listens from this step on
+    if listens is None:
+        listens = round(args.steps * GAN_START)
+    judges = max(listens - ahead, 0)                              # the discriminator learns from this
 
     torch.manual_seed(args.seed)
     trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
@@ -146,7 +184,7 @@ def fit(args, model, paint, device, precision, last):
         for k, e in ema.items():
             e.copy_(run.state["ema"][k])
         run.state = None                                                                # free its memory
-    introduce(args, trained, disc, source, listens, device, precision)
+    introduce(args, trained, disc, source, listens, data_range, device, precision)
     painter, judge = Painter(model, paint), disc
     if world() > 1:
         ids = [device] if device.type == "cuda" else None
@@ -170,11 +208,15 @@ def fit(args, model, paint, device, precision, last):
 
     warned = set()
     for step, batch in run.walk(args, data.rows, batches(data, run.first, args.steps, args.workers), device, precision, keep, export):
-        lr = args.lr * min((step + 1) / warmup, 1) if warmup else args.lr
-        for optimizer in (opt, opt_disc) if disc else (opt,):
-            optimizer.param_groups[0]["lr"] = lr
-            optimizer.zero_grad()
-        img = normalize(batch["image"].to(device, non_blocking=True)).to(torch.get_default_dtype())
+        lr = warmup_cosine(step, args.lr, warmup, args.steps, LR_FLOOR)
+        opt.param_groups[0]["lr"] = lr
+        opt.zero_grad()
+        if disc:
+            own_step = max(step - judges, 0)                      # its schedule counts its own: RAE
+            lr_disc = warmup_cosine(own_step, args.lr, warmup, args.steps, LR_FLOOR)
+            opt_disc.param_groups[0]["lr"] = lr_disc
+            opt_disc.zero_grad()
+        img = normalize(move_to(batch["image"], device)).to(torch.get_default_dtype())
         torch.manual_seed(int(lots(PAINT, args.seed, step, rank()).integers(2 ** 63)))
         judged, heard = disc and step >= judges, disc and step >= listens
 
@@ -182,13 +224,13 @@ def fit(args, model, paint, device, precision, last):
         with run.counting():
             with autocast(device, precision):
                 pixels, terms = painter(img)
-            pixels = wide(pixels)                                                       # (B, 3, H, W)
-            l1, lpips = rec_loss(pixels, img, perceptual)
+            pixels = to_fp32(pixels)                                                    # (B, 3, H, W)
+            l1, lpips = pixel_losses(pixels, img, perceptual, data_range)
             pull, more = slope(l1 + lpips, pixels), sum(terms.values())                 # a loss at the pixels: its slope there is all that goes on to the decoder
             loss, terms, gauges = l1 + lpips + more, {"l1": l1, **({"lpips": lpips} if perceptual else {}), **terms}, {}
             if heard:                                                                   # the decoder's side of the game
                 with autocast(device, precision):
-                    gan = hinge_g(wide(disc(pixels)))
+                    gan = hinge_g(to_fp32(disc(pixels)))
                 push = slope(gan, pixels)
                 a = adaptive_weight(*(slope((pixels * s).sum(), last) for s in (pull, push)))
                 pull, loss = pull + args.w_gan * a * push, loss + args.w_gan * a * gan
@@ -196,12 +238,12 @@ def fit(args, model, paint, device, precision, last):
             scaler.scale((pixels * pull).sum() + more).backward()
             if judged:                                                                  # the discriminator's side, on the same pictures
                 with autocast(device, precision):
-                    real, fake = wide(judge(torch.cat([img, pixels.detach()]))).chunk(2)    # (B, 1, h, w) each
+                    real, fake = to_fp32(judge(torch.cat([img, pixels.detach()]))).chunk(2)    # (B, 1, h, w) each
                 terms["disc"] = hinge_d(real, fake)
                 scaler.scale(terms["disc"]).backward()
                 gauges |= {"d_real": real.mean(), "d_fake": fake.mean(), "right": ((real > 0).float().mean() + (fake < 0).float().mean()) / 2}
         scaler.unscale_(opt)
-        norm = clip_grad_norm_(trained.values(), args.clip_grad)
+        norm = clip_grad_norm_(trained.values(), args.clip_grad or inf)       # None, 0: no clipping
         norm_disc = norm.new_zeros(())
         if judged:
             scaler.unscale_(opt_disc)
@@ -210,7 +252,7 @@ def fit(args, model, paint, device, precision, last):
             scaler.step(opt)
             if judged:
                 scaler.step(opt_disc)
-            follow(ema, trained, min(args.ema_decoder, (1 + step) / (10 + step)))       # LDM: a young average forgets faster
+            follow(ema, trained, ema_decay(step, args.ema_decoder))
         scaler.update()
         # ================================================================
 
@@ -231,26 +273,37 @@ def follow(ema, trained, m):
 
 
 def advice(right, step, warned):
-    """What it means when the game is one-sided, and which knob helps: said once a kind, and in the log while it lasts"""
-    kinds = {"discriminator always right": (right > 0.98, f"the discriminator is right about {right:.0%} of what it sees, whatever the decoder paints: its advice is worth little. "
-                                                          "Try a larger --w-gan, --gan-start 0 (no head start), a larger --batch"),
-             "discriminator guesses": (right < 0.52, f"the discriminator is right about {right:.0%} of what it sees: either the pictures pass for real, or it is blind and what it asks "
-                                                     "of the decoder is noise. If they look worse than before: a smaller --w-gan, a larger --batch, a longer run")}
-    found = {kind: words for kind, (true, words) in kinds.items() if true}
+    """Warn if the discriminator always or never wins, and name the flags that may help -> the kind, for the log
+
+    right  the share of patches that it classifies correctly. Each kind is printed once.
+    """
+    found = {}
+    if right > 0.98:
+        found["discriminator always right"] = (
+            f"the discriminator classifies {right:.0%} of the patches correctly (50% is guessing), "
+            f"so its gradient tells the decoder little. Try a larger --w-gan, --gan-start 0 "
+            f"(no head start) or a larger --batch.")
+    if right < 0.52:
+        found["discriminator guesses"] = (
+            f"the discriminator classifies {right:.0%} of the patches correctly, not clearly more "
+            f"often than by guessing (50%): either reconstructions look real, or it has learned nothing and its "
+            f"gradient is noise. If images look worse than before, try a smaller --w-gan, "
+            f"a larger --batch or a longer run.")
     for kind in found.keys() - warned:
         say(f"\nwarning, step {step + 1}: {found[kind]}")
         warned.add(kind)
     return ", ".join(found)
 
 
-def introduce(args, trained, disc, source, listens, device, precision):
+def introduce(args, trained, disc, source, listens, data_range, device, precision):
     def count(parameters):
         return f"{sum(p.numel() for p in parameters) / 1e6:.2f}M"
-    say(f"losses       L1 1, LPIPS {1 if args.perceptual != 'none' else 'none (--perceptual none: L1 alone keeps the shapes)'}, "
+    units = {1: "[0, 1]", 2: "[-1, 1]"}[data_range]
+    say(f"losses       L1 1 of pixels in {units}, LPIPS {1 if args.perceptual != 'none' else 'none (--perceptual none: L1 alone keeps the shapes)'}, "
         f"gan {f'{args.w_gan:g} x adaptive, heard from step {listens + 1} on' if disc else 'none (--w-gan 0)'}   EMA {args.ema_decoder:g}")
     say(f"model        {count(trained.values())} parameters are trained" + (f", the discriminator has {count(disc.parameters())}" if disc else ""))
     say(f"data         {source.spec}, {args.image} px   batch {args.batch} over {world()} process(es)")
-    say(f"machine      {device}, {precision}, {torch.get_num_threads()} threads")
+    say(f"machine      {device}, {precision}{tf32_of(device)}, {torch.get_num_threads()} threads")
 
 
 # ---------------------------------------------------------------- stage 2
@@ -298,7 +351,8 @@ def refuse_nonsense(typed):
     for name in ("image", "patch", "latent_dim", "steps", "batch", "log_every", "save_every"):
         if typed.get(name, 1) < 1:
             raise ValueError(f"{spelled([name])} {typed[name]}: wanted 1 or more")
-    for name, top in (("w_gan", inf), ("gan_start", inf), ("ema_decoder", 1), ("max_bad", 1)):
+    most = {"w_gan": inf, "gan_start": inf, "clip_grad": inf, "ema_decoder": 1, "max_bad": 1}
+    for name, top in most.items():
         if not 0 <= typed.get(name, 0) <= top:
             raise ValueError(f"{spelled([name])} {typed[name]}: wanted 0 or more" + ", and at most 1" * (top == 1))
 

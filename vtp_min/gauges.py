@@ -4,34 +4,67 @@ import math
 import torch.nn.functional as F
 
 from .dist import say, total, world
-from .losses import wide
+from .losses import full_precision, to_fp32
 
 
+@full_precision()
 def entropy(p):
-    """Mean entropy of the teacher's answers, in nats. ln K: it says nothing (collapse). 0: one prototype each."""
+    """Mean entropy of the teacher's probabilities (..., K), in nats.
+
+    ln K: all prototypes are equally likely. 0: each row has a single prototype. Both are collapses.
+    """
+    p = to_fp32(p)
     return -(p * p.clamp_min(1e-30).log()).sum(-1).mean()
 
 
+@full_precision()
 def spread(x):
-    """How far class tokens (B, D) of all ranks lie apart: 1 random directions, 0 all in one place (collapse)"""
-    center = total(F.normalize(wide(x.detach()), dim=-1).mean(0)) / world()
+    """Root-mean-square distance of the normalised class tokens (B, D) of all ranks from their mean.
+
+    1: random directions. 0: all equal (collapse).
+    """
+    center = total(F.normalize(to_fp32(x.detach()), dim=-1).mean(0)) / world()
     return (1 - center.square().sum()).clamp_min(0).sqrt()
 
 
 def advice(args, values, step, warned):
-    """What the gauges say when something has collapsed, and which knob helps: said once a kind, and in the log while it lasts. After warm-up only."""
-    lnK, lnB = math.log(args.prototypes), math.log(args.batch)
-    entropy, spread, clip = values.get("teacher_entropy", lnK / 2), values.get("spread", 1.0), values.get("clip", 0.0)
-    kinds = {"uniform teacher": (entropy > 0.99 * lnK, f"the teacher's entropy {entropy:.2f} is ln K = {lnK:.2f}: it says nothing, DINO and iBOT teach nothing yet. "
-                                                       "If it stays: a lower --teacher-temp, fewer --prototypes, a larger --batch-ssl, a smaller --lr"),
-             "constant teacher": (entropy < 0.02 * lnK, f"the teacher's entropy {entropy:.3f} is near 0: it is certain of everything, often of one prototype for all. Try --teacher sinkhorn, "
-                                                        "a higher --teacher-temp, a larger --ema"),
-             "collapsed features": (spread < 0.05, f"class tokens hardly differ (spread {spread:.3f}; random ones have 1). Try a smaller --lr, a longer --warmup, "
-                                                   "--w-koleo 0.1, a larger --ema"),
-             "blind contrast": (clip > 0.98 * lnB and args.clip_loss == "clip", f"clip {clip:.2f} is ln B = {lnB:.2f}: pictures and captions do not find each other. Look at the "
-                                                                              "captions (python data.py), try a smaller --lr or a longer --warmup")}
-    found = {kind: words for kind, (true, words) in kinds.items() if true and step > args.warmup}
+    """Warn of a collapse and name the flags that may help -> the names of all collapses found, for the log
+
+    Each kind is printed once. Before the end of the warm-up nothing is printed.
+    """
+    if step <= args.warmup:
+        return ""
+    found = collapses(args, values)
     for kind in found.keys() - warned:
         say(f"\nwarning, step {step + 1}: {found[kind]}")
         warned.add(kind)
     return ", ".join(found)
+
+
+def collapses(args, values):
+    """values  {name: number} of the log -> {kind of collapse: a sentence with its remedies}"""
+    found, lnK, lnB = {}, math.log(args.prototypes), math.log(args.batch)
+    entropy, spread, clip = (values.get(k) for k in ("teacher_entropy", "spread", "clip"))
+    if entropy is not None and entropy > 0.99 * lnK:
+        found["uniform teacher"] = (
+            f"the teacher's entropy {entropy:.2f} is within 1 % of its maximum, ln K = {lnK:.2f}: "
+            f"all prototypes are about equally likely, so DINO and iBOT teach nothing. If this "
+            f"lasts, try a lower --teacher-temp, fewer --prototypes, a larger --batch-ssl "
+            f"or a smaller --lr.")
+    if entropy is not None and entropy < 0.02 * lnK:
+        found["constant teacher"] = (
+            f"the teacher's entropy {entropy:.3f} is below 2 % of its maximum, ln K = {lnK:.2f}: "
+            f"it gives one prototype nearly all of the probability, often the same one for every "
+            f"image. Try --teacher sinkhorn, a higher --teacher-temp or a larger --ema.")
+    if spread is not None and spread < 0.05:
+        found["collapsed features"] = (
+            f"the class tokens hardly differ: their spread is {spread:.3f}, that of random "
+            f"directions is 1. Try a smaller --lr, a longer --warmup, --w-koleo 0.1 "
+            f"or a larger --ema.")
+    if clip is not None and clip > 0.98 * lnB and args.clip_loss == "clip":
+        where = "at or above" if clip >= lnB else "less than 2 % below"
+        found["blind contrast"] = (
+            f"clip {clip:.2f} is {where} ln B = {lnB:.2f}, the value of random guessing: images "
+            f"and captions are not matched. Look at the captions (python data.py), "
+            f"try a smaller --lr or a longer --warmup.")
+    return found

@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .vit import RMSNorm, attend
 
-SIZES = {"nano": dict(hidden_size=192, depth=6, num_heads=3),         # ours, for a CPU
+SIZES = {"pico": dict(hidden_size=192, depth=4, num_heads=3),         # pico and nano are ours, for a CPU
+         "nano": dict(hidden_size=192, depth=6, num_heads=3),
          "B":    dict(hidden_size=768, depth=12, num_heads=12),       # LightningDiT-B/1, the paper's yardstick (Sec. 4.1)
          "L":    dict(hidden_size=1024, depth=24, num_heads=16),      # DiT-L with patch 1
          "XL":   dict(hidden_size=1152, depth=28, num_heads=16),      # LightningDiT-XL/1, of VTP's released configs

@@ -24,7 +24,7 @@ from torch import nn
 
 from .decoder import PixelDecoder
 from .dist import rank, wait
-from .losses import wide
+from .losses import to_fp32
 from .run import write_aside
 from .text import POOLS, TextTransformer, pool
 from .vit import FFNS, NORMS, VisionTransformer, init_linear
@@ -422,9 +422,9 @@ class Student(nn.Module):
         cls, patches = m.trunk(batch["image"], drop=drop["clip"], read=read)
         patches = patches.unflatten(0, (-1, h * w))                              # of the images that are read, in order
         if "text" in batch:
-            out["img"] = F.normalize(wide(m.project(cls, patches)), dim=-1)
+            out["img"] = F.normalize(to_fp32(m.project(cls, patches)), dim=-1)
             text = m.get_clip_text_feature(batch["text"], normalize=False)
-            out["txt"] = F.normalize(wide(text), dim=-1)     # in bfloat16: lengths of 0.999 to 1.0015
+            out["txt"] = F.normalize(to_fp32(text), dim=-1)     # in bfloat16: lengths of 0.999 to 1.0015
             out["scale"] = m.logit_scale.exp()
             out["bias"] = None if m.logit_bias is None else m.logit_bias.clone()  # a bare parameter would seem unused to DDP
         if paints:

@@ -19,14 +19,14 @@ import signal
 import sys
 import time
 import zipfile
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from .dist import highest, rank, say, start, total, world
+from .dist import highest, rank, say, start, total, under_torchrun, world
 
 FREE = {"steps", "workers", "device", "log_every", "save_every", "micro", "recompute", "compile", "max_bad", "out", "fresh", "val_data", "machine"}   # may change when a run goes on
 TIMING = {"seconds", "images_per_s", "gflops", "share_of_peak", "data_wait"}        # may differ between equal runs; gflops: of the first step since the start
@@ -118,7 +118,7 @@ class Run:
             raise ValueError(f"processes found checkpoints of different steps in {self.folder}, from {low:.0f} to {high:.0f}: --out must lie in a folder that all machines share")
         if rank() == 0 and 0 < self.first >= args.steps:
             export(self.first)                                            # the run had ended, but perhaps not written this
-        bar = tqdm(total=args.steps, initial=self.first, desc=Path(sys.argv[0]).stem, unit="step", disable=rank() > 0, dynamic_ncols=True)
+        bar = ProgressBar(total=args.steps, initial=self.first, desc=Path(sys.argv[0]).stem, unit="step", disable=rank() > 0, dynamic_ncols=True)
         clock = asked = time.perf_counter()
         waited, taken = 0.0, 0                                            # seconds for data, steps: since the last line of the log
         for step, batch in zip(range(self.first, args.steps), batches):
@@ -209,11 +209,60 @@ class Run:
                 raise ValueError(f"{self.folder}/log.jsonl cannot be written ({problem}); the last checkpoint is whole: make room, and type the same command again") from problem
 
     def finish_on_signals(self):
-        """SIGTERM, SIGINT and SIGUSR1 are remembered: the loop finishes its step, saves, and leaves."""
-        def handler(number, frame):
+        """After SIGTERM, SIGINT (Ctrl-C) or SIGUSR1 the loop finishes its step, saves and leaves.
+
+        A second Ctrl-C ends at once, but not under torchrun: there one Ctrl-C may arrive twice, from
+        the terminal and from torchrun, which kills workers that have not left after 30 seconds.
+        """
+        def finish(number, frame):
             self.stopping = True
-        for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(s, handler)
+
+        def interrupt(number, frame):
+            self.stopping = True
+            if under_torchrun():
+                signal.signal(signal.SIGINT, finish)
+                again = ""
+            else:
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # raises KeyboardInterrupt
+                again = "; press Ctrl-C again to end at once"
+            with suppress(RuntimeError):                    # if the signal interrupted a print
+                say(f"\nstopping after this step{again}")
+
+        for s in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(s, finish)
+        signal.signal(signal.SIGINT, interrupt)
+
+
+class ProgressBar(tqdm):
+    """tqdm that prints, after one measured second, how long the rest will take on this machine.
+
+    At least three items are measured. The first one is not: it includes the warm-up of the
+    libraries. Work of less than SHORT seconds is not announced.
+    """
+    SHORT = 5.0
+
+    def __iter__(self):
+        for item in self.iterable:
+            yield item
+            self.update()
+        self.close()
+
+    def update(self, n=1):
+        now = time.perf_counter()
+        super().update(n)
+        if self.disable or self.total is None or getattr(self, "announced", False):
+            return
+        if not hasattr(self, "measured_from"):
+            self.measured_from = now, self.n
+            return
+        start, first = self.measured_from
+        if now - start < 1 or self.n - first < 3:
+            return
+        self.announced = True
+        rest = (now - start) / (self.n - first) * (self.total - self.n)
+        if rest > self.SHORT:
+            about = self.format_interval(rest)
+            self.write(f"{self.desc}: about {about} (minutes:seconds) on this machine, measured over {self.n - first} of {self.total}", file=sys.stdout)
 
 
 def plain(v):
@@ -251,11 +300,37 @@ def write_aside(path, write, keep=None):
 def machine(args):
     """--device, --precision -> the torch.device of this process, the precision's name. fp64 becomes torch's default type."""
     device = start(args.device)
+    set_tf32(device, True)
     precision = args.precision or choose_precision(device)
     if precision == "fp16" and device.type == "cpu":
         raise ValueError("--precision fp16 is for GPUs; on a CPU take bf16 or fp32")
+    if args.precision:
+        warn_if_emulated(device, precision)
     torch.set_default_dtype(torch.float64 if precision == "fp64" else torch.float32)
     return device, precision
+
+
+def set_tf32(device, on):
+    """Whether float32 matrix products on CUDA may round their inputs to TF32 (10 of 23 bits).
+
+    On: training, as DINOv2 and OpenCLIP; encoding latents, as VTP; sampling, as LightningDiT.
+    Off, PyTorch's default: LightningDiT's training, VTP's evaluation. Losses never use TF32
+    (full_precision in losses.py). Convolutions use it everywhere: PyTorch's default for them.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = on
+
+
+def tf32_of(device):
+    """For printed lines and protocols: ", tf32 on" or ", tf32 off" on CUDA, else nothing"""
+    if device.type != "cuda":
+        return ""
+    return f", tf32 {'on' if torch.backends.cuda.matmul.allow_tf32 else 'off'}"
+
+
+def move_to(x, device):
+    """x on this device. Only CUDA may copy asynchronously: on MPS, x could be read before it arrives."""
+    return x.to(device, non_blocking=device.type == "cuda")
 
 
 def give_back_memory(above=2 ** 20):
@@ -266,17 +341,41 @@ def give_back_memory(above=2 ** 20):
 
 
 def choose_precision(device):
-    """bf16 where the hardware multiplies it, else fp16 on GPUs, else fp32 -> its name
+    """bf16 where the hardware multiplies it, else fp16 on GPUs, else fp32 -> its name"""
+    if multiplies_bf16(device):
+        return "bf16"
+    return "fp16" if device.type == "cuda" else "fp32"
 
-    A CPU has bf16 with AVX512-BF16 or AMX.
+
+def multiplies_bf16(device):
+    """Whether this device multiplies bfloat16 in hardware. A CPU does with AVX512-BF16 or AMX.
+
+    The variables ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA, which forbid PyTorch and oneDNN the newer
+    instructions, count as well: torch.cpu.get_capabilities() reports the hardware whatever they say.
     """
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if device.type == "cpu":
-        can = torch.cpu.get_capabilities()
-        return "bf16" if can.get("avx512_bf16") or can.get("amx_bf16") else "fp32"
-    return "fp32"
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    hardware = torch.cpu.get_capabilities()
+    present = bool(hardware.get("avx512_bf16") or hardware.get("amx_bf16"))
+    pytorch_may = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "NO AVX", "AVX2")
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "ALL"
+    onednn_may = limit.upper().startswith(ISA_WITH_BF16)
+    return present and pytorch_may and onednn_may
 
+
+def warn_if_emulated(device, precision):
+    """Before compute is spent, print what a precision costs that this device only emulates."""
+    if precision != "bf16" or multiplies_bf16(device) or device.type == "mps":
+        return
+    ratio = matmul_peak(device, "fp32") / matmul_peak(device, "bf16")
+    say(f"note         --precision bf16 is only emulated by this {device.type}: a matrix product takes {ratio:.1f} times "
+        f"as long as in fp32 (measured now). Without --precision this machine trains in {choose_precision(device)}.")
+
+
+# values of ONEDNN_MAX_CPU_ISA with which oneDNN still multiplies bfloat16
+ISA_WITH_BF16 = ("ALL", "DEFAULT", "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX10")
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -21,7 +21,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")                   # what
 ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")     # what is looked at as one, in any case
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)                  # ImageNet's, as in VTP's released code (OpenCLIP's differ)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-ORDER, SAMPLE, SPARE, CLEAN, CROPS, TARGETS, BLOCKS, EVAL, STATS, DRAW, NOISE, PAINT = range(12)      # purposes: of data.py, latents.py, gan.py
+ORDER, SAMPLE, SPARE, CLEAN, CROPS, TARGETS, BLOCKS, EVAL, STATS, DRAW, NOISE, PAINT, POSTERIOR = range(13)      # purposes: of data.py, latents.py, gan.py, dit.py
 
 
 def lots(purpose, *key):

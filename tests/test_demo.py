@@ -1,0 +1,161 @@
+"""`make demo` on any machine: the precision follows from the hardware, stages are skipped when finished, durations are announced."""
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+import dit
+from vtp_min import run
+from vtp_min.run import ProgressBar, choose_precision, multiplies_bf16, warn_if_emulated
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+STAGES = ["tokenizer", "zeroshot", "probe", "recon", "latents", "dit", "samples", "fid", "report"]
+
+
+def set_cpu(monkeypatch, hardware=(), capability="AVX512", onednn=None):
+    """Pretend that the CPU has these instructions, and that the two variables are set as given."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(hardware, True))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
+    if onednn is None:
+        monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    else:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", onednn)
+
+
+# ---------------------------------------------------------------- precision
+
+@pytest.mark.parametrize("hardware", [("avx512_bf16",), ("amx_bf16",), ("avx512_bf16", "amx_bf16")])
+def test_a_cpu_that_multiplies_bf16_trains_in_bf16(monkeypatch, hardware):
+    set_cpu(monkeypatch, hardware)
+    assert choose_precision(CPU) == "bf16"
+
+
+def test_a_cpu_without_bf16_instructions_trains_in_fp32(monkeypatch):
+    set_cpu(monkeypatch, ("avx2", "avx512_f"))
+    assert choose_precision(CPU) == "fp32"
+
+
+@pytest.mark.parametrize("capability, onednn", [("AVX2", None), ("DEFAULT", None), ("AVX512", "AVX2"), ("AVX512", "avx512_core"),
+                                                ("AVX512", "AVX512_CORE_VNNI"), ("AVX2", "AVX2")])
+def test_a_variable_that_forbids_bf16_instructions_gives_fp32(monkeypatch, capability, onednn):
+    set_cpu(monkeypatch, ("avx512_bf16",), capability, onednn)
+    assert not multiplies_bf16(CPU) and choose_precision(CPU) == "fp32"
+
+
+@pytest.mark.parametrize("onednn", ["ALL", "DEFAULT", "AVX512_CORE_BF16", "avx512_core_amx"])
+def test_a_variable_that_allows_bf16_instructions_changes_nothing(monkeypatch, onednn):
+    set_cpu(monkeypatch, ("avx512_bf16",), "AVX512", onednn)
+    assert choose_precision(CPU) == "bf16"
+
+
+def test_pytorch_reports_the_capability_that_the_variable_asks_for():
+    """The function relies on it: get_cpu_capability() obeys ATEN_CPU_CAPABILITY."""
+    code = "import torch; print(torch.backends.cpu.get_cpu_capability())"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                           env=os.environ | {"ATEN_CPU_CAPABILITY": "default"})
+    assert found.stdout.strip() == "DEFAULT"
+
+
+def test_an_emulated_precision_typed_by_hand_prints_what_it_costs(monkeypatch, capsys):
+    set_cpu(monkeypatch, ("avx2",), "AVX2")
+    monkeypatch.setattr(run, "matmul_peak", lambda device, precision: {"fp32": 120e9, "bf16": 6e9}[precision])
+    warn_if_emulated(CPU, "bf16")
+    printed = capsys.readouterr().out
+    assert "only emulated" in printed and "20.0 times as long as in fp32" in printed and "trains in fp32" in printed
+
+
+def test_a_precision_of_the_hardware_prints_nothing(monkeypatch, capsys):
+    set_cpu(monkeypatch, ("avx512_bf16",))
+    for precision in ("fp32", "bf16", "fp64"):
+        warn_if_emulated(CPU, precision)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("command", ["latents RUN", "train LATENTS --out OUT", "sample RUN"])
+def test_the_diffusion_commands_choose_the_precision_by_machine(monkeypatch, command):
+    args = dit.parse(command.split())
+    set_cpu(monkeypatch, ("avx512_bf16",))
+    assert dit.precision_of(args, CPU) == "bf16"
+    set_cpu(monkeypatch, ("avx512_bf16",), "AVX2")
+    assert dit.precision_of(args, CPU) == "fp32"
+    assert dit.precision_of(Namespace(precision="fp32"), CPU) == "fp32"
+
+
+def test_no_makefile_or_script_names_a_precision():
+    files = [ROOT / "Makefile", *(ROOT / "study").glob("*.sh"), *(ROOT / "study").glob("*.py")]
+    assert len(files) > 5
+    named = [path.name for path in files if re.search(r"--precision (bf16|fp16|fp32|fp64)", path.read_text())]
+    assert named == []
+
+
+# ---------------------------------------------------------------- durations
+
+def test_a_progress_bar_announces_the_duration_after_one_measured_second(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(run.time, "perf_counter", lambda: now[0])
+    for _ in ProgressBar(range(100), desc="latents", unit="batch"):
+        now[0] += 10 if now[0] == 0 else 0.4                           # the first is slow; it is not counted
+    printed = capsys.readouterr().out
+    assert printed.count("latents: about") == 1
+    assert "about 00:38" in printed                                     # 96 of 100 remain at 0.4 s
+    assert "measured over 3 of 100" in printed
+
+
+def test_short_work_is_not_announced(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(run.time, "perf_counter", lambda: now[0])
+    for _ in ProgressBar(range(8), desc="latents"):
+        now[0] += 0.4
+    assert capsys.readouterr().out == ""
+
+
+# ---------------------------------------------------------------- stages
+
+def commands_left(folder):
+    """What `make demo` would still run, without running it"""
+    shown = subprocess.run(["make", "-n", "demo", f"RUN={folder}"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return re.findall(rf"touch {folder}/done-(\w+)", shown)
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+def test_the_demo_skips_finished_stages(tmp_path):
+    assert commands_left(tmp_path) == STAGES
+    for k, stage in enumerate(STAGES):
+        (tmp_path / f"done-{stage}").touch()
+        assert commands_left(tmp_path) == STAGES[k + 1:]
+
+
+def load_expected():
+    """study/expected.py as a module"""
+    spec = importlib.util.spec_from_file_location("expected", ROOT / "study/expected.py")
+    expected = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(expected)
+    return expected
+
+
+def test_every_stage_has_an_expected_duration(capsys, monkeypatch):
+    known = json.loads((ROOT / "study/demo/times.json").read_text())
+    assert list(known["stages"]) == STAGES
+    expected = load_expected()
+    monkeypatch.setattr(expected, "step_seconds", lambda precision: 2 * known["step_seconds"])
+    monkeypatch.setattr(sys, "argv", ["expected.py"])
+    expected.main()
+    printed = capsys.readouterr().out
+    twice = expected.minutes(2 * known["stages"]["tokenizer"])
+    assert f"tokenizer: expected to take about {twice} on this machine" in printed
+    assert "takes 2.00 times as long" in printed
+
+
+def test_durations_are_printed_in_minutes_and_seconds():
+    expected = load_expected()
+    assert [expected.minutes(x) for x in (8.4, 60, 93)] == ["8 s", "1 min 0 s", "1 min 33 s"]
