@@ -32,7 +32,7 @@ from vtp_min.losses import Perceptual
 from vtp_min.model import SIZES, SMALL, VTPConfig, VTPModel
 from vtp_min.probes import RATES, Part, augmented, knn, last_layer, last_layers, linear_probe, sgd_probe, text_encoder, zero_shot, zero_shot_classifier
 from vtp_min.report import write_report
-from vtp_min.run import ProgressBar, autocast, metric, set_tf32, tf32_of
+from vtp_min.run import ProgressBar, autocast, metric, set_tf32, tf32_of, warn_if_emulated
 from vtp_min.views import denormalize, normalize
 
 
@@ -502,6 +502,7 @@ def main():
     try:
         device = start(args.device)
         set_tf32(device, False)                                                      # PyTorch's default, which VTP's evaluation scripts keep
+        warn_if_emulated(device, getattr(args, "precision", "fp32"))
         if args.alone:                                                               # nothing to share: rank 0 goes on as one process
             first = rank() == 0
             stop()
