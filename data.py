@@ -33,10 +33,8 @@ from tqdm import tqdm
 from vtp_min import shapes
 from vtp_min.dist import rank, say, world
 from vtp_min.tars import expand, index_folder, indexed
-from vtp_min.views import (CLEAN, CROPS, CUTS, ENDINGS, EVAL, ORDER, SAMPLE, SPARE, VIEWS, batch_masks, clean_view, lots, pixels, read_caption,
+from vtp_min.views import (ASSETS, CLEAN, CROPS, CUTS, ENDINGS, EVAL, ORDER, SAMPLE, SPARE, VIEWS, batch_masks, clean_view, is_picture, lots, pixels, read_caption,
                            read_image, recolour, shown, ssl_crop)
-
-ASSETS = Path(__file__).parent / "vtp_min" / "assets"
 
 
 # ---- sources. Each has len, spec, endless, classes (names in label order, or None), name(index), and load(index, rng) -> image, caption,
@@ -159,10 +157,6 @@ def files_below(root, folder):
         folders[:] = sorted((f for f in folders if f[0] != "."), key=os.fsencode)
         here = os.path.relpath(here, root)
         yield from (f"{here}/{f}" for f in sorted(files, key=os.fsencode) if f[0] != ".")
-
-
-def is_picture(name):
-    return name.rpartition(".")[2].lower() in ENDINGS
 
 
 class Shards:
@@ -341,6 +335,14 @@ class Steps:
                 bad.append(shown(f"{self.source.name(index)} ({type(problem).__name__}: {problem})"))
                 index = int(lots(SPARE, self.seed, step, row, attempt).integers(len(self.source)))
         raise ValueError(f"a hundred samples in a row could not be read, last {bad[-1]}; is {self.source.spec} still there?")
+
+
+def clean_steps(args):
+    """Steps of clean views without captions: what stage 2 and the baselines train on"""
+    source = open_data(args.data, "train", args.seed, side=args.image)
+    return Steps(source, None, seed=args.seed, batch=args.batch, batch_ssl=args.batch, batch_rec=args.batch,
+                 clip=False, ssl=False, rec=True, image=args.image, local_image=args.image, n_local=0,
+                 patch=args.patch, rank=rank(), world=world())
 
 
 LISTED = 2 ** 21                     # ImageNet is below: 16 MB a worker and epoch. VTP's 277M samples would be 2.2 GB

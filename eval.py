@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from data import eval_batches, in_workers, open_data
+from tokenizer import get_tokenizer
 from vtp_min import weights
 from vtp_min.baselines import LDM, LDMConfig, load as load_model
 from vtp_min.check import try_out
@@ -95,7 +96,7 @@ def zeroshot(args, device):
     side = model.config.image_size
     source = with_classes(pictures(args, settings, "val", side))
     with autocast(device, args.precision):
-        W = zero_shot_classifier(text_encoder(model, device), source.classes, source.templates)
+        W = zero_shot_classifier(text_encoder(model, device, get_tokenizer), source.classes, source.templates)
     x = encode(model, source, side, device, args, args.limit, "squash", last_layer)
     C, distinct = len(source.classes), len(set(source.classes))                      # ImageNet's 1000 names are 998: missile and sunglasses are there twice
     protocol = (f"{len(x['labels'])} pictures of {source.spec} val, {C} classes{f' ({distinct} distinct names)' if distinct < C else ''} x {len(source.templates)} "
@@ -343,7 +344,7 @@ def check(args, device):
     """Released weights or a run: parameters beside the official ones, then a few pictures encoded, painted again and named"""
     model, _ = load(args, device)
     say("\n".join([str(args.run), *describe(model)]))
-    try_out(model, args.images, args.names, args.image or model.config.image_size, args.out, device)
+    try_out(model, args.images, args.names, args.image or model.config.image_size, args.out, device, open_data, get_tokenizer)
 
 
 def cost(args, device):
@@ -377,7 +378,7 @@ def cost(args, device):
 # ---------------------------------------------------------------- report, fetch
 def report(args, device):
     """RUN/report.html: curves, reconstructions, feature maps, attention, answers, neighbours, samples, numbers"""
-    path = write_report(args.run, args.data, args.val_data, device, args.dit, args.seed)
+    path = write_report(args.run, open_data, eval_batches, get_tokenizer, args.data, args.val_data, device, args.dit, args.seed)
     for m in latest_metrics(args.run).values():
         say(f"{m['name']:28s} {m['value']:10.4g}   {m['protocol']}")
     say(f"wrote {path}")

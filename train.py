@@ -20,7 +20,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from data import Steps, batches, open_data
+from data import Steps, batches, clean_steps, open_data
 from tokenizer import get_tokenizer
 from vtp_min import baselines, gan
 from vtp_min.dist import rank, say, stop, world
@@ -474,7 +474,12 @@ def typed_flags(p):
 if __name__ == "__main__":
     try:
         args = arguments()
-        go = gan.train if args.stage == 2 else baselines.train if args.baseline else main
-        raise SystemExit(go(args))
+        if args.stage == 2:
+            status = gan.train(args, clean_steps, batches)
+        elif args.baseline:
+            status = baselines.train(args, clean_steps, batches)
+        else:
+            status = main(args)
+        raise SystemExit(status)
     except (ValueError, OSError) as problem:
         raise SystemExit(f"train.py: {problem}") from problem

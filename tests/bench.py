@@ -312,10 +312,10 @@ def encoding(rounds):
 
 
 # ---------------------------------------------------------------- FID
-def fid(rounds):
+def fid(rounds, n=32):
     """Inception's features of 64 px pictures, enlarged to 299"""
     torch.manual_seed(0)
-    ours, n = Inception(), 32
+    ours = Inception()
     for name, x in ours.state_dict().items():                                         # weights through which a signal survives
         if name.endswith("conv.weight"):
             torch.nn.init.kaiming_normal_(x, nonlinearity="relu")

@@ -17,7 +17,7 @@ from torch import nn
 
 import eval
 import train
-from data import Steps, open_data
+from data import Steps, batches, clean_steps, open_data
 from vtp_min import VTPConfig, VTPModel, gan
 from vtp_min.gan import Discriminator, adaptive_weight, advice, discriminator_for, fit, follow, hinge_d, hinge_g
 from vtp_min.losses import Perceptual
@@ -52,6 +52,10 @@ def stage1(tmp_path_factory):
     return folder
 
 
+def train_decoder(args):
+    return gan.train(args, clean_steps, batches)
+
+
 def typed(monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
     return train.arguments()
@@ -59,7 +63,7 @@ def typed(monkeypatch, *words):
 
 def go(monkeypatch, stage1, out, *words):
     """Stage 2 in this process -> its log"""
-    assert gan.train(typed(monkeypatch, *TINY, "--init", stage1, "--out", out, *words)) == 0
+    assert train_decoder(typed(monkeypatch, *TINY, "--init", stage1, "--out", out, *words)) == 0
     return log(out)
 
 
@@ -372,7 +376,7 @@ def test_a_mistake_is_answered_with_a_sentence(stage1, tmp_path, monkeypatch, wo
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     places = {"RUN": str(stage1), "EMPTY": str(tmp_path)}
     with pytest.raises((ValueError, FileNotFoundError), match=sentence):
-        gan.train(typed(monkeypatch, "--stage", 2, "--out", tmp_path / "gan", "--perceptual", "none", "--device", "cpu", *(places.get(w, w) for w in words)))
+        train_decoder(typed(monkeypatch, "--stage", 2, "--out", tmp_path / "gan", "--perceptual", "none", "--device", "cpu", *(places.get(w, w) for w in words)))
 
 
 def test_flags_of_stage_2_are_refused_in_stage_1(monkeypatch, capsys):
@@ -384,8 +388,8 @@ def test_flags_of_stage_2_are_refused_in_stage_1(monkeypatch, capsys):
 def test_a_run_without_a_decoder_or_without_data_is_refused(stage1, tmp_path, monkeypatch):
     VTPModel(VTPConfig(train_reconstruction=False, train_clip=False, vision_embed_dim=32, vision_depth=1, vision_num_heads=2)).save_pretrained(tmp_path / "blind")
     with pytest.raises(ValueError, match="trained without a decoder"):
-        gan.train(typed(monkeypatch, "--stage", 2, "--init", tmp_path / "blind", "--data", "shapes", "--device", "cpu"))
+        train_decoder(typed(monkeypatch, "--stage", 2, "--init", tmp_path / "blind", "--data", "shapes", "--device", "cpu"))
     shutil.copytree(stage1, tmp_path / "released")
     (tmp_path / "released" / "run.json").unlink()
     with pytest.raises(ValueError, match="does not say what it was trained on; give --data"):
-        gan.train(typed(monkeypatch, "--stage", 2, "--init", tmp_path / "released", "--device", "cpu"))
+        train_decoder(typed(monkeypatch, "--stage", 2, "--init", tmp_path / "released", "--device", "cpu"))

@@ -1,6 +1,7 @@
 """The report's pictures are what they say they are, and its page needs nothing but itself, whatever the run has learned."""
 import json
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from vtp_min import VTPConfig, VTPModel, vit
-from vtp_min.report import album, class_attention, fit, nearest, numbers, pca_rgb, rounded, samples, sheet, write_report
+from data import eval_batches, open_data
+from tokenizer import get_tokenizer
+from vtp_min import VTPConfig, VTPModel, report, vit
+from vtp_min.report import album, class_attention, fit, nearest, numbers, pca_rgb, rounded, samples, sheet
 
+write_report = partial(report.write_report, open_data=open_data, eval_batches=eval_batches, get_tokenizer=get_tokenizer)
 MIXES = {"CLIP + SSL + AE": (1, 1, 0.1), "CLIP + AE": (1, 0, 0.1), "SSL + AE": (0, 1, 0.1), "AE": (0, 0, 0.1), "CLIP": (1, 0, 0)}
 
 

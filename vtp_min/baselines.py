@@ -308,7 +308,7 @@ def rae(encoder, size, image, light_decoder=False):
 
 
 # ---------------------------------------------------------------- the command
-def train(args):
+def train(args, open_steps, batches):
     """--baseline -> the exit status of its training"""
     device, precision = machine(args)
     encoder = VTPModel.from_pretrained(args.encoder).to(device).requires_grad_(False) if args.encoder else None
@@ -325,7 +325,7 @@ def train(args):
         last = model.decoder[-1].weight
         data_range = DATA_RANGE
     say(f"baseline     {args.baseline}{f', frozen encoder {args.encoder}' if encoder else ''}; latents {args.latent_dim} x {args.image // args.patch} x {args.image // args.patch}")
-    return gan.fit(args, model.to(device), paint, device, precision, last, data_range)
+    return gan.fit(args, model.to(device), paint, device, precision, last, open_steps, batches, data_range)
 
 
 def take_over(args, encoder):

@@ -9,21 +9,19 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from data import ASSETS, is_picture, open_data
-
 from .dist import say
 from .fid import psnr
 from .probes import text_encoder, zero_shot_classifier
 from .run import metric
-from .views import adm_crop, denormalize, normalize, pixels, read_image
+from .views import ASSETS, adm_crop, denormalize, is_picture, normalize, pixels, read_image
 
 
 @torch.no_grad()
-def try_out(model, paths, names, side, out, device):
+def try_out(model, paths, names, side, out, device, open_data, get_tokenizer):
     """paths  files and folders, None: built-in shapes      names  what the pictures may show, None: ImageNet's 1000 classes      side  to cut them to"""
     c, wanted = model.config, side
     side = max(wanted // c.vision_patch_size, 1) * c.vision_patch_size
-    images, files = own_pictures(paths, side)
+    images, files = own_pictures(paths, side, open_data)
     say(f"{len(files)} pictures, ADM crop to {side} px{f', as {wanted} is no multiple of the patch' if side != wanted else ''}"
         f"{'' if paths else ': built-in shapes, since --images names none'}")
     target = normalize(images.to(device))                                            # (n, 3, side, side)
@@ -34,7 +32,7 @@ def try_out(model, paths, names, side, out, device):
     if c.train_clip and c.text_vocab_size < 49408:
         say(f"nothing is named: the text tower knows {c.text_vocab_size} ids, CLIP's tokenizer has 49408")
     elif c.train_clip:
-        say_names(model, target, names, files, out, device)
+        say_names(model, target, names, files, out, device, get_tokenizer)
 
 
 def paint(target, back, files, out):
@@ -51,10 +49,10 @@ def paint(target, back, files, out):
     say(f"wrote {Path(out, 'check.png')}: originals over reconstructions")
 
 
-def say_names(model, target, names, files, out, device):
+def say_names(model, target, names, files, out, device, get_tokenizer):
     """The five likeliest names of each picture. One prompt a name, for speed: eval.py zeroshot takes 80"""
     classes = names or (ASSETS / "imagenet_classnames.txt").read_text("utf-8").splitlines()
-    W = zero_shot_classifier(text_encoder(model, device), classes, ["a photo of a {}."])
+    W = zero_shot_classifier(text_encoder(model, device, get_tokenizer), classes, ["a photo of a {}."])
     best = (100 * model.get_clip_image_feature(target, normalize=True) @ W).softmax(1).topk(min(5, len(classes)))
     for name, p, k in zip(files, best.values.tolist(), best.indices.tolist()):
         answers = ", ".join(f"{classes[j]} {q:.3f}" for q, j in zip(p, k))
@@ -62,7 +60,7 @@ def say_names(model, target, names, files, out, device):
                                        "softmax of 100 x cosine, fp32")
 
 
-def own_pictures(paths, side, most=16):
+def own_pictures(paths, side, open_data, most=16):
     """Files and folders -> uint8 (n, 3, side, side), their names; without any, eight built-in shapes and their captions"""
     if not paths:
         source = open_data("shapes", "val", 0, side)

@@ -33,8 +33,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from data import Steps, batches, open_data
-
 from .dist import rank, say, stop, total, world
 from .losses import Perceptual, to_fp32
 from .model import SMALL, VTPModel
@@ -145,7 +143,7 @@ class Painter(nn.Module):
         return self.paint(self.model, img)
 
 
-def fit(args, model, paint, device, precision, last, data_range=1):
+def fit(args, model, paint, device, precision, last, open_steps, batches, data_range=1):
     """Train what of `model` asks for gradients on L1 + LPIPS + GAN -> the exit status: 0, or STOPPED when a signal ended it early
 
     args    out, fresh, data, seed, image, patch, steps, batch, lr, warmup, clip_grad, w_gan, gan_start, ema_decoder, perceptual, workers, max_bad, log_every, save_every
@@ -153,6 +151,8 @@ def fit(args, model, paint, device, precision, last, data_range=1):
     paint   (model, img (B, 3, H, W) ImageNet-normalised) -> pixels, the same; {name: further terms of the loss (), already weighted}
             What it draws with torch follows from seed, step and rank: a resumed run draws the same
     last    the parameter nearest to the pixels: where the adaptive weight compares slopes
+    open_steps  data.clean_steps: args -> the training data, step by step
+    batches     data.batches
     data_range  units of L1, see pixel_losses
     """
     settings = vars(args) | {"precision": precision, "machine": str(device)}
@@ -173,9 +173,7 @@ def fit(args, model, paint, device, precision, last, data_range=1):
     opt_disc = torch.optim.AdamW(disc.parameters(), args.lr, BETAS_DISC, weight_decay=0.0, fused=fused) if disc else None
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
-    source = open_data(args.data, "train", args.seed, side=args.image)
-    data = Steps(source, None, seed=args.seed, batch=args.batch, batch_ssl=args.batch, batch_rec=args.batch, clip=False, ssl=False, rec=True,
-                 image=args.image, local_image=args.image, n_local=0, patch=args.patch, rank=rank(), world=world())
+    data = open_steps(args)
     parts = {"model": model, "opt": opt, "scaler": scaler} | ({"disc": disc, "opt_disc": opt_disc} if disc else {})
     run = Run(args.out, settings, args.fresh)
     if run.state:
@@ -184,7 +182,7 @@ def fit(args, model, paint, device, precision, last, data_range=1):
         for k, e in ema.items():
             e.copy_(run.state["ema"][k])
         run.state = None                                                                # free its memory
-    introduce(args, trained, disc, source, listens, data_range, device, precision)
+    introduce(args, trained, disc, data.source, listens, data_range, device, precision)
     painter, judge = Painter(model, paint), disc
     if world() > 1:
         ids = [device] if device.type == "cuda" else None
@@ -313,7 +311,7 @@ def paint(model, img):
     return model.get_latents_decoded_images(z), {}
 
 
-def train(args):
+def train(args, open_steps, batches):
     """Stage 2 -> the exit status. All but the pixel decoder stands still; the run folder holds the whole model again."""
     device, precision = machine(args)
     model = VTPModel.from_pretrained(args.init).to(device)
@@ -323,7 +321,8 @@ def train(args):
     model.config.image_size = args.image
     model.requires_grad_(False)
     model.pixel_decoder.requires_grad_(True)
-    return fit(args, model, paint, device, precision, model.pixel_decoder.proj_out.weight)
+    last = model.pixel_decoder.proj_out.weight
+    return fit(args, model, paint, device, precision, last, open_steps, batches)
 
 
 def take_over(args, config):

@@ -19,8 +19,6 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from tokenizer import get_tokenizer
-
 from .dist import rank
 from .views import EVAL, lots, random_crop
 
@@ -47,7 +45,7 @@ def last_layers(model, x):
 
 # ---- words
 
-def text_encoder(model, device):
+def text_encoder(model, device, get_tokenizer):
     """-> a function, captions -> (n, E). Behind the end token a causal tower reads nothing: ids are cut to the longest caption"""
     c = model.config
     tokenize = get_tokenizer("ViT-B-32", c.text_context_length)

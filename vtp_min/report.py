@@ -23,9 +23,6 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
 
-from data import eval_batches, open_data
-from tokenizer import get_tokenizer
-
 from .model import VTPModel
 from .probes import zero_shot_classifier
 from .views import denormalize, normalize
@@ -58,7 +55,7 @@ class Seen:
 
 
 @torch.no_grad()
-def write_report(run, data=None, val_data=None, device=None, dit=None, seed=0):
+def write_report(run, open_data, eval_batches, get_tokenizer, data=None, val_data=None, device=None, dit=None, seed=0):
     """run folder -> Path of its report.html
 
     data, val_data  as in train.py; None: the run's own       device  None: cpu       dit  folder of dit.py train; None: RUN/dit, if there
@@ -74,17 +71,17 @@ def write_report(run, data=None, val_data=None, device=None, dit=None, seed=0):
         raise ValueError(f"{run} has no run.json that names its data; say which pictures to show: --val-data DIR")
     model = VTPModel.from_pretrained(run).to(device or "cpu")
     source = open_data(val_data or data, "val", side=model.config.image_size, whole=bool(val_data))
-    seen, log, save = look(model, settings, source, seed), lines(run / "log.jsonl"), album(run / "report")
+    seen, log, save = look(model, settings, eval_batches, source, seed), lines(run / "log.jsonl"), album(run / "report")
     metrics = [row for folder in (run, dit, dit / "samples") for row in lines(folder / "metrics.jsonl")]
     page = Template(PAGE.read_text()).substitute(
         title=esc(title(settings, model)), folder=esc(str(run)), head=facts(seen, settings, log) + numbers(metrics), curves=curves(save, settings, log),
-        reconstructions=reconstructions(save, seen), colours=colours(save, seen), attention=attention(save, seen), answers=answers(save, seen),
+        reconstructions=reconstructions(save, seen), colours=colours(save, seen), attention=attention(save, seen), answers=answers(save, seen, get_tokenizer),
         neighbours=neighbours(save, seen), samples=samples(save, dit))
     (run / "report.html").write_text(page, encoding="utf-8")
     return run / "report.html"
 
 
-def look(model, settings, source, seed):
+def look(model, settings, eval_batches, source, seed):
     """Up to GALLERY validation pictures through the trunk -> Seen"""
     c, images, labels, captions, summary, latent = model.config, [], [], [], [], []
     by_class_token = settings.get("w_ssl", 0) > 0 or c.train_clip and c.vision_clip_feat == "cls"
@@ -255,7 +252,7 @@ def attention(save, seen):
     return sheet(save, "attention", rows, "" if seen.by_class_token else "No loss reads the class token in this run: expect nothing of it.")
 
 
-def answers(save, seen):
+def answers(save, seen, get_tokenizer):
     m, names = seen.model, seen.source.classes
     if not m.config.train_clip:
         return none("This run never saw words (--w-clip 0), so it cannot be asked.")

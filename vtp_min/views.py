@@ -11,6 +11,7 @@ Whatever is random comes from `lots`: a generator keyed by its purpose, the seed
 import json
 import warnings
 from math import exp, log, sqrt
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from PIL import Image, ImageChops, UnidentifiedImageError
 from torch.nn.functional import interpolate
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")                   # what is a picture, whatever the file is called
+ASSETS = Path(__file__).parent / "assets"                                 # vocabulary, class names, prompt templates
 ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")     # what is looked at as one, in any case
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)                  # ImageNet's, as in VTP's released code (OpenCLIP's differ)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -30,6 +32,11 @@ def lots(purpose, *key):
 
 
 # ---- reading
+
+def is_picture(name):
+    """Whether a file of this name is read as an image"""
+    return name.rpartition(".")[2].lower() in ENDINGS
+
 
 UPRIGHT = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE, 6: Image.ROTATE_270,
            7: Image.TRANSVERSE, 8: Image.ROTATE_90}                       # EXIF orientation
