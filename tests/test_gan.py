@@ -321,7 +321,7 @@ def test_fit_trains_what_asks_for_gradients_on_terms_of_its_own_and_draws_alike_
         args = Namespace(out=str(tmp_path / out), fresh=False, data="shapes", seed=0, image=16, patch=8, steps=4, batch=4, lr=0.1, warmup=0, clip_grad=3.0, w_gan=0.5, gan_start=1,
                          ema_decoder=0.0, perceptual="none", workers=0, max_bad=0.1, log_every=1, save_every=100)
         model = Blots()
-        assert fit(args, model, paint, torch.device("cpu"), "fp32", model.gain) == status
+        assert fit(args, model, paint, torch.device("cpu"), "fp32", model.gain, clean_steps, batches) == status
         return log(args.out)
 
     whole = run("whole")
