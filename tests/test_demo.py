@@ -71,7 +71,7 @@ def test_an_emulated_precision_typed_by_hand_prints_what_it_costs(monkeypatch, c
     monkeypatch.setattr(run, "matmul_peak", lambda device, precision: {"fp32": 120e9, "bf16": 6e9}[precision])
     warn_if_emulated(CPU, "bf16")
     printed = capsys.readouterr().out
-    assert "only emulated" in printed and "20.0 times as long as in fp32" in printed and "trains in fp32" in printed
+    assert "only emulated" in printed and "20.0 times as long as in fp32" in printed and "The default here is fp32" in printed
 
 
 def test_a_precision_of_the_hardware_prints_nothing(monkeypatch, capsys):

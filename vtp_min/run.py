@@ -371,7 +371,7 @@ def warn_if_emulated(device, precision):
         return
     ratio = matmul_peak(device, "fp32") / matmul_peak(device, "bf16")
     say(f"note         --precision bf16 is only emulated by this {device.type}: a matrix product takes {ratio:.1f} times "
-        f"as long as in fp32 (measured now). Without --precision this machine trains in {choose_precision(device)}.")
+        f"as long as in fp32 (measured now). The default here is {choose_precision(device)}.")
 
 
 # values of ONEDNN_MAX_CPU_ISA with which oneDNN still multiplies bfloat16
