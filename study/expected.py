@@ -1,10 +1,10 @@
-"""How long each stage of `make demo` will take on this machine, from one measured second of training steps.
+"""Expected duration of each stage of `make demo` on this machine, from one measured second of training steps.
 
-    python study/expected.py           one line a stage
+    python study/expected.py           one line per stage
     python study/expected.py --step    the measured time alone, for study/demo/times.json
 
 study/demo/times.json holds the time of such a step and of every stage on the machine that it names.
-A stage is expected to take as much longer here as the step does.
+Expected time here = recorded time x (step time here / recorded step time).
 """
 import argparse
 import json
@@ -21,7 +21,10 @@ from vtp_min.run import autocast, choose_precision
 
 
 def step_seconds(precision, seconds=1.0, batch=48):
-    """Median time of a step of reconstruction with the nano model, over one second of steps"""
+    """Median time of a reconstruction step of the nano model: forward and backward, no optimizer
+
+    Measured over about one second, and at least two steps after the first.
+    """
     torch.manual_seed(0)
     model = VTPModel(VTPConfig.of_size("nano", 36, 9, 64, clip=False))
     images = torch.randn(batch, 3, 36, 36)
@@ -45,7 +48,7 @@ def minutes(seconds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--step", action="store_true", help="print the time of a step in seconds, and end")
+    parser.add_argument("--step", action="store_true", help="print the time of a step in seconds, and exit")
     args = parser.parse_args()
     precision = choose_precision(torch.device("cpu"))
     measured = step_seconds(precision)

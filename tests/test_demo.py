@@ -1,4 +1,4 @@
-"""`make demo` on any machine: the precision follows from the hardware, stages are skipped when finished, durations are announced."""
+"""`make demo` on any machine: precision by hardware, finished stages skipped, expected durations printed."""
 import importlib.util
 import json
 import os
@@ -22,7 +22,8 @@ STAGES = ["tokenizer", "zeroshot", "probe", "recon", "latents", "dit", "samples"
 
 
 def set_cpu(monkeypatch, hardware=(), capability="AVX512", onednn=None):
-    """Pretend that the CPU has these instructions, and that the two variables are set as given."""
+    """Pretend that the CPU has these instructions, that PyTorch reports this capability, and that
+    ONEDNN_MAX_CPU_ISA has this value."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(hardware, True))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
@@ -107,7 +108,7 @@ def test_a_progress_bar_announces_the_duration_after_one_measured_second(monkeyp
         now[0] += 10 if now[0] == 0 else 0.4                           # the first is slow; it is not counted
     printed = capsys.readouterr().out
     assert printed.count("latents: about") == 1
-    assert "about 00:38" in printed                                     # 96 of 100 remain at 0.4 s
+    assert "about 00:38 left" in printed                                     # 96 of 100 remain at 0.4 s
     assert "measured over 3 of 100" in printed
 
 
@@ -122,7 +123,7 @@ def test_short_work_is_not_announced(monkeypatch, capsys):
 # ---------------------------------------------------------------- stages
 
 def commands_left(folder):
-    """What `make demo` would still run, without running it"""
+    """Names of the stages that `make demo` would run (make -n)"""
     shown = subprocess.run(["make", "-n", "demo", f"RUN={folder}"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     return re.findall(rf"touch {folder}/done-(\w+)", shown)
 

@@ -112,10 +112,12 @@ def adaptive_weight(rec, gan):
 
 # ---------------------------------------------------------------- the training
 def pixel_losses(pixels, target, perceptual, data_range):
-    """L1 and LPIPS, each with weight 1, between images (B, 3, H, W), ImageNet-normalised -> two scalars
+    """L1 and LPIPS, each with weight 1, between ImageNet-normalised images -> two scalars
 
+    pixels, target  (B, 3, H, W)
     data_range  range of the pixels in the source: 1 for [0, 1] (RAE), 2 for [-1, 1] (LDM, VA-VAE).
-                Stage 1 takes L1 of ImageNet-normalised pixels: 4.4 and 2.2 times as much.
+                Stage 1 takes L1 of ImageNet-normalised pixels, which is about 4.4 times
+                this value for range 1 and 2.2 times for range 2.
     """
     pixels = to_fp32(pixels)
     target = to_fp32(target)
@@ -127,7 +129,7 @@ def pixel_losses(pixels, target, perceptual, data_range):
 def ema_decay(step, decay):
     """EMA warm-up: a lower decay during the first steps, 2/11, 3/12, ...   LDM's LitEma
 
-    It counts a step before it averages, hence 2/11 and not 1/10 in the first one.
+    LitEma increments its counter before it averages, so the first decay is 2/11, not 1/10.
     """
     updates = step + 1
     return min(decay, (1 + updates) / (10 + updates))

@@ -1,4 +1,4 @@
-"""Is it still learning? Numbers that show a collapse, which no loss shows by itself, and what to do about it."""
+"""Detection of collapse from logged values, with advice. The thresholds are ours."""
 import math
 
 import torch.nn.functional as F
@@ -11,7 +11,8 @@ from .losses import full_precision, to_fp32
 def entropy(p):
     """Mean entropy of the teacher's probabilities (..., K), in nats.
 
-    ln K: all prototypes are equally likely. 0: each row has a single prototype. Both are collapses.
+    ln K: all prototypes are equally likely. This is a collapse. 0: each row has
+    one prototype, which is a collapse if it is the same one for every image.
     """
     p = to_fp32(p)
     return -(p * p.clamp_min(1e-30).log()).sum(-1).mean()
@@ -28,7 +29,7 @@ def spread(x):
 
 
 def advice(args, values, step, warned):
-    """Warn of a collapse and name the flags that may help -> the names of all collapses found, for the log
+    """Warn about a collapse and name the flags that may help -> the names of all collapses found, for the log
 
     Each kind is printed once. Before the end of the warm-up nothing is printed.
     """

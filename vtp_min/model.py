@@ -183,7 +183,7 @@ class VTPModel(nn.Module):
         "clip"     image_features (B, E) if there is an image, text_features (n, E) if there is a
                    text, both normalised; logit_scale, already exponentiated; logit_bias if there
                    is one
-        "rec"      latents (B, d, h, w), reconstructed_image, and target_image, which is the image
+        "rec"      latents (B, d, h, w), reconstructed_image, and target_image, the input image
         "feature"  cls_token (B, d) and patch_tokens (B, N, d), both after the bottleneck
         """
         if forward_type not in ("clip", "rec", "feature"):
@@ -201,7 +201,7 @@ class VTPModel(nn.Module):
         return {"latents": latents, "reconstructed_image": reconstructed, "target_image": image}
 
     def clip_outputs(self, image, text):
-        """The outputs of forward_type "clip". An absent image or text leaves its features out."""
+        """The outputs of forward_type "clip". If image or text is None, its features are not in the dict."""
         self.want("train_clip", "CLIP side")
         out = {}
         if image is not None:

@@ -209,10 +209,11 @@ class Run:
                 raise ValueError(f"{self.folder}/log.jsonl cannot be written ({problem}); the last checkpoint is whole: make room, and type the same command again") from problem
 
     def finish_on_signals(self):
-        """After SIGTERM, SIGINT (Ctrl-C) or SIGUSR1 the loop finishes its step, saves and leaves.
+        """After SIGTERM, SIGINT (Ctrl-C) or SIGUSR1 the loop finishes its step, saves and exits.
 
-        A second Ctrl-C ends at once, but not under torchrun: there one Ctrl-C may arrive twice, from
-        the terminal and from torchrun, which kills workers that have not left after 30 seconds.
+        A second Ctrl-C stops at once, except under torchrun: there a worker may receive one Ctrl-C
+        twice, from the terminal and from torchrun. torchrun kills workers that are still running
+        after 30 seconds.
         """
         def finish(number, frame):
             self.stopping = True
@@ -262,7 +263,8 @@ class ProgressBar(tqdm):
         rest = (now - start) / (self.n - first) * (self.total - self.n)
         if rest > self.SHORT:
             about = self.format_interval(rest)
-            self.write(f"{self.desc}: about {about} (minutes:seconds) on this machine, measured over {self.n - first} of {self.total}", file=sys.stdout)
+            measured = f"measured over {self.n - first} of {self.total}"
+            self.write(f"{self.desc}: about {about} left on this machine, {measured}", file=sys.stdout)
 
 
 def plain(v):
@@ -311,11 +313,13 @@ def machine(args):
 
 
 def set_tf32(device, on):
-    """Whether float32 matrix products on CUDA may round their inputs to TF32 (10 of 23 bits).
+    """Whether float32 matrix products on CUDA may round their inputs to TF32 (10 mantissa bits
+    instead of 23).
 
-    On: training, as DINOv2 and OpenCLIP; encoding latents, as VTP; sampling, as LightningDiT.
-    Off, PyTorch's default: LightningDiT's training, VTP's evaluation. Losses never use TF32
-    (full_precision in losses.py). Convolutions use it everywhere: PyTorch's default for them.
+    On for training, as in DINOv2 and OpenCLIP, for encoding latents, as in VTP, and for sampling,
+    as in LightningDiT. Off, PyTorch's default, for training the DiT, as in LightningDiT, and for
+    evaluation, as in VTP. The forward pass of the losses never uses TF32 (full_precision in
+    losses.py). Convolutions always may: this is PyTorch's default for them.
     """
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = on
@@ -329,7 +333,10 @@ def tf32_of(device):
 
 
 def move_to(x, device):
-    """x on this device. Only CUDA may copy asynchronously: on MPS, x could be read before it arrives."""
+    """Copy x to the device, asynchronously only on CUDA.
+
+    On MPS an asynchronous copy may not be complete when x is read.
+    """
     return x.to(device, non_blocking=device.type == "cuda")
 
 
@@ -348,10 +355,11 @@ def choose_precision(device):
 
 
 def multiplies_bf16(device):
-    """Whether this device multiplies bfloat16 in hardware. A CPU does with AVX512-BF16 or AMX.
+    """True if this device is known to multiply bfloat16 in hardware: CUDA that reports it, or an
+    x86 CPU with AVX512-BF16 or AMX. Other devices give False.
 
-    The variables ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA, which forbid PyTorch and oneDNN the newer
-    instructions, count as well: torch.cpu.get_capabilities() reports the hardware whatever they say.
+    ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA (formerly DNNL_MAX_CPU_ISA) can disable these
+    instructions. torch.cpu.get_capabilities() ignores them, so they are checked separately.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -366,7 +374,10 @@ def multiplies_bf16(device):
 
 
 def warn_if_emulated(device, precision):
-    """Before compute is spent, print what a precision costs that this device only emulates."""
+    """Print a warning, with the measured slowdown, if bf16 is only emulated on this device.
+
+    MPS is left out: whether a Mac emulates bf16 is not known here.
+    """
     if precision != "bf16" or multiplies_bf16(device) or device.type == "mps":
         return
     ratio = matmul_peak(device, "fp32") / matmul_peak(device, "bf16")
