@@ -213,7 +213,7 @@ def train(args):
     opt = torch.optim.AdamW(weights, lr=args.lr, betas=(0.9, 0.95), weight_decay=0, fused=here.type != "mps")
 
     # ---- the run, new or gone on with
-    known = f"{len(data)} of {C}x{side}x{side} from {about['data']} ({about['split']}) by encoder {about['encoder']}"        # wherever they lie
+    known = f"{len(data)} of {C}x{side}x{side} from {about['data']} ({about['split']}) by encoder {about['encoder']}, {about.get('precision', 'fp32')}"        # wherever they lie
     run = Run(args.out, vars(args) | {"latents": known, "machine": f"{here}, {precision}{tf32_of(here)}"}, args.fresh)
     parts = {"model": model, "ema": ema, "opt": opt}
     for name, part in parts.items() if run.state else ():
