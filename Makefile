@@ -1,5 +1,5 @@
 # make demo    train, evaluate and generate on the built-in shapes, on a CPU -> runs/demo/report.html
-# make test    the test suite
+# make test    ruff check, then the test suite
 # Both install what they need into .venv. They ask for make and for python3 (3.11 or newer) with venv.
 #
 # The demo is a chain of stages. A finished stage leaves a file done-STAGE in the run folder and is
@@ -53,17 +53,19 @@ $(RUN)/done-latents: $(RUN)/done-recon
 
 $(RUN)/done-dit: $(RUN)/done-latents
 	$(call begin,dit)
-	$(PY) dit.py train $(RUN)/latents --out $(RUN)/dit --size pico --steps 750 --batch 64 --lr 8e-3 --warmup 50 --save-every 100
+	$(PY) dit.py train $(RUN)/latents --out $(RUN)/dit --size pico --steps 750 --batch 64 \
+	    --lr 8e-3 --warmup 50 --save-every 100
 	@touch $@
 
 $(RUN)/done-samples: $(RUN)/done-dit
 	$(call begin,samples)
-	$(PY) dit.py sample $(RUN)/dit --per-class 20 --points 50 --cfg 5 --cfg-channels all
+	$(PY) dit.py sample $(RUN)/dit --per-class 20 --points 50 --cfg 5 --set cfg_channels=all
 	@touch $@
 
 $(RUN)/done-fid: $(RUN)/done-samples
 	$(call begin,fid)
-	$(PY) eval.py fid $(RUN)/dit/samples --run $(RUN) --features classifier --few --limit 1000 --train-limit 3000 --judge-steps 200
+	$(PY) eval.py fid $(RUN)/dit/samples --run $(RUN) --features classifier --few \
+	    --limit 1000 --train-limit 3000 --set judge_steps=200
 	@touch $@
 
 $(RUN)/done-report: $(RUN)/done-fid
@@ -73,6 +75,7 @@ $(RUN)/done-report: $(RUN)/done-fid
 	@touch $@
 
 test: .venv/ready
+	$(PY) -m ruff check
 	$(PY) -m pytest -q tests
 
 .venv/ready: requirements.txt

@@ -1,24 +1,23 @@
-"""Where images and captions come from, and how they become batches. How a file is read and what is cut out of it: vtp_min/views.py.
+"""Images and captions, and how they become batches.
 
-    sources    open_data(spec) -> Shapes (built in, endless) | Folder (class folders) | Shards (tars of image-caption pairs)
-    batches    Steps(...)[step] -> this rank's share of one step        eval_batches(source) -> every picture once, in order
+    sources       open_data(spec) -> Shapes (built in) | Folder (class folders) | Shards (tars)
+    training      TrainBatches(...)[step] -> Batch: this process's share of one step
+    evaluation    eval_batches(source): every image once, in order
+    python data.py --data SPEC    a contact sheet of images, crops, masks and captions
 
-Whatever is random comes from a generator keyed by its purpose, the seed, the step and the row: a batch follows from the seed,
-the step and the batch sizes alone, not from workers, ranks or what was trained before. B_ssl and B_rec are every k-th row of the
-batch, which is shuffled: VTP Sec. 3.6 draws them at random. (At the paper's sizes every painted row is also a self-supervised one.)
-
-Nothing is executed or unpacked, and nothing is lost in silence: what cannot be read is left out, named and counted, and more than half of
-it stops the program.                `python data.py --data SPEC` draws a sheet of what training sees, and walks the tars once for all runs.
+The step number is the only state: a batch follows from the seed, the step and the batch sizes, not
+from workers, processes or earlier steps. VTP Sec. 3.6 draws the images for self-supervision and
+reconstruction at random; here they are every k-th row of a batch that is in random order.
+Unreadable images are reported, counted and replaced. Nothing that a data set holds is executed.
 """
 import argparse
-import io
 import os
 import signal
 import sys
 import textwrap
 import time
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from dataclasses import dataclass, field, replace
+from functools import partial
 from math import lcm
 from pathlib import Path
 from typing import Any
@@ -30,48 +29,60 @@ from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from vtp_min import shapes
-from vtp_min.dist import rank, say, world
-from vtp_min.tars import expand, index_folder, indexed
-from vtp_min.views import (ASSETS, CLEAN, CROPS, CUTS, ENDINGS, EVAL, ORDER, SAMPLE, SPARE, VIEWS, batch_masks, clean_view, is_picture, lots, pixels, read_caption,
-                           read_image, recolour, shown, ssl_crop)
+from vtp_min import augment, shapes
+from vtp_min.augment import ASSETS, EVAL_CROPS, VIEWS
+from vtp_min.device import move_to
+from vtp_min.dist import print0, printable, rank, rank_slice, world_size
+from vtp_min.rng import Stream, make_rng, permutation
+
+MAX_STORED_PERMUTATION = 2 ** 21       # 16 MB per worker and epoch; VTP's 277M would be 2.2 GB
+VIEWS_AT_ONCE = 128                    # then the images that they were cut from are freed
 
 
-# ---- sources. Each has len, spec, endless, classes (names in label order, or None), name(index), and load(index, rng) -> image, caption,
-# ---- label: a PIL RGB image, a string, an int (-1: unknown). rng only chooses the words. What cannot be read raises.
-
+# ---------------------------------------------------------------- sources
 def open_data(spec=None, split="train", seed=0, side=64, whole=False):
-    """What the user typed after --data -> a source.
+    """What the user typed after --data -> a source. ValueError if there is nothing to open.
 
-    spec    None, 'shapes' or 'shapes:objects=1-3,size=0.3-0.6'     the built-in pictures; settings as in vtp_min.shapes.draw
-            a folder with train/ and val/, or of class folders      captions: class names in OpenAI's 80 templates
-            'pairs-{000000..000003}.tar', a glob, or one tar        WebDataset / img2dataset: KEY.jpg and KEY.txt (or KEY.json)
-    split   'train' or 'val'       seed  of the endless shapes      side  in pixels; only shapes care
-    whole   the spec was named for this very split (as --val-data): what has no splits of its own serves entirely
-    Raises ValueError when there is nothing to open.
+    spec    None, 'shapes' or 'shapes:objects=1-3,size=0.3-0.6'   built-in images (shapes.draw)
+            a folder with train/ and val/, or of class folders    captions from class names
+            'pairs-{000000..000003}.tar', a glob, or one tar      KEY.jpg with KEY.txt or KEY.json
+    split   'train' or 'val'
+    seed    of the training shapes          side  of the shapes, in pixels
+    whole   spec was named for this split alone (--val-data): without splits, all of it is used
+
+    A source has
+    len                     number of images, per epoch if it is endless
+    load(index, rng)        -> PIL RGB image, caption, label (-1: unknown); any exception if it
+                            cannot be read. rng, a numpy Generator, chooses words of the caption
+    name(index)             for messages, printable
+    spec, endless           what the user typed; whether any index from 0 on can be loaded
+    classes, templates      names in the order of the labels, prompts with {} for a name; or None
     """
     spec = str(spec or "shapes")
     if split not in ("train", "val"):
         raise ValueError(f"split is {split!r}, but a source has 'train' and 'val'")
     if spec.partition(":")[0] == "shapes":
         return Shapes(spec, split, seed, side)
-    if not os.path.isdir(spec) and (spec.endswith(".tar") or any(c in spec for c in "{*?[")):
-        return Shards(spec, split, whole)
+    is_pattern = any(c in spec for c in "{*?[")
+    if (is_pattern or spec.endswith(".tar")) and not os.path.isdir(spec):
+        from vtp_min.extras.shards import Shards
+        return Shards(spec, split, whole, map_in_workers)
     return Folder(spec, split, whole)
 
 
 class Shapes:
-    """The built-in pictures. Validation is set 0 for everyone, training is set seed + 1: they never meet.
+    """The built-in images. Validation is set 0, training is set seed + 1: they differ.
 
-    Training pictures are drawn 15 % larger than `side`, validation pictures at `side`: the clean view keeps at least 0.9 of each
-    side, so it is always shrunk, never enlarged, and as sharp as what validation shows.
+    Training images are drawn 15 % larger than `side`: clip_view keeps at least 0.9 of each side, so
+    it never enlarges, and its images are as sharp as those of validation, drawn at `side`.
     """
     classes = list(shapes.KINDS)
-    templates = [f"{'an' if colour == 'orange' else 'a'} {colour} {{}}" for colour in shapes.COLOURS]      # for zero-shot prompts
+    templates = [shapes.noun_phrase(color, "{}") for color in shapes.COLORS]      # "a red {}"
 
     def __init__(self, spec, split, seed, side):
         self.spec, self.endless = spec, split == "train"
-        self.set, self.side = (seed + 1, round(1.15 * side)) if self.endless else (0, side)
+        self.set = seed + 1 if self.endless else 0
+        self.side = round(1.15 * side) if self.endless else side
         self.settings = {}
         for item in filter(None, spec.partition(":")[2].split(",")):
             name, _, value = item.partition("=")
@@ -80,12 +91,11 @@ class Shapes:
                 number = {"objects": int, "size": float}[name.strip()]
                 self.settings[name.strip()] = number(low), number(high or low)
             except (KeyError, ValueError):
-                raise ValueError(f"{spec!r}: no setting {item!r}; shapes has objects and size, for example "
-                                 f"shapes:objects=1-3,size=0.3-0.6") from None
-        self.load(0)                                                      # settings that cannot be drawn are refused here
+                raise ValueError(f"{spec!r}: no setting {item!r}; shapes has objects and size, "
+                                 f"for example shapes:objects=1-3,size=0.3-0.6") from None
+        self.load(0)                   # raises for settings that cannot be drawn
 
     def __len__(self):
-        """Validation: 10,000. Training has no end (any index from 0 on); whoever needs one, dit.py's latents say, calls 50,000 an epoch."""
         return 50_000 if self.endless else 10_000
 
     def load(self, index, rng=None):
@@ -93,418 +103,524 @@ class Shapes:
         return Image.fromarray(image), caption, label
 
     def name(self, index):
-        return f"picture {index} of {self.spec}"
+        return f"image {index} of {self.spec}"
 
 
 class Folder:
-    """Pictures in class folders: DIR/train/CLASS/x.jpg and DIR/val/CLASS/y.jpg, or DIR/CLASS/x.jpg; folders within a class belong to it.
+    """Class folders: DIR/train/CLASS/x.jpg and DIR/val/CLASS/y.jpg, or DIR/CLASS/x.jpg.
 
-    A class is numbered by its folder's rank. It is called what DIR/classnames.txt says (folder<TAB>name), else, if the folder is a
-    WordNet id of ImageNet, by OpenCLIP's name for it, else by the folder itself with underscores turned to spaces.
-    Names that begin with a dot (.DS_Store, ._x.jpg) are never looked at.
+    Labels number the class folders in sorted order. A class is named by DIR/classnames.txt (lines
+    of folder<TAB>name), else, if the folder is a WordNet id of ImageNet, as in OpenCLIP, else by
+    its folder. Names that begin with a dot are ignored.
     """
     endless = False
+    WANTED = "wanted DIR/train/CLASS/x.jpg and DIR/val/CLASS/y.jpg, or DIR/CLASS/x.jpg"
 
     def __init__(self, spec, split, whole):
-        self.spec, root, wanted = spec, Path(spec), "wanted DIR/train/CLASS/x.jpg and DIR/val/CLASS/y.jpg, or DIR/CLASS/x.jpg"
-        if not root.is_dir():
-            raise ValueError(f"no folder {spec}; {wanted} (a tar is named *.tar; without --data the built-in shapes serve)")
-        parts = [root / s for s in ("train", "val") if (root / s).is_dir()]
-        if parts and root / split not in parts or not parts and split == "val" and not whole:
-            raise ValueError(f"{spec} has no {split}/ folder; " + ("name another folder with --val-data" if split == "val" else
-                             f"to train on its val/ all the same, type --data {root / 'val'}"))
-        self.root = root / split if parts else root
-        folders = sorted({e.name for part in parts or [root] for e in os.scandir(part) if e.is_dir() and e.name[0] != "."}, key=os.fsencode)
-        files, labels, aside = [], [], [e.name for e in os.scandir(self.root) if not e.is_dir() and is_picture(e.name)]
+        from vtp_min.extras.images import SUFFIXES, is_image
+        self.spec = spec
+        base = Path(spec)
+        self.root = self.split_folder(base, split, whole)
+        # of both splits, so that labels agree even if a class is missing in one
+        parts = [self.root] if self.root == base else [base / "train", base / "val"]
+        folders = set()
+        for part in filter(Path.is_dir, parts):
+            folders |= {e.name for e in os.scandir(part) if e.is_dir() and e.name[0] != "."}
+        folders = sorted(folders, key=os.fsencode)
+
+        files, labels = [], []
+        ignored = [e.name for e in os.scandir(self.root) if not e.is_dir() and is_image(e.name)]
         for label, folder in enumerate(folders):
             for file in files_below(self.root, folder):
-                if is_picture(file):
+                if is_image(file):
                     files.append(os.fsencode(file))
                     labels.append(label)
                 else:
-                    aside.append(file)
+                    ignored.append(file)
         if not files:
-            raise ValueError(f"{self.root} holds no class folders with pictures ({' '.join(ENDINGS)}); {wanted}")
-        self.files, self.labels = np.array(files), np.array(labels)       # arrays are lean when forked
-        if aside:
-            say(f"{shown(self.root)}: {len(aside)} files are left out, for their ending or for lying in no class folder ({shown(aside[0])}, ...)")
-        if empty := sorted({*range(len(folders))} - {*labels}):
-            say(f"{shown(self.root)}: {len(empty)} of {len(folders)} classes have no picture here ({shown(folders[empty[0]])}, ...)")
-        names = dict(zip(*((ASSETS / f"imagenet_{x}.txt").read_text("utf-8").splitlines() for x in ("wnids", "classnames")), strict=True))
-        for path in (root.parent / "classnames.txt", root / "classnames.txt"):                # DIR/val may be named without its DIR
-            if path.exists():
-                names |= dict(line.split("\t", 1) for line in path.read_text("utf-8-sig", "replace").splitlines() if "\t" in line)
-        folders = [os.fsencode(f).decode("utf-8", "replace") for f in folders]                # the same words in any locale
-        self.classes = [names.get(f, f.replace("_", " ")) for f in folders]
+            raise ValueError(f"{self.root} holds no class folders with images "
+                             f"({' '.join(SUFFIXES)}); {self.WANTED}")
+        self.files, self.labels = np.array(files), np.array(labels)   # shared with forked workers
+
+        if ignored:
+            print0(f"{printable(self.root)}: {len(ignored)} files are ignored because of their "
+                   f"suffix or because they are in no class folder ({printable(ignored[0])}, ...)")
+        empty = sorted(set(range(len(folders))) - set(labels))
+        if empty:
+            print0(f"{printable(self.root)}: {len(empty)} of {len(folders)} classes have no image "
+                   f"here ({printable(folders[empty[0]])}, ...)")
+        self.classes = class_names(base, folders)
         self.templates = (ASSETS / "imagenet_templates.txt").read_text("utf-8").splitlines()
+
+    def split_folder(self, base, split, whole):
+        """-> the folder with the class folders of this split"""
+        if not base.is_dir():
+            raise ValueError(f"no folder {self.spec}; {self.WANTED} (a tar is named *.tar; without "
+                             f"--data the built-in shapes are used)")
+        if (base / split).is_dir():
+            return base / split
+        if split == "train" and (base / "val").is_dir():
+            raise ValueError(f"{self.spec} has no train/ folder; to train on its val/, type --data "
+                             f"{base / 'val'}")
+        if split == "val" and ((base / "train").is_dir() or not whole):
+            raise ValueError(f"{self.spec} has no val/ folder; name another folder with --val-data")
+        return base
 
     def __len__(self):
         return len(self.files)
 
+    def path(self, index):
+        return self.root / os.fsdecode(self.files[index])
+
     def load(self, index, rng):
-        label, file = int(self.labels[index]), self.root / os.fsdecode(self.files[index])
-        if not file.is_file():
-            raise FileNotFoundError("a link that leads nowhere, or no file")                  # a pipe would be waited for
-        return read_image(file), self.templates[rng.integers(len(self.templates))].format(self.classes[label]), label
+        from vtp_min.extras.images import read_image
+        if not self.path(index).is_file():
+            raise FileNotFoundError("not a file, or a broken link")   # opening a pipe would block
+        label = int(self.labels[index])
+        template = self.templates[rng.integers(len(self.templates))]
+        return read_image(self.path(index)), template.format(self.classes[label]), label
 
     def name(self, index):
-        return shown(self.root / os.fsdecode(self.files[index]))
+        return printable(self.path(index))
 
 
 def files_below(root, folder):
-    """-> names, seen from root, of the files in its `folder` and in the folders within, in order; links to folders are not followed"""
+    """Paths, relative to root, of the files in root/folder and its subfolders, sorted. Links to
+    folders are not followed."""
     for here, folders, files in os.walk(os.path.join(root, folder)):
         folders[:] = sorted((f for f in folders if f[0] != "."), key=os.fsencode)
         here = os.path.relpath(here, root)
-        yield from (f"{here}/{f}" for f in sorted(files, key=os.fsencode) if f[0] != ".")
+        for file in sorted(files, key=os.fsencode):
+            if file[0] != ".":
+                yield f"{here}/{file}"
 
 
-class Shards:
-    """Image-caption pairs in tars. Their headers are walked once in a lifetime; then any sample is three reads at known places.
+def class_names(base, folders):
+    """Names of the classes in these folders, see Folder"""
+    wnids = (ASSETS / "imagenet_wnids.txt").read_text("utf-8").splitlines()
+    imagenet = (ASSETS / "imagenet_classnames.txt").read_text("utf-8").splitlines()
+    names = dict(zip(wnids, imagenet, strict=True))
+    for path in (base.parent / "classnames.txt", base / "classnames.txt"):    # base may be DIR/val
+        if path.exists():
+            lines = path.read_text("utf-8-sig", "replace").splitlines()
+            names |= dict(line.split("\t", 1) for line in lines if "\t" in line)
+    # decoded in the same way in any locale
+    folders = [os.fsencode(folder).decode("utf-8", "replace") for folder in folders]
+    return [names.get(folder, folder.replace("_", " ")) for folder in folders]
 
-    What the walk finds is kept in $VTP_CACHE, or ~/.cache/vtp_min: a file of 20 bytes a pair for each tar, to be deleted whenever you like
-    (a tar of another size or date is walked again). Memory holds a line a tar, not a line a sample: VTP's 277M pairs are 27,700 lines.
-    Ranks begin the walk at different places and take over what others have finished. A file is opened for each read: two system calls more
-    than keeping it open, and nothing to close, to fork or to send to a worker.
+
+# ---------------------------------------------------------------- training batches
+@dataclass
+class Batch:
+    """This process's share of one step. Parts of an objective that is off are None.
+
+    b images for CLIP and reconstruction, Br of them reconstructed; Bs images for self-supervision,
+    with 2 global and V local crops each; N patches of a global crop, M masked ones in all crops.
     """
-    endless, classes = False, None
+    captions: list                      # b strings
+    bad: list                           # names of unreadable samples, which others replaced
+    image: torch.Tensor = None          # (b, 3, H, W) uint8
+    rows_image: torch.Tensor = None     # (b,) their rows in the global batch
+    text: torch.Tensor = None           # (b, T) ids; T is the length of the longest caption
+    rec: torch.Tensor = None            # (Br,) which of the b images are reconstructed
+    crops: torch.Tensor = None          # (2, Bs, 3, H, W) uint8
+    locals: torch.Tensor = None         # (V, Bs, 3, h, w) uint8
+    rows_ssl: torch.Tensor = None       # (Bs,) their rows in the global batch
+    n_crops: int = 0                    # 2 Bs
+    mask: torch.Tensor = None           # (2, Bs, N) bool, True: hidden from the student
+    mask_index: torch.Tensor = None     # (M,) positions of the masked patches in mask.flatten()
+    mask_weight: torch.Tensor = None    # (M,) 1 / masked patches of the same crop
+    keep: dict = field(default_factory=dict)      # see TrainBatches.stochastic_depth
 
-    def __init__(self, spec, split, whole):
-        if split == "val" and not whole:
-            raise ValueError(f"{spec} has no validation split; name one with --val-data (other shards, a folder, or shapes)")
-        self.spec, tars, kept = spec, expand(spec), index_folder()
-        first = rank() * len(tars) // world()
-        tars, many = tars[first:] + tars[:first], len(tars) >= 8
-        workers = many * max(1, min(32, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-        found = list(tqdm(in_workers(partial(indexed, kept), tars, workers), "indexing tars", len(tars), disable=not many or rank() > 0))
-        found = found[len(tars) - first:] + found[:len(tars) - first]     # in the pattern's order again
-        good = [x for x in found if "broken" not in x]
-        bad = [f"{shown(x['tar'])} {shown(x.get('broken') or x['end'])}" for x in found if "broken" in x or x["end"]]
-        some = ", ".join(bad[:10]) + ", ..." * (len(bad) > 10)
-        if 2 * len(good) < len(found) or not found:
-            raise ValueError(f"{len(found) - len(good)} of the {len(found)} tars that {spec} names cannot be read: {some}; "
-                             f"wanted a tar, a glob in quotes, or a range such as 'pairs-{{000000..000003}}.tar'")
-        if bad:
-            say(f"{shown(spec)}: {len(bad)} of {len(found)} tars are damaged or missing: {some}")
-        self.tars = [(x["tar"], x["index"], x["start"]) for x in good]
-        self.ends = np.cumsum([x["samples"] for x in good])               # (tars,) pairs up to and including each
-        lost = sum(x["lost"] for x in good)
-        example = next((f"{shown(x['tar'])}:{shown(x['first'])}" for x in good if x["lost"]), "")
-        if not self.ends[-1]:
-            raise ValueError(f"{spec} holds no pairs: wanted KEY.jpg (or {' '.join(ENDINGS[1:])}) with KEY.txt, or KEY.json with a \"caption\""
-                             + f" ({example})" * bool(lost))
-        if lost:
-            say(f"{shown(spec)}: {lost} of {lost + self.ends[-1]} samples are left out ({example}, ...)")
-        if new := sum(x["new"] for x in good):
-            say(f"{shown(spec)}: walked {new} of {len(found)} tars; later runs find them indexed in {shown(kept)}")
+    def to(self, device):
+        """-> the Batch on a device; pixels become ImageNet-normalised floats, rows_* stay"""
+        moved = {"keep": map_rows(self.keep, lambda rows: move_to(rows, device))}
+        for name, value in vars(self).items():
+            if torch.is_tensor(value) and not name.startswith("rows"):
+                moved[name] = move_to(value, device)
+        for name in ("image", "crops", "locals"):
+            if name in moved:
+                moved[name] = augment.normalize(moved[name]).to(torch.get_default_dtype())
+        return replace(self, **moved)
 
-    def __len__(self):
-        return int(self.ends[-1])
+    # A worker process sends each tensor through a shared file of its own. L has 144 small ones in
+    # `keep`, so these are sent as arrays.
+    def __getstate__(self):
+        return vars(self) | {"keep": map_rows(self.keep, torch.Tensor.numpy)}
 
-    def place(self, index):
-        """-> tar, and of this pair: picture at, its size, words at, their size, 1 if they are plain and 0 if JSON"""
-        k = int(np.searchsorted(self.ends, index, "right"))
-        tar, file, start = self.tars[k]
-        row = index - (int(self.ends[k - 1]) if k else 0)
-        image_at, image_size, words_at, words_size, plain = map(int, np.fromfile(file, np.uint32, 5, offset=start + 20 * row))
-        return tar, 512 * image_at, image_size, 512 * words_at, words_size, plain
-
-    def load(self, index, rng=None):
-        tar, image_at, image_size, words_at, words_size, plain = self.place(index)
-        with open(tar, "rb") as f:
-            f.seek(image_at)
-            image = read_image(io.BytesIO(f.read(image_size)))
-            f.seek(words_at)
-            return image, read_caption(f.read(words_size), plain), -1
-
-    def name(self, index):
-        """The picture's name stands in its header, the 512 bytes before it (the first 100 letters of a longer one)."""
-        try:
-            tar, image_at, *_ = self.place(index)
-            with open(tar, "rb") as f:
-                f.seek(image_at - 512)
-                return shown(f"{tar}:{f.read(100).split(bytes(1))[0].decode('utf-8', 'replace')}")
-        except Exception:                                                 # the tar has gone, and this is only about its name
-            return shown(f"sample {index} of {self.spec}")
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self.keep = map_rows(self.keep, torch.from_numpy)
 
 
-# ---- batches
+def map_rows(keep, function):
+    """Apply a function to all rows of Batch.keep"""
+    def convert(pairs):
+        return tuple((function(rows), scale) for rows, scale in pairs)
+
+    out = dict(keep)
+    for name, blocks in keep.items():
+        if blocks:
+            out[name] = [convert(pairs) for pairs in blocks]
+    return out
+
 
 @dataclass
-class Steps:
-    """steps[s] -> this rank's share of step s. Raises ValueError for sizes that do not fit together.
+class TrainBatches:
+    """TrainBatches(...)[step] -> Batch. ValueError for sizes that do not fit together.
 
-    image     uint8 (b, 3, H, W)      clean views of the rows that clip or rec use           rows_image  (b,) their places in the batch
-    text      int64 (b, T)            their captions, T as long as the longest               captions    list of b strings
-    rec       int64 (Br,)             which of `image` are decoded
-    crops     uint8 (2, Bs, 3, H, W)  global crops     locals  uint8 (V, Bs, 3, h, w)        rows_ssl    (Bs,) their places in the batch
-    mask      bool (2, Bs, N)         what the student does not see                          bad         names of what could not be read
-    `image` and captions come with clip or rec, `text` with clip, `rec` with rec, the last two lines with ssl. Rows that no active loss
-    uses are not loaded, and each row's lots have their own key: turning a loss off changes nothing for the others.
+    Only rows that an active objective uses are loaded. Each row has its own random numbers, so
+    turning an objective off changes nothing for the others.
     """
     source: Any
-    tokenizer: Any                 # list of strings -> (n, 77) ids, 0 pads; None without clip
+    tokenizer: Any                      # list of strings -> (n, 77) ids, 0 pads; None without clip
     seed: int
-    batch: int                     # B = B_clip, over all ranks
+    batch: int                          # B = B_clip, over all processes
     batch_ssl: int
     batch_rec: int
-    clip: bool
+    clip: bool                          # which objectives are on
     ssl: bool
     rec: bool
-    image: int                     # H = W
-    local_image: int               # h = w
-    n_local: int                   # V
+    image: int                          # H = W
+    local_image: int                    # h = w
+    n_local: int                        # V
     patch: int
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
+    drop_clip: float = 0.0              # rates of stochastic depth
+    drop_rec: float = 0.0
+    drop_ssl: float = 0.0
+    depth: int = 0                      # blocks of the trunk
 
     def __post_init__(self):
-        for side, flag in [(self.image, "--image")] + [(self.local_image, "--local-image")] * bool(self.ssl and self.n_local):
-            if side % self.patch or side < self.patch:
-                raise ValueError(f"{flag} {side} is no multiple of the patch, {self.patch}; try {flag} {nearest(side, self.patch)}")
+        check_multiple("--image", self.image, self.patch, "the side of a patch")
+        if self.ssl and self.n_local:
+            check_multiple("--local-image", self.local_image, self.patch, "the side of a patch")
         if self.batch < 2:
-            raise ValueError(f"--batch {self.batch}: contrast needs at least two pictures; try --batch {nearest(2, self.world)}")
-        subsets = [(n, flag) for n, flag, on in ((self.batch_ssl, "--batch-ssl", self.ssl), (self.batch_rec, "--batch-rec", self.rec)) if on]
-        for n, flag in subsets:
-            if n % self.world or n < self.world:
-                raise ValueError(f"{flag} {n} cannot be shared equally by {self.world} processes; try {flag} {nearest(n, self.world)}")
-        unit = lcm(self.world, *(n for n, _ in subsets))
-        if self.batch % unit:
-            why = " and ".join([f"{flag} {n}" for n, flag in subsets] + [f"{self.world} processes"] * (self.world > 1))
-            raise ValueError(f"--batch {self.batch} is no multiple of {unit}, as {why} ask for; try --batch {nearest(self.batch, unit)}")
+            raise ValueError(f"--batch {self.batch}: contrastive losses need at least two images; "
+                             f"try --batch {round_to_multiple(2, self.world_size)}")
+        subsets = {}
+        if self.ssl:
+            subsets["--batch-ssl"] = self.batch_ssl
+        if self.rec:
+            subsets["--batch-rec"] = self.batch_rec
+        for flag, n in subsets.items():
+            check_multiple(flag, n, self.world_size, "the number of processes")
+        reasons = [f"{flag} {n}" for flag, n in subsets.items()]
+        if self.world_size > 1:
+            reasons.append(f"{self.world_size} processes")
+        unit = lcm(self.world_size, *subsets.values())
+        check_multiple("--batch", self.batch, unit, f"as {' and '.join(reasons)} require")
 
     @property
-    def rows(self):
-        """How many pictures a step reads, over all ranks"""
-        used = [count for count, on in ((self.batch, self.clip), (self.batch_ssl, self.ssl), (self.batch_rec, self.rec)) if on]
-        return len({row for count in used for row in range(0, self.batch, self.batch // count)})
+    def images_per_step(self):
+        """Images that one step reads, over all processes"""
+        sizes = [(self.batch, self.clip), (self.batch_ssl, self.ssl), (self.batch_rec, self.rec)]
+        rows = set()
+        for size, is_on in sizes:
+            if is_on:
+                rows |= set(range(0, self.batch, self.batch // size))
+        return len(rows)
 
-    def share(self, count):
-        """Places in the batch of this rank's rows of a subset of `count`: evenly spread, every (B / count)-th."""
-        return range(self.rank * self.batch // self.world, (self.rank + 1) * self.batch // self.world, self.batch // count)
+    def rank_rows(self, size):
+        """This process's rows of a subset of the batch: every (B / size)-th -> range"""
+        first = self.rank * self.batch // self.world_size
+        last = (self.rank + 1) * self.batch // self.world_size
+        return range(first, last, self.batch // size)
 
     def __getitem__(self, step):
-        in_rec, in_ssl = self.share(self.batch_rec) if self.rec else range(0), self.share(self.batch_ssl) if self.ssl else range(0)
-        in_image = self.share(self.batch) if self.clip else in_rec
-        image = np.empty((len(in_image), 3, self.image, self.image), np.uint8)
-        crops = np.empty((2, len(in_ssl), 3, self.image, self.image), np.uint8)
-        small = np.empty((self.n_local, len(in_ssl), 3, self.local_image, self.local_image), np.uint8)
-        captions, bad = [], []
-        changes = np.empty((2 + self.n_local, len(in_ssl)), object)       # lists: what is still to happen to each crop's colours
-        for row in sorted({*in_image, *in_ssl}):
-            picture, caption = self.sample(step, row, bad)
-            picture = np.array(picture)                                   # one conversion for all its views
-            if row in in_image:
-                image[in_image.index(row)] = clean_view(lots(CLEAN, self.seed, step, row), picture, self.image)
-                captions.append(caption)
-            if row in in_ssl:
-                rng, j = lots(CROPS, self.seed, step, row), in_ssl.index(row)
-                crops[0, j], changes[0, j] = ssl_crop(rng, picture, self.image, *VIEWS["global 1"])
-                crops[1, j], changes[1, j] = ssl_crop(rng, picture, self.image, *VIEWS["global 2"])
-                for v in range(self.n_local):
-                    small[v, j], changes[2 + v, j] = ssl_crop(rng, picture, self.local_image, *VIEWS["local"])
-        recolour(crops.reshape(-1, *crops.shape[2:]), changes[:2].ravel())
-        recolour(small.reshape(-1, *small.shape[2:]), changes[2:].ravel())
-        out = {"captions": captions, "bad": bad}
-        if in_image:
-            out |= {"image": torch.from_numpy(image), "rows_image": torch.tensor(in_image)}
+        rec_rows = self.rank_rows(self.batch_rec) if self.rec else range(0)
+        ssl_rows = self.rank_rows(self.batch_ssl) if self.ssl else range(0)
+        image_rows = self.rank_rows(self.batch) if self.clip else rec_rows
+        out = Batch(captions=[], bad=[], keep=self.stochastic_depth(step))
+        images, views = self.load_rows(step, image_rows, ssl_rows, out)
+        if image_rows:
+            out.image = torch.from_numpy(np.stack(images))
+            out.rows_image = torch.tensor(image_rows)
         if self.clip:
-            text = self.tokenizer(captions)
-            out["text"] = text[:, :int((text != 0).any(0).nonzero().max()) + 1]         # a causal tower needs no padding beyond the longest; its work shrinks in proportion
+            text = self.tokenizer(out.captions)
+            # a causal tower needs no padding beyond the longest caption
+            longest = int((text != 0).any(0).nonzero().max()) + 1
+            out.text = text[:, :longest]
         if self.rec:
-            out["rec"] = torch.tensor([in_image.index(row) for row in in_rec])
+            out.rec = torch.tensor([image_rows.index(row) for row in rec_rows])
         if self.ssl:
-            first, side = self.rank * len(in_ssl), self.image // self.patch
-            rows = [g * self.batch_ssl + first + j for g in range(2) for j in range(len(in_ssl))]
-            mask = batch_masks(self.seed, step, 2 * self.batch_ssl, side, side, rows)
-            out |= {"crops": torch.from_numpy(crops), "locals": torch.from_numpy(small), "rows_ssl": torch.tensor(in_ssl),
-                    "mask": torch.from_numpy(mask).view(2, len(in_ssl), -1)}
+            self.add_views(step, ssl_rows, views, out)
         return out
 
-    def sample(self, step, row, bad):
-        """-> picture, caption. What cannot be read joins `bad` and is replaced by one drawn from (seed, step, row, attempt)."""
+    def load_rows(self, step, image_rows, ssl_rows, out):
+        """-> clip_view of each image row; of each ssl row two global crops, then V local ones"""
+        images, views, jobs = [], [], []
+        for row in sorted({*image_rows, *ssl_rows}):
+            image, caption = self.load_sample(step, row, out.bad)
+            image = np.array(image)                                   # once for all views
+            if row in image_rows:
+                rng = make_rng(Stream.CLIP_VIEW, self.seed, step, row)
+                images.append(augment.clip_view(rng, image, self.image))
+                out.captions.append(caption)
+            if row in ssl_rows:
+                rng = make_rng(Stream.CROPS, self.seed, step, row)
+                jobs.append((rng, image, self.image, VIEWS["global 1"]))
+                jobs.append((rng, image, self.image, VIEWS["global 2"]))
+                jobs += [(rng, image, self.local_image, VIEWS["local"])] * self.n_local
+            if len(jobs) >= VIEWS_AT_ONCE:
+                views += augment.ssl_views(jobs)
+                jobs = []
+        return images, views + augment.ssl_views(jobs)
+
+    def add_views(self, step, ssl_rows, views, out):
+        Bs, V, side = len(ssl_rows), self.n_local, self.local_image
+        out.rows_ssl, out.n_crops = torch.tensor(ssl_rows), 2 * Bs
+        crops = views[0::2 + V] + views[1::2 + V]
+        out.crops = torch.from_numpy(np.stack(crops)).unflatten(0, (2, Bs))
+        out.locals = torch.empty(V, Bs, 3, side, side, dtype=torch.uint8)
+        for v in range(V):
+            out.locals[v] = torch.from_numpy(np.stack(views[2 + v::2 + V]))
+
+        numbers = self.crop_numbers(ssl_rows, self.batch_ssl, 2)
+        grid = self.image // self.patch
+        mask = augment.batch_masks(self.seed, step, 2 * self.batch_ssl, grid, grid, numbers)
+        out.mask = torch.from_numpy(mask).unflatten(0, (2, Bs))
+        out.mask_index, out.mask_weight = augment.mask_index_and_weight(out.mask)
+
+    def crop_numbers(self, rows, size, crops=1):
+        """Numbers of these rows' crops within a subset of `size` rows: all first crops, then all
+        second ones, ... -> (crops * rows,) array"""
+        numbers = np.array(rows) // (self.batch // size)
+        return (numbers + size * np.arange(crops)[:, None]).ravel()
+
+    def stochastic_depth(self, step):
+        """-> {name: augment.kept_rows, or None at rate 0}
+
+        clip   for the forward pass of Batch.image, whatever it serves
+        rec    only if reconstruction has another rate than CLIP, and so a forward pass of its own
+        ssl, local    for global and local crops
+        """
+        def draw(rate, size, objective, crops=1):
+            rows = self.crop_numbers(self.rank_rows(size), size, crops)
+            key = self.seed, step, objective
+            return augment.kept_rows(rate, self.depth, rows, crops * size, *key)
+
+        keep = dict.fromkeys(("clip", "ssl", "local"))
+        if self.clip:
+            keep["clip"] = draw(self.drop_clip, self.batch, 0)
+            if self.rec and self.drop_rec != self.drop_clip:
+                keep["rec"] = draw(self.drop_rec, self.batch_rec, 1)
+        elif self.rec:
+            keep["clip"] = draw(self.drop_rec, self.batch_rec, 0)
+        if self.ssl:
+            keep["ssl"] = draw(self.drop_ssl, self.batch_ssl, 2, crops=2)
+            keep["local"] = draw(self.drop_ssl, self.batch_ssl, 3, crops=self.n_local)
+        return keep
+
+    def load_sample(self, step, row, bad):
+        """-> image, caption. An unreadable sample joins `bad`; a random one replaces it."""
         place = step * self.batch + row
-        epoch, k = (0, place) if self.source.endless else divmod(place, len(self.source))
-        index = k if self.source.endless else shuffled(self.seed, epoch, len(self.source), k)
+        if self.source.endless:
+            index = place
+        else:
+            epoch, k = divmod(place, len(self.source))
+            index = epoch_index(self.seed, epoch, len(self.source), k)
         for attempt in range(100):
             try:
-                return self.source.load(index, lots(SAMPLE, self.seed, step, row))[:2]
-            except MemoryError:                                           # not the sample's fault
+                rng = make_rng(Stream.SAMPLE, self.seed, step, row)
+                image, caption, _ = self.source.load(index, rng)
+                return image, caption
+            except MemoryError:                                       # not the sample's fault
                 raise
-            except Exception as problem:                                  # a damaged file makes decoders raise whatever they like
-                bad.append(shown(f"{self.source.name(index)} ({type(problem).__name__}: {problem})"))
-                index = int(lots(SPARE, self.seed, step, row, attempt).integers(len(self.source)))
-        raise ValueError(f"a hundred samples in a row could not be read, last {bad[-1]}; is {self.source.spec} still there?")
+            except Exception as problem:                              # decoders raise anything
+                bad.append(unreadable(self.source, index, problem))
+            rng = make_rng(Stream.REPLACEMENT, self.seed, step, row, attempt)
+            index = int(rng.integers(len(self.source)))
+        raise ValueError(f"100 samples in a row could not be read, the last one is {bad[-1]}; does "
+                         f"{self.source.spec} still exist?")
 
 
-def clean_steps(args):
-    """Steps of clean views without captions: what stage 2 and the baselines train on"""
-    source = open_data(args.data, "train", args.seed, side=args.image)
-    return Steps(source, None, seed=args.seed, batch=args.batch, batch_ssl=args.batch, batch_rec=args.batch,
-                 clip=False, ssl=False, rec=True, image=args.image, local_image=args.image, n_local=0,
-                 patch=args.patch, rank=rank(), world=world())
+def unreadable(source, index, problem):
+    """-> one line for logs"""
+    return printable(f"{source.name(index)} ({type(problem).__name__}: {problem})")
 
 
-LISTED = 2 ** 21                     # ImageNet is below: 16 MB a worker and epoch. VTP's 277M samples would be 2.2 GB
+def epoch_index(seed, epoch, n, k):
+    """The k-th of n samples in the order of this epoch"""
+    if n > MAX_STORED_PERMUTATION:
+        from vtp_min.extras.shards import feistel_permutation
+        return feistel_permutation(seed, epoch, n, k)
+    return int(permutation(seed, epoch, n)[k])
 
 
-def shuffled(seed, epoch, n, k):
-    """The k-th sample of an epoch over n, each once: place k of a drawn permutation; of one that is computed, not stored, for large n."""
-    return int(permutation(seed, epoch, n)[k]) if n <= LISTED else scrambled(seed, epoch, n, k)
+def check_multiple(flag, n, unit, reason):
+    if n % unit or n < unit:
+        raise ValueError(f"{flag} {n} is no multiple of {unit}, {reason}; try {flag} "
+                         f"{round_to_multiple(n, unit)}")
 
 
-@lru_cache(maxsize=2)
-def permutation(seed, epoch, n):
-    return lots(ORDER, seed, epoch).permutation(n)
-
-
-def scrambled(seed, epoch, n, k):
-    """A keyed bijection of range(n) at k: six Feistel rounds on 2h bits, 4^h >= n, walked until the number is below n.
-
-    A round (a, b) -> (b, a ^ f(b)) can be undone whatever f is, so no number comes twice; f is splitmix64's finish. Not so good on a few bits:
-    small n are listed.
-    """
-    h, full = ((n - 1).bit_length() + 1) // 2, 2 ** 64 - 1
-    while True:
-        a, b = k >> h, k & (1 << h) - 1
-        for key in round_keys(seed, epoch):
-            f = (b ^ key) * 0xBF58476D1CE4E5B9 & full
-            f = (f ^ f >> 27) * 0x94D049BB133111EB & full
-            a, b = b, a ^ (f ^ f >> 31) & (1 << h) - 1
-        k = a << h | b
-        if k < n:
-            return k
-
-
-@lru_cache(maxsize=2)
-def round_keys(seed, epoch):
-    return [int(x) for x in lots(ORDER, seed, epoch).integers(2 ** 63, size=6)]
-
-
-def nearest(n, unit):
-    """The positive multiple of `unit` closest to n."""
+def round_to_multiple(n, unit):
+    """The positive multiple of `unit` that is closest to n"""
     return max(1, round(n / unit)) * unit
 
 
-def batches(steps, start, stop, workers=0):
-    """Steps `start` to `stop` - 1, in order, the same for any number of workers."""
-    return in_workers(steps.__getitem__, range(start, stop), workers)
+def clean_batches(args):
+    """TrainBatches of clip_view without captions, for stage 2 and the baselines"""
+    source = open_data(args.data, "train", args.seed, side=args.image)
+    return TrainBatches(
+        source, None, args.seed, batch=args.batch, batch_ssl=args.batch, batch_rec=args.batch,
+        clip=False, ssl=False, rec=True, image=args.image, local_image=args.image, n_local=0,
+        patch=args.patch, rank=rank(), world_size=world_size())
 
 
-def in_workers(work, items, workers):
-    """map(work, items), in order, by `workers` processes of one torch thread each; the caller's random state is not touched."""
-    return iter(DataLoader(items, batch_size=None, collate_fn=work, num_workers=workers, worker_init_fn=outlive_signals,
-                           generator=torch.Generator()))
+# ---------------------------------------------------------------- worker processes
+def prefetch(batches, start, stop, workers=0):
+    """batches[start], ..., batches[stop - 1], computed ahead by worker processes -> iterator"""
+    return map_in_workers(batches.__getitem__, range(start, stop), workers)
 
 
-def outlive_signals(worker):
-    """Signals to the whole process group are the main process's to answer: it may need a batch to finish its step. Workers leave 30 s later."""
-    for s in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(s, signal.SIG_IGN)
+def map_in_workers(function, items, workers):
+    """map(function, items), in order, on `workers` processes of one torch thread each.
+
+    The random state of the caller is not changed.
+    """
+    start_worker = partial(init_worker, augment.ssl_views)
+    return iter(DataLoader(items, batch_size=None, collate_fn=function, num_workers=workers,
+                           worker_init_fn=start_worker, generator=torch.Generator()))
+
+
+def init_worker(ssl_views, worker):
+    """Workers ignore signals to the process group: the main process answers them, and may need
+    another batch to finish its step. After SIGTERM they live for 30 seconds."""
+    augment.ssl_views = ssl_views              # a spawned worker has not run fast.install()
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
     signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
 
 
-def my_share(n):
-    """Places of this rank's rows of n: contiguous, in rank order, so that dist.collect joins them in the source's order."""
-    return range(rank() * n // world(), (rank() + 1) * n // world())
-
-
+# ---------------------------------------------------------------- evaluation batches
 def eval_batches(source, side, batch, limit=None, crop="adm", workers=0, seed=0):
-    """This rank's share of all pictures, each once, in order -> (images uint8 (b, 3, side, side), labels (b,), captions), batch after batch.
+    """This process's share of all images, each once, in the source's order.
 
-    limit  take that many over all ranks, evenly spread, so that each class is seen          crop  'adm' (centre) or 'squash'
-    The share is my_share(min(limit, len(source))). What cannot be read is left out, named and counted by the rank that met it; its batch is
-    smaller for it. Once more than half of a share has gone the number would mean nothing: ValueError.
+    limit   over all processes; the images are evenly spaced, so that each class occurs
+    crop    a key of augment.EVAL_CROPS
+    Yields images (b, 3, side, side) uint8, labels (b,), captions. Unreadable images are reported
+    and skipped: their batch is smaller. ValueError if they are more than half of a share.
     """
-    if crop not in CUTS or batch < 1 or limit is not None and limit < 1:
-        raise ValueError(f"crop={crop!r}, batch={batch}, limit={limit}: wanted 'adm' or 'squash', a batch and a limit of 1 or more")
-    n, lost, here = min(limit or len(source), len(source)), 0, f" on rank {rank()}" if world() > 1 else ""
-    indices = [k * len(source) // n for k in my_share(n)]
-    work = partial(eval_batch, source, side, CUTS[crop], seed)
-    for images, labels, captions, bad in in_workers(work, [indices[k:k + batch] for k in range(0, len(indices), batch)], workers):
+    if crop not in EVAL_CROPS or batch < 1 or (limit is not None and limit < 1):
+        raise ValueError(f"crop={crop!r}, batch={batch}, limit={limit}: wanted a crop of "
+                         f"{', '.join(EVAL_CROPS)}, a batch and a limit of 1 or more")
+    n = min(limit or len(source), len(source))
+    indices = [k * len(source) // n for k in rank_slice(n)]
+    chunks = [indices[k:k + batch] for k in range(0, len(indices), batch)]
+    where = f" on rank {rank()}" if world_size() > 1 else ""
+    lost = 0
+    load = partial(eval_batch, source, side, EVAL_CROPS[crop], seed)
+    for images, labels, captions, bad in map_in_workers(load, chunks, workers):
         for name in bad:
-            print(f"left out{here}: {name}", flush=True)
+            print(f"skipped{where}: {name}", flush=True)
         lost += len(bad)
         if 2 * lost > len(indices):
-            raise ValueError(f"more than half of the {len(indices)} pictures of {source.spec}{here} could not be read, last {bad[-1]}")
+            raise ValueError(f"more than half of the {len(indices)} images of {source.spec}{where} "
+                             f"could not be read, the last one is {bad[-1]}")
         if captions:
             yield images, labels, captions
     if lost:
-        print(f"{lost} of {len(indices)} pictures of {shown(source.spec)}{here} could not be read and are left out", flush=True)
+        print(f"{lost} of {len(indices)} images of {printable(source.spec)}{where} could not be "
+              f"read and are skipped", flush=True)
 
 
-def eval_batch(source, side, cut, seed, indices):
+def eval_batch(source, side, crop, seed, indices):
+    """-> images (b, 3, side, side) uint8 or None, labels (b,), captions, unreadable names"""
     images, labels, captions, bad = [], [], [], []
     for index in indices:
         try:
-            picture, caption, label = source.load(index, lots(EVAL, seed, index))
+            image, caption, label = source.load(index, make_rng(Stream.EVAL, seed, index))
         except MemoryError:
             raise
         except Exception as problem:
-            bad.append(shown(f"{source.name(index)} ({type(problem).__name__}: {problem})"))
+            bad.append(unreadable(source, index, problem))
         else:
-            images.append(pixels(cut(picture, side)))
+            images.append(augment.to_chw(crop(image, side)))
             labels.append(label)
             captions.append(caption)
-    return torch.from_numpy(np.stack(images)) if images else None, torch.tensor(labels), captions, bad
+    images = torch.from_numpy(np.stack(images)) if images else None
+    return images, torch.tensor(labels), captions, bad
 
 
-# ---- look at it
-
-def sheet(out, patch, zoom):
-    """One batch of Steps -> PIL picture, a row per sample: clean view, both global crops with masked patches grey, local crops; the caption."""
-    b, _, side, _ = out["image"].shape
-    grid, line = side // patch, 32 // zoom
-    hidden = out["mask"].view(2, b, 1, grid, grid).repeat_interleave(patch, -1).repeat_interleave(patch, -2)
-    tiles = [out["image"], *torch.where(hidden, 128, out["crops"]), *out["locals"]]
-    rows = torch.cat([F.pad(t, [2, 2, 2, side + 2 - t.shape[-1]], value=255) for t in tiles], -1)       # (b, 3, side + 4, wide)
-    page = torch.cat([*F.pad(rows, [0, 0, 0, line], value=255)], -2).repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
-    page = Image.fromarray(page.permute(1, 2, 0).numpy())
-    pen = ImageDraw.Draw(page)
-    for row, caption in enumerate(out["captions"]):
+# ---------------------------------------------------------------- contact sheet
+def image_sheet(batch, patch, zoom):
+    """A Batch -> PIL image. A row per sample: clip_view, both global crops with masked patches in
+    gray, the local crops; below them the caption."""
+    b, _, side, _ = batch.image.shape
+    grid, line = side // patch, 32 // zoom                        # line: height of a caption
+    masked = batch.mask.view(2, b, 1, grid, grid)
+    masked = masked.repeat_interleave(patch, -1).repeat_interleave(patch, -2)     # (2, b, 1, H, W)
+    tiles = [batch.image, *torch.where(masked, 128, batch.crops), *batch.locals]
+    tiles = [F.pad(tile, [2, 2, 2, side + 2 - tile.shape[-1]], value=255) for tile in tiles]
+    rows = F.pad(torch.cat(tiles, -1), [0, 0, 0, line], value=255)
+    sheet = torch.cat([*rows], -2).repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
+    sheet = Image.fromarray(sheet.permute(1, 2, 0).numpy())
+    draw = ImageDraw.Draw(sheet)
+    for row, caption in enumerate(batch.captions):
         y = ((row + 1) * (side + 4 + line) - line) * zoom
-        pen.text((2 * zoom, y), textwrap.fill(caption, page.width // 6, max_lines=2), "black")
-    return page
+        draw.text((2 * zoom, y), textwrap.fill(caption, sheet.width // 6, max_lines=2), "black")
+    return sheet
 
 
-def look(args):
+def show(args):
+    """Print what a source holds and how fast it is read; write the contact sheet"""
     source = open_data(args.data, args.split, args.seed, args.image, whole=True)
-    steps = Steps(source, None, args.seed, args.rows, args.rows, args.rows, clip=False, ssl=True, rec=True, image=args.image,
-                  local_image=args.local_image, n_local=args.locals, patch=args.patch)
-    print(f"{shown(source.spec)}, {args.split}: " + ("endless" if source.endless else f"{len(source):,} samples"))
+    batches = TrainBatches(
+        source, None, args.seed, args.rows, args.rows, args.rows, clip=False, ssl=True, rec=True,
+        image=args.image, local_image=args.local_image, n_local=args.locals, patch=args.patch)
+    size = "endless" if source.endless else f"{len(source):,} samples"
+    print(f"{printable(source.spec)}, {args.split}: {size}")
     if source.classes:
-        print(f"{len(source.classes)} classes: {', '.join(source.classes[:12])}{', ...' if len(source.classes) > 12 else ''}")
-    start, count = time.perf_counter(), max(1, 64 // args.rows)
-    bad = [name for out in tqdm(batches(steps, 1, 1 + count), "timing", total=count) for name in out["bad"]]
-    ms = 1000 * (time.perf_counter() - start) / (count * args.rows)
+        more = ", ..." if len(source.classes) > 12 else ""
+        print(f"{len(source.classes)} classes: {', '.join(source.classes[:12])}{more}")
+
+    n_steps, bad = max(1, 64 // args.rows), []
+    start = time.perf_counter()
+    for batch in tqdm(prefetch(batches, 1, 1 + n_steps), "timing", total=n_steps):
+        bad += batch.bad
+    n_samples = n_steps * args.rows
+    ms = 1000 * (time.perf_counter() - start) / n_samples
     if bad:
-        print(f"of {count * args.rows + len(bad)} samples {len(bad)} could not be read, others took their place:", *dict.fromkeys(bad), sep="\n    ")
-    print(f"{ms:.1f} ms a sample in one process: reading, a clean view, 2 global crops of {args.image}, {args.locals} local ones of {args.local_image}")
-    out = steps[0]
-    print("captions of the sheet:", *(shown(c)[:200] for c in out["captions"]), sep="\n    ")
-    sheet(out, args.patch, zoom=max(1, 160 // args.image)).save(args.out)
-    print(f"wrote {args.out}: clean view, global crops 1 and 2 with what is masked in grey, local crops")
+        print(f"{len(bad)} of {n_samples + len(bad)} samples could not be read and were replaced:",
+              *dict.fromkeys(bad), sep="\n    ")
+    print(f"{ms:.1f} ms a sample in one process: reading, clip_view, 2 global crops of "
+          f"{args.image}, {args.locals} local crops of {args.local_image}")
+
+    batch = batches[0]
+    print("captions:", *(printable(c)[:200] for c in batch.captions), sep="\n    ")
+    image_sheet(batch, args.patch, zoom=max(1, 160 // args.image)).save(args.out)
+    print(f"wrote {args.out}: clip_view, global crops 1 and 2 with masked patches in gray, "
+          f"local crops")
 
 
 def main():
-    p = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                description="Look at a data set as training sees it: counts, captions, speed, and a sheet of views, crops and masks. "
-                                            "Tars are walked once and indexed in $VTP_CACHE or ~/.cache/vtp_min; nothing is written beside them.")
-    p.add_argument("--data", default="shapes", help="shapes, shapes:objects=1,size=0.6-0.9, a folder (DIR/train/CLASS/x.jpg or DIR/CLASS/x.jpg), "
-                                                    "or tars of pairs, in quotes: 'pairs-{000000..000003}.tar', 'pairs-*.tar'")
-    p.add_argument("--split", choices=["train", "val"], default="train", help="which part of --data")
-    p.add_argument("--image", type=int, default=36, help="side of the clean view and the global crops; nano trains at 36, the released models at 256")
-    p.add_argument("--local-image", type=int, default=18, help="side of the local crops; DINOv2 takes 96 to a global 224")
-    p.add_argument("--locals", type=int, default=2, help="local crops a picture; DINOv2 takes 8")
-    p.add_argument("--patch", type=int, default=9, help="side of a patch, masks hide whole ones; nano 9, the paper 16")
+    p = argparse.ArgumentParser(
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Show a data set as training sees it: size, captions, speed, and a contact "
+                    "sheet of views, crops and masks. Tars are indexed once, in $VTP_CACHE or "
+                    "~/.cache/vtp_min; nothing is written beside them.")
+    p.add_argument("--data", default="shapes",
+                   help="shapes, shapes:objects=1,size=0.6-0.9, a folder (DIR/train/CLASS/x.jpg or "
+                        "DIR/CLASS/x.jpg), or tars of image-caption pairs, in quotes: "
+                        "'pairs-{000000..000003}.tar', 'pairs-*.tar'")
+    p.add_argument("--split", choices=["train", "val"], default="train", help="part of --data")
+    p.add_argument("--image", type=int, default=36,
+                   help="side of clip_view and the global crops; the released models have 256")
+    p.add_argument("--local-image", type=int, default=18,
+                   help="side of the local crops; DINOv2 has 96 with global crops of 224")
+    p.add_argument("--locals", type=int, default=2, help="local crops per image; DINOv2 has 8")
+    p.add_argument("--patch", type=int, default=9,
+                   help="side of a patch, the unit of masks; the paper has 16")
     p.add_argument("--rows", type=int, default=8, help="samples on the sheet")
-    p.add_argument("--seed", type=int, default=0, help="another seed: another order, other crops and masks")
-    p.add_argument("--out", default="sheet.png", help="the sheet")
+    p.add_argument("--seed", type=int, default=0, help="of order, crops and masks")
+    p.add_argument("--out", default="sheet.png", help="file of the contact sheet")
     args = p.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")                     # LANG=C: letters it lacks are spelled out
+    sys.stdout.reconfigure(errors="backslashreplace")     # a terminal with LANG=C lacks letters
     try:
-        look(args)
+        show(args)
     except ValueError as problem:
         raise SystemExit(f"data.py: {problem}")
 

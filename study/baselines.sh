@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# The paper's baselines on real photographs: 10 classes of ImageNet at 64 px, 400 steps each on a CPU, L1 alone. The frozen encoder is the run of study/imagenet64-10.sh.
+# The paper's baselines on real photographs: 10 classes of ImageNet at 64 px, 400 steps each on a
+# CPU, L1 alone. The frozen encoder is the run of study/imagenet64-10.sh.
 #   DATA=path/to/imagenet64-10 bash study/baselines.sh
 set -eu
 ENCODER=${ENCODER:-runs/imagenet64-10} RUNS=${RUNS:-runs/baselines} PY=${PY:-.venv/bin/python}
-$PY train.py --baseline ldm                     --out $RUNS/ldm   --data "$DATA" --image 64 --patch 16 --batch 32 --steps 400 --w-gan 0 --perceptual none --lr 5e-4
-$PY train.py --baseline vavae --encoder $ENCODER --out $RUNS/vavae --data "$DATA" --image 64 --patch 16 --batch 32 --steps 400 --w-gan 0 --perceptual none --lr 5e-4
-$PY train.py --baseline rae --encoder $ENCODER   --out $RUNS/rae   --data "$DATA" --image 64            --batch 32 --steps 400 --w-gan 0 --perceptual none --lr 5e-4
+COMMON="--image 64 --batch 32 --steps 400 --w-gan 0 --perceptual none --lr 5e-4"
+$PY train.py --baseline ldm --patch 16 --out $RUNS/ldm --data "$DATA" $COMMON
+$PY train.py --baseline vavae --encoder $ENCODER --patch 16 --out $RUNS/vavae --data "$DATA" $COMMON
+$PY train.py --baseline rae --encoder $ENCODER --out $RUNS/rae --data "$DATA" $COMMON
 for RUN in $RUNS/ldm $RUNS/vavae $RUNS/rae; do
     $PY eval.py recon $RUN --perceptual none
     $PY eval.py probe $RUN

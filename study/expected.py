@@ -1,4 +1,5 @@
-"""Expected duration of each stage of `make demo` on this machine, from one measured second of training steps.
+"""Expected duration of each stage of `make demo` on this machine, from one measured second of
+training steps.
 
     python study/expected.py           one line per stage
     python study/expected.py --step    the measured time alone, for study/demo/times.json
@@ -16,8 +17,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from vtp_min import VTPConfig, VTPModel
-from vtp_min.run import autocast, choose_precision
+from vtp_min import VTPConfig, VTPModel                                    # noqa: E402
+from vtp_min.device import autocast, choose_precision                      # noqa: E402
+from vtp_min.extras import fast                                            # noqa: E402
 
 
 def step_seconds(precision, seconds=1.0, batch=48):
@@ -43,14 +45,19 @@ def step_seconds(precision, seconds=1.0, batch=48):
 def minutes(seconds):
     """93 -> '1 min 33 s'"""
     seconds = round(seconds)
-    return f"{seconds // 60} min {seconds % 60} s" if seconds >= 60 else f"{seconds} s"
+    if seconds < 60:
+        return f"{seconds} s"
+    return f"{seconds // 60} min {seconds % 60} s"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--step", action="store_true", help="print the time of a step in seconds, and exit")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--step", action="store_true",
+                        help="print the time of a step in seconds, and exit")
     args = parser.parse_args()
     precision = choose_precision(torch.device("cpu"))
+    fast.install()                                  # as train.py does on a CPU
     measured = step_seconds(precision)
     if args.step:
         print(f"{measured:.4f} {precision}")
@@ -60,8 +67,8 @@ def main():
     for stage, seconds in known["stages"].items():
         print(f"{stage}: expected to take about {minutes(seconds * ratio)} on this machine")
     total = sum(known["stages"].values())
-    print(f"all stages: expected to take about {minutes(total * ratio)} on this machine, in {precision} "
-          f"(a training step takes {ratio:.2f} times as long as on {known['machine']})")
+    print(f"all stages: expected to take about {minutes(total * ratio)} on this machine, in "
+          f"{precision} (a training step takes {ratio:.2f} times as long as on {known['machine']})")
 
 
 if __name__ == "__main__":

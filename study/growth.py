@@ -1,27 +1,61 @@
-"""How a training step's cost grows: study/bench.json -> study/growth.png.   python tests/bench.py growth, then python study/growth.py"""
+"""How the cost of a training step grows: study/bench.json -> study/growth.png
+
+    python study/bench.py growth
+    python study/growth.py
+"""
 import json
 from pathlib import Path
 
 import matplotlib
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import matplotlib.pyplot as plt                                            # noqa: E402
 
-here = Path(__file__).parent
-rows = [r for r in json.loads((here / "bench.json").read_text()) if r["bench"] == "growth" and "seconds" in r]
-names = list(dict.fromkeys(r["what"].rpartition(" ")[0] for r in rows))
-figure, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3.2))
-for ax, name in zip(axes, names):
-    own = [(int(r["what"].rpartition(" ")[2]), r) for r in rows if r["what"].rpartition(" ")[0] == name]
-    x, seconds, gflops = [v for v, _ in own], [r["seconds"] for _, r in own], [r["gflops"] for _, r in own]
+FOLDER = Path(__file__).parent
+TICKS = 0.05, 0.1, 0.2, 0.4, 0.8                 # seconds
+
+
+def axis_and_value(row):
+    """'batch 64' -> 'batch', 64"""
+    axis, _, value = row["what"].rpartition(" ")
+    return axis, int(value)
+
+
+def draw(ax, name, points):
+    """points  [(value, row)] of one axis of growth"""
+    x = [value for value, _ in points]
+    seconds = [row["seconds"] for _, row in points]
+    gflops = [row["gflops"] for _, row in points]
+    scale = seconds[-1] / gflops[-1]
     ax.loglog(x, seconds, "-o", label="measured")
-    ax.loglog(x, [g * seconds[-1] / gflops[-1] for g in gflops], "--", color="#888888", label="as its FLOPs, from the last point")
-    for a, (v, r) in zip(x, own[1:]):
-        ax.annotate(f"{r['exponent']:.2f}", ((a * v) ** 0.5, r["seconds"] * 0.8), fontsize=8, ha="center", va="top")
-    seen = [y for y in (0.05, 0.1, 0.2, 0.4, 0.8) if min(gflops) * seconds[-1] / gflops[-1] < y < 1.1 * max(seconds)]
-    ax.set(xlabel=name, xticks=x, xticklabels=x, yticks=seen, yticklabels=seen)
+    ax.loglog(x, [g * scale for g in gflops], "--", color="#888888",
+              label="as its FLOPs, from the last point")
+    for before, (value, row) in zip(x, points[1:]):
+        middle = (before * value) ** 0.5
+        ax.annotate(f"{row['exponent']:.2f}", (middle, row["seconds"] * 0.8), fontsize=8,
+                    ha="center", va="top")
+    visible = [y for y in TICKS if min(gflops) * scale < y < 1.1 * max(seconds)]
+    ax.set(xlabel=name, xticks=x, xticklabels=x, yticks=visible, yticklabels=visible)
     ax.minorticks_off()
-axes[0].set_ylabel("seconds a step")
-axes[0].legend(fontsize=7)
-figure.suptitle(f"joint step of nano, {rows[0]['protocol'].partition('; ')[2]}, {rows[0]['machine']}; numbers: exponents between neighbours", fontsize=8)
-figure.tight_layout()
-figure.savefig(here / "growth.png", dpi=100)
+
+
+def main():
+    rows = [row for row in json.loads((FOLDER / "bench.json").read_text())
+            if row["bench"] == "growth" and "seconds" in row]
+    by_axis = {}
+    for row in rows:
+        name, value = axis_and_value(row)
+        by_axis.setdefault(name, []).append((value, row))
+    figure, axes = plt.subplots(1, len(by_axis), figsize=(3.6 * len(by_axis), 3.2))
+    for ax, (name, points) in zip(axes, by_axis.items()):
+        draw(ax, name, points)
+    axes[0].set_ylabel("seconds per step")
+    axes[0].legend(fontsize=7)
+    settings = rows[0]["protocol"].partition("; ")[2]
+    figure.suptitle(f"joint step of nano, {settings}, {rows[0]['machine']}; numbers: exponents "
+                    f"between neighbours", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(FOLDER / "growth.png", dpi=100)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
-# The whole chain on real photographs: a folder of class folders, 10 classes of 64 px (train/ 5000, val/ 500 pictures), on a CPU.
+# All stages on photographs: a folder of class folders, 10 classes of 64 px (train/ 5000, val/ 500
+# images), on a CPU.
 #   DATA=path/to/imagenet64-10 bash study/imagenet64-10.sh
 set -eu
 RUN=${RUN:-runs/imagenet64-10} PY=${PY:-.venv/bin/python}
-$PY train.py --out $RUN --data "$DATA" --image 64 --patch 16 --batch 100 --batch-ssl 50 --batch-rec 100 --steps 1500 --teacher-temp 0.07 --perceptual none
+$PY train.py --out $RUN --data "$DATA" --image 64 --patch 16 --batch 100 --batch-ssl 50 \
+    --batch-rec 100 --steps 1500 --set teacher_temp=0.07 --perceptual none
 $PY eval.py zeroshot $RUN
 $PY eval.py probe $RUN
 $PY eval.py recon $RUN --perceptual none
 $PY dit.py latents $RUN --fresh
-$PY dit.py train $RUN/latents --out $RUN/dit --size nano --steps 2500 --batch 64 --lr 1e-3 --warmup 50
-$PY dit.py sample $RUN/dit --per-class 50 --points 50 --cfg 3 --cfg-channels all
-$PY eval.py fid $RUN/dit/samples --run $RUN --features classifier --few --judge-steps 1200
+$PY dit.py train $RUN/latents --out $RUN/dit --size nano --steps 2500 --batch 64 --lr 1e-3 \
+    --warmup 50
+$PY dit.py sample $RUN/dit --per-class 50 --points 50 --cfg 3 --set cfg_channels=all
+$PY eval.py fid $RUN/dit/samples --run $RUN --features classifier --few --set judge_steps=1200
 $PY eval.py report $RUN

@@ -1,4 +1,5 @@
-"""Peak memory, and seconds of a step, of nano (built-in shapes, 48 px, the precision of the machine, the paper's proportions) against the batch, --micro and --recompute.
+"""Peak memory and seconds of a step of nano against batch, --micro and --recompute (built-in
+shapes of 48 px, the default precision of the machine, the paper's proportions).
 
     python study/micro.py        several minutes -> study/micro.txt
 """
@@ -8,25 +9,33 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT, RUN = Path(__file__).parents[1], Path(__file__).parents[1] / "runs/micro"
-RUNS = {64: [""], 512: ["", "--micro 16", "--micro 64", "--micro 256", "--micro 64 --recompute"], 4096: ["", "--micro 64", "--micro 64 --recompute"]}
+ROOT = Path(__file__).resolve().parents[1]
+RUN = ROOT / "runs/micro"
+RUNS = {64: [""],                                # batch: further flags
+        512: ["", "--micro 16", "--micro 64", "--micro 256", "--micro 64 --recompute"],
+        4096: ["", "--micro 64", "--micro 64 --recompute"]}
 
 
-def measure(batch, how):
-    """Two steps -> GB at the peak, seconds of the second without its wait for data"""
-    words = (f"train.py --out {RUN} --fresh --steps 2 --log-every 1 --save-every 9 --batch {batch} --batch-ssl {batch // 4} --batch-rec {batch // 8} "
-             f"--image 48 --patch 12 --perceptual none {how}").split()
-    said = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+def measure(batch, flags):
+    """Two steps -> peak memory in GB, seconds of the second step without its wait for data"""
+    command = (f"train.py --out {RUN} --fresh --steps 2 --log-every 1 --save-every 9 "
+               f"--batch {batch} --batch-ssl {batch // 4} --batch-rec {batch // 8} --image 48 "
+               f"--patch 12 --perceptual none {flags}")
+    done = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True,
+                          check=True, cwd=ROOT)
+    memory = float(re.search("Peak memory ([0-9.]+) GB", done.stdout)[1])
     last = json.loads((RUN / "log.jsonl").read_text().splitlines()[-1])
-    return float(re.search("Peak memory ([0-9.]+) GB", said)[1]), batch / last["images_per_s"] * (1 - last["data_wait"])
+    return memory, batch / last["images_per_s"] * (1 - last["data_wait"])
 
 
 def main():
     lines = []
-    for batch, how in ((batch, how) for batch, ways in RUNS.items() for how in ways):
-        memory, seconds = measure(batch, how)
-        lines.append(f"batch {batch:4d} / {batch // 4:4d} / {batch // 8:3d}   {how or 'all at once':24s} {memory:5.2f} GB {seconds:7.2f} s")
-        print(lines[-1], flush=True)
+    for batch, ways in RUNS.items():
+        for flags in ways:
+            memory, seconds = measure(batch, flags)
+            lines.append(f"batch {batch:4d} / {batch // 4:4d} / {batch // 8:3d}   "
+                         f"{flags or 'all at once':24s} {memory:5.2f} GB {seconds:7.2f} s")
+            print(lines[-1], flush=True)
     (ROOT / "study/micro.txt").write_text("\n".join(lines) + "\n")
 
 

@@ -1,21 +1,39 @@
-"""The README's picture: what one run of `make demo` leaves.   python study/picture.py runs/demo study/demo/picture.png
+"""The README's picture, from one run of `make demo`.
 
-Left: validation pictures, their reconstructions, what patches and latents see (PCA). Right: samples of the DiT, a row a class.
+    python study/picture.py runs/demo study/demo/picture.png
+
+Left: validation images, their reconstructions, and PCA of patch features and latents. Right:
+samples of the DiT, one row per class.
 """
 import sys
 from pathlib import Path
 
 from PIL import Image
 
-run, out = Path(sys.argv[1]), sys.argv[2]
-left = [Image.open(run / "report" / f"{name}.png").convert("RGB") for name in ("reconstructions", "features")]
-right = Image.open(run / "dit" / "samples" / "grid.png").convert("RGB")
-width = 760
-left = [x.resize((width, round(x.height * width / x.width)), Image.LANCZOS) for x in left]
-height = sum(x.height for x in left)
-right = right.resize((round(right.width * height / right.height), height), Image.LANCZOS)
-sheet = Image.new("RGB", (width + 20 + right.width, height), "white")
-for x, y in zip(left, (0, left[0].height)):
-    sheet.paste(x, (0, y))
-sheet.paste(right, (width + 20, 0))
-sheet.save(out, optimize=True)
+WIDTH, GAP = 760, 20                             # of the left column; between the columns
+
+
+def resized(image, width=None, height=None):
+    """One side is given; the aspect ratio stays"""
+    scale = width / image.width if width else height / image.height
+    size = width or round(image.width * scale), height or round(image.height * scale)
+    return image.resize(size, Image.LANCZOS)
+
+
+def main(run, out):
+    run, left = Path(run), []
+    for name in ("reconstructions", "features"):
+        image = Image.open(run / "report" / f"{name}.png").convert("RGB")
+        left.append(resized(image, width=WIDTH))
+    height = sum(image.height for image in left)
+    samples = Image.open(run / "dit" / "samples" / "grid.png").convert("RGB")
+    right = resized(samples, height=height)
+    sheet = Image.new("RGB", (WIDTH + GAP + right.width, height), "white")
+    sheet.paste(left[0], (0, 0))
+    sheet.paste(left[1], (0, left[0].height))
+    sheet.paste(right, (WIDTH + GAP, 0))
+    sheet.save(out, optimize=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,11 +1,13 @@
-"""data.py: sources, views, masks and batches."""
+"""data.py, augment.py and shards.py: sources, views, masks, stochastic depth and batches."""
 import io
 import json
 import math
 import multiprocessing
 import os
+import pickle
 import signal
 import tarfile
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,14 @@ import torchvision.transforms.functional as F
 from PIL import Image
 
 import data
-from data import Steps, batches, eval_batches, open_data
-from vtp_min import tars, views
-from vtp_min.views import adm_crop, batch_masks, block_mask, denormalize, mask_indices_and_weights, normalize
+from data import TrainBatches, eval_batches, open_data, prefetch
+from vtp_min import augment, dist
+from vtp_min.augment import (VIEWS, adm_crop, batch_masks, block_mask, denormalize, kept_rows,
+                             mask_index_and_weight, normalize, random_crop, ssl_view)
+from vtp_min.extras import fast_views, shards
+from vtp_min.extras.images import read_image
+from vtp_min.extras.shards import feistel_permutation
+from vtp_min.rng import permutation
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "data.npz")
 
@@ -30,14 +37,18 @@ def cache(tmp_path_factory, monkeypatch):
     return folder
 
 
-def words(captions):
-    """A tokenizer of two lines: one id a letter, 0 pads."""
-    rows = [torch.tensor([ord(c) for c in caption][:77]) for caption in captions]
-    return torch.stack([torch.nn.functional.pad(row, (0, 77 - len(row))) for row in rows])
+def tokenize(captions):
+    """One id per character, padded with 0 to 77"""
+    rows = torch.zeros(len(captions), 77, dtype=torch.long)
+    for row, caption in zip(rows, captions):
+        ids = torch.tensor([ord(c) for c in caption[:77]])
+        row[:len(ids)] = ids
+    return rows
 
 
 def noise(side=40, seed=0, width=None):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, width or side, 3), dtype=np.uint8))
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (side, width or side, 3), dtype=np.uint8))
 
 
 def folder(root, classes=("n01443537", "red_fox"), n=6):
@@ -45,11 +56,12 @@ def folder(root, classes=("n01443537", "red_fox"), n=6):
         for k, name in enumerate(classes):
             (root / split / name).mkdir(parents=True)
             for i in range(n):
-                noise(40, 100 * k + i).save(root / split / name / f"{i}.{'JPEG' if i % 2 else 'png'}")
+                suffix = "JPEG" if i % 2 else "png"
+                noise(40, 100 * k + i).save(root / split / name / f"{i}.{suffix}")
     return root
 
 
-def shard(path, members):
+def tar_of(path, members):
     """members  {file name: bytes}"""
     with tarfile.open(path, "w") as tar:
         for name, content in members.items():
@@ -65,21 +77,22 @@ def png(image):
     return file.getvalue()
 
 
-def steps(source=None, **changes):
-    defaults = dict(tokenizer=words, seed=3, batch=8, batch_ssl=4, batch_rec=2, clip=True, ssl=True, rec=True, image=32, local_image=16, n_local=3, patch=8)
-    return Steps(source or open_data("shapes", side=32), **defaults | changes)
+def train_batches(source=None, **changes):
+    settings = dict(tokenizer=tokenize, seed=3, batch=8, batch_ssl=4, batch_rec=2, clip=True,
+                    ssl=True, rec=True, image=32, local_image=16, n_local=3, patch=8)
+    return TrainBatches(source or open_data("shapes", side=32), **settings | changes)
 
 
 def same(a, b):
-    assert a.keys() == b.keys()
-    for k in a:
-        assert torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k], k
+    for name in (f.name for f in fields(a)):
+        x, y = getattr(a, name), getattr(b, name)
+        assert torch.equal(x, y) if torch.is_tensor(x) else str(x) == str(y), name
 
 
-# ---- sources
-
-def test_training_and_validation_shapes_are_different_pictures_and_every_seed_is_validated_on_the_same():
-    train, val, other = open_data("shapes", side=32), open_data("shapes", "val", side=32), open_data("shapes", "val", seed=7, side=32)
+# ---------------------------------------------------------------- sources
+def test_training_and_validation_shapes_differ_and_every_seed_has_the_same_validation():
+    train, val = open_data("shapes", side=32), open_data("shapes", "val", side=32)
+    other = open_data("shapes", "val", seed=7, side=32)
     assert train.endless and not val.endless and len(val) == 10_000
     assert train.load(0)[1] != val.load(0)[1] and val.load(5)[1] == other.load(5)[1]
     assert train.load(10 ** 9)[0].size == (37, 37) and val.load(0)[0].size == (32, 32)
@@ -87,11 +100,11 @@ def test_training_and_validation_shapes_are_different_pictures_and_every_seed_is
 
 
 def test_shapes_take_settings_and_name_those_they_do_not_know():
-    alone = open_data("shapes:objects=1,size=0.6-0.8", side=32)
-    assert alone.settings == {"objects": (1, 1), "size": (0.6, 0.8)}
-    for spec in ("shapes:colour=red", "shapes:objects=many", "shapes:objects=9", "shapes:size=0.6-0.2"):
+    single = open_data("shapes:objects=1,size=0.6-0.8", side=32)
+    assert single.settings == {"objects": (1, 1), "size": (0.6, 0.8)}
+    for wrong in ("colour=red", "objects=many", "objects=9", "size=0.6-0.2"):
         with pytest.raises(ValueError):
-            open_data(spec)
+            open_data(f"shapes:{wrong}")
 
 
 def test_a_class_is_named_by_classnames_txt_else_by_imagenet_else_by_its_folder(tmp_path):
@@ -100,7 +113,8 @@ def test_a_class_is_named_by_classnames_txt_else_by_imagenet_else_by_its_folder(
     source = open_data(root)
     assert source.classes == ["a fish I named", "goldfish", "red fox"] and len(source) == 18
     image, caption, label = source.load(17, np.random.default_rng(0))
-    assert image.mode == "RGB" and "red fox" in caption and label == 2 and source.name(17).endswith("red_fox/5.JPEG")
+    assert image.mode == "RGB" and "red fox" in caption and label == 2
+    assert source.name(17).endswith("red_fox/5.JPEG")
     assert open_data(root / "val", "val", whole=True).classes == source.classes
 
 
@@ -117,109 +131,133 @@ def test_a_folder_without_the_asked_split_says_what_to_type(tmp_path):
     with pytest.raises(ValueError, match="--val-data"):
         open_data(tmp_path / "train", "val")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no class folders with pictures"):
+    with pytest.raises(ValueError, match="no class folders with images"):
         open_data(tmp_path / "empty")
     with pytest.raises(ValueError, match="no folder"):
         open_data(tmp_path / "nowhere")
+    (tmp_path / "only" / "val").mkdir(parents=True)
+    with pytest.raises(ValueError, match="--data .*only/val"):
+        open_data(tmp_path / "only")
 
 
-def test_shards_give_each_picture_its_own_caption_and_count_what_is_incomplete(tmp_path, capsys):
-    pictures = [noise(20, i) for i in range(5)]
-    shard(tmp_path / "x-00.tar", {f"{i}.{e}": c for i in range(3) for e, c in (("png", png(pictures[i])), ("txt", f"number {i}\n".encode()))})
-    shard(tmp_path / "x-01.tar", {"a/3.json": json.dumps({"caption": "number 3"}).encode(), "a/3.png": png(pictures[3]),
-                                  "4.png": png(pictures[4]), "5.txt": b"lonely"})
+def test_shards_give_each_image_its_own_caption_and_count_what_is_incomplete(tmp_path, capsys):
+    images = [noise(20, i) for i in range(5)]
+    members = {}
+    for i in range(3):
+        members |= {f"{i}.png": png(images[i]), f"{i}.txt": f"number {i}\n".encode()}
+    tar_of(tmp_path / "x-00.tar", members)
+    tar_of(tmp_path / "x-01.tar", {
+        "a/3.json": json.dumps({"caption": "number 3"}).encode(), "a/3.png": png(images[3]),
+        "4.png": png(images[4]), "5.txt": b"lonely"})
     source = open_data(str(tmp_path / "x-{00..01}.tar"))
-    assert len(source) == 4 and source.classes is None and "2 of 6 samples are left out" in capsys.readouterr().out
+    assert len(source) == 4 and source.classes is None
+    assert "2 of 6 samples are skipped" in capsys.readouterr().out
     for i in range(4):
         image, caption, label = source.load(i)
-        assert caption == f"number {i}" and label == -1 and np.array_equal(image, pictures[i])
-    assert len(open_data(str(tmp_path / "x-*.tar"))) == 4 and source.name(3).endswith("x-01.tar:a/3.png")
+        assert caption == f"number {i}" and label == -1 and np.array_equal(image, images[i])
+    assert len(open_data(str(tmp_path / "x-*.tar"))) == 4
+    assert source.name(3).endswith("x-01.tar:a/3.png")
 
 
 def test_patterns_without_a_file_and_tars_that_are_none_are_refused(tmp_path):
-    shard(tmp_path / "x-0.tar", {"1.png": png(noise()), "1.txt": b"one"})
-    for spec, reason in ((tmp_path / "y-*.tar", "No such file"), (tmp_path / "x-{1..2}.tar", "x-1.tar"), (tmp_path / "z.tar", "z.tar")):
+    tar_of(tmp_path / "x-0.tar", {"1.png": png(noise()), "1.txt": b"one"})
+    for spec, reason in (("y-*.tar", "No such file"), ("x-{1..2}.tar", "x-1.tar"),
+                         ("z.tar", "z.tar")):
         with pytest.raises(ValueError, match=reason):
-            open_data(str(spec))
+            open_data(str(tmp_path / spec))
     (tmp_path / "bad.tar").write_bytes(b"no tar at all" * 100)
     with pytest.raises(ValueError, match="cannot be read"):
         open_data(str(tmp_path / "bad.tar"))
     with pytest.raises(ValueError, match="holds no pairs"):
-        open_data(shard(tmp_path / "w.tar", {"1.png": png(noise())}))
+        open_data(tar_of(tmp_path / "w.tar", {"1.png": png(noise())}))
     with pytest.raises(ValueError, match="--val-data"):
         open_data(str(tmp_path / "x-0.tar"), "val")
     assert len(open_data(str(tmp_path / "x-0.tar"), "val", whole=True)) == 1
 
 
-def test_every_colour_mode_becomes_rgb_and_transparency_becomes_white(tmp_path):
-    def read(image, name="x.png", **kw):
-        image.save(tmp_path / name, **kw)
-        return data.read_image(tmp_path / name).getpixel((0, 0))
+def test_every_color_mode_becomes_rgb_and_transparency_becomes_white(tmp_path):
+    def read(image, name="x.png"):
+        image.save(tmp_path / name)
+        return read_image(tmp_path / name).getpixel((0, 0))
     assert read(Image.new("L", (4, 4), 77)) == (77, 77, 77)
     assert read(Image.new("RGBA", (4, 4), (0, 0, 0, 0))) == (255, 255, 255)
     assert read(Image.new("RGBA", (4, 4), (255, 0, 0, 128))) == (255, 127, 127)
-    assert read(Image.new("RGB", (4, 4), (9, 8, 7)).convert("P", palette=Image.ADAPTIVE)) == (9, 8, 7)
+    palette = Image.new("RGB", (4, 4), (9, 8, 7)).convert("P", palette=Image.ADAPTIVE)
+    assert read(palette) == (9, 8, 7)
     assert read(Image.fromarray(np.full((4, 4), 128 * 257, np.uint16))) == (128, 128, 128)
-    white = read(Image.new("CMYK", (4, 4), (0, 0, 0, 0)), "x.jpg")
-    assert min(white) > 250
+    assert min(read(Image.new("CMYK", (4, 4), (0, 0, 0, 0)), "x.jpg")) > 250
 
 
-def test_a_picture_held_sideways_is_turned_upright(tmp_path):
+def test_an_image_stored_sideways_is_turned_upright(tmp_path):
     image, exif = noise(8, width=12), Image.Exif()
-    exif[0x0112] = 6                                                      # stored turned by a quarter
+    exif[0x0112] = 6                                              # stored turned by a quarter
     image.save(tmp_path / "x.png", exif=exif)
-    assert np.array_equal(data.read_image(tmp_path / "x.png"), image.transpose(Image.ROTATE_270))
+    assert np.array_equal(read_image(tmp_path / "x.png"), image.transpose(Image.ROTATE_270))
 
 
-def test_a_tar_is_walked_once_and_again_only_when_it_has_changed(tmp_path, cache, monkeypatch, capsys):
-    tar = shard(tmp_path / "x.tar", {"1.png": png(noise()), "1.txt": b"one"})
-    walked = []
-    walk = tars.index_tar
-    monkeypatch.setattr(tars, "index_tar", lambda path: walked.append(path) or walk(path))
-    assert open_data(tar).load(0)[1] == open_data(tar).load(0)[1] == "one" and walked == [tar]
-    assert capsys.readouterr().out.count("walked 1 of 1 tars") == 1 and [f.suffix for f in cache.iterdir()] == [".index"]
-    shard(tmp_path / "x.tar", {"1.png": png(noise()), "1.txt": b"uno", "2.png": png(noise()), "2.txt": b"due"})
-    assert [open_data(tar).load(i)[1] for i in range(2)] == ["uno", "due"] and len(walked) == 2
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["x.tar"]                            # nothing is written beside the data
+def test_a_tar_is_indexed_once_and_again_only_when_it_has_changed(
+        tmp_path, cache, monkeypatch, capsys):
+    tar = tar_of(tmp_path / "x.tar", {"1.png": png(noise()), "1.txt": b"one"})
+    indexed, index_tar = [], shards.index_tar
+
+    def counted(path):
+        indexed.append(path)
+        return index_tar(path)
+    monkeypatch.setattr(shards, "index_tar", counted)
+    assert open_data(tar).load(0)[1] == open_data(tar).load(0)[1] == "one" and indexed == [tar]
+    assert capsys.readouterr().out.count("indexed 1 of 1 tars") == 1
+    assert [f.suffix for f in cache.iterdir()] == [".index"]
+    tar_of(tmp_path / "x.tar", {"1.png": png(noise()), "1.txt": b"uno",
+                                "2.png": png(noise()), "2.txt": b"due"})
+    assert [open_data(tar).load(i)[1] for i in range(2)] == ["uno", "due"] and len(indexed) == 2
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["x.tar"]    # nothing beside the data
 
 
-def test_many_tars_are_walked_by_several_processes_and_each_rank_starts_elsewhere_but_all_find_the_same(tmp_path, monkeypatch):
-    for n in range(9):
-        shard(tmp_path / f"x-{n}.tar", {f"{i}.{e}": c for i in range(n + 1) for e, c in (("png", png(noise(8, i))), ("txt", f"{n} {i}".encode()))})
-    monkeypatch.setattr(data, "world", lambda: 3)
-    found = []
+def test_ranks_start_to_index_at_different_tars_and_all_find_the_same(tmp_path, monkeypatch):
+    for n in range(9):                                            # from 8 on, several processes
+        members = {}
+        for i in range(n + 1):
+            members |= {f"{i}.png": png(noise(8, i)), f"{i}.txt": f"{n} {i}".encode()}
+        tar_of(tmp_path / f"x-{n}.tar", members)
+    wanted = [f"{n} {i}" for n in range(9) for i in range(n + 1)]
+    monkeypatch.setattr(shards, "world_size", lambda: 3)
     for r in range(3):
-        monkeypatch.setattr(data, "rank", lambda: r)
+        monkeypatch.setattr(shards, "rank", lambda: r)
         source = open_data(str(tmp_path / "x-{0..8}.tar"))
-        found.append([source.load(i)[1] for i in range(len(source))])
-    assert found[0] == found[1] == found[2] == [f"{n} {i}" for n in range(9) for i in range(n + 1)]
+        assert [source.load(i)[1] for i in range(len(source))] == wanted
 
 
-# ---- views
-
+# ---------------------------------------------------------------- views
 def test_adm_crop_is_exact():
     for c in (0, 2):
         crop = adm_crop(Image.fromarray(GOLDEN[f"crop{c}.in"]), int(GOLDEN[f"crop{c}.size"]))
         assert np.array_equal(crop, GOLDEN[f"crop{c}.out"])
 
 
-@pytest.mark.skipif("VTP_GOLDEN" not in os.environ, reason="set VTP_GOLDEN to the folder with units.npz to check every stored crop")
+@pytest.mark.skipif("VTP_GOLDEN" not in os.environ,
+                    reason="set VTP_GOLDEN to the folder with units.npz to check every stored crop")
 def test_adm_crop_is_exact_on_the_full_set():
     units = np.load(Path(os.environ["VTP_GOLDEN"]) / "units.npz")
     for c in range(4):
-        assert np.array_equal(adm_crop(Image.fromarray(units[f"crop{c}.in"]), int(units[f"crop{c}.size"])), units[f"crop{c}.out"])
+        crop = adm_crop(Image.fromarray(units[f"crop{c}.in"]), int(units[f"crop{c}.size"]))
+        assert np.array_equal(crop, units[f"crop{c}.out"])
 
 
 def test_random_crops_cover_the_promised_area_and_aspect_and_reach_every_corner(monkeypatch):
-    y, x = np.mgrid[:300, :400]
-    atlas = np.stack([x % 256, y % 256, x // 256 + 2 * (y // 256)], -1).astype(np.uint8)      # each pixel says where it is
+    y, x = np.mgrid[:300, :400]                                   # each pixel tells its place
+    atlas = np.stack([x % 256, y % 256, x // 256 + 2 * (y // 256)], -1).astype(np.uint8)
     corners, rng = [], np.random.default_rng(0)
-    monkeypatch.setattr(views, "interpolate", lambda crop, *_, **__: corners.append(crop[0, :, [0, -1], [0, -1]].int()) or crop)
+
+    def keep_corners(crop, *_, **__):
+        corners.append(crop[0, :, [0, -1], [0, -1]].int())        # first and last pixel
+        return crop
+    monkeypatch.setattr(augment, "interpolate", keep_corners)
     for _ in range(2000):
-        views.random_crop(rng, atlas, 32, (0.05, 0.32))
-    r, g, b = torch.stack(corners, 1).numpy()                                                 # (2000, 2) each: first pixel, last pixel
+        random_crop(rng, atlas, 32, (0.05, 0.32))
+    r, g, b = torch.stack(corners, 1).numpy()                     # (2000, 2) each
     (x0, x1), (y0, y1) = (r + 256 * (b % 2)).T, (g + 256 * (b // 2)).T
-    share, aspect = (x1 + 1 - x0) * (y1 + 1 - y0) / (400 * 300), (x1 + 1 - x0) / (y1 + 1 - y0)
+    w, h = x1 + 1 - x0, y1 + 1 - y0
+    share, aspect = w * h / (400 * 300), w / h
     assert share.min() > 0.048 and share.max() < 0.325 and abs(share.mean() - 0.185) < 0.01
     assert aspect.min() > 0.73 and aspect.max() < 1.37 and abs(np.log(aspect).mean()) < 0.01
     assert x0.min() < 5 and y0.min() < 5 and x1.max() > 394 and y1.max() > 294
@@ -227,274 +265,486 @@ def test_random_crops_cover_the_promised_area_and_aspect_and_reach_every_corner(
 
 @pytest.mark.parametrize("side", [24, 64, 150])
 def test_a_crop_is_pillows_bicubic_to_the_rounding_of_its_two_passes(side, monkeypatch):
-    image, resize = noise(70, width=90).point(lambda v: 80 + v * 3 // 8), torch.nn.functional.interpolate
-    cut = []
-    monkeypatch.setattr(views, "interpolate", lambda crop, *a, **k: cut.append(crop) or resize(crop, *a, **k))
+    image = noise(70, width=90).point(lambda v: 80 + v * 3 // 8)
+    crops, interpolate = [], torch.nn.functional.interpolate
+
+    def keep_crop(crop, *args, **kw):
+        crops.append(crop[0].permute(1, 2, 0).numpy())
+        return interpolate(crop, *args, **kw)
+    monkeypatch.setattr(augment, "interpolate", keep_crop)
     for i in range(20):
-        ours = views.random_crop(np.random.default_rng(i), image, side, (0.05, 1))
-        theirs = Image.fromarray(cut[i][0].permute(1, 2, 0).numpy()).resize((side, side), Image.BICUBIC)
-        off = np.abs(ours - np.asarray(theirs).transpose(2, 0, 1).astype(int))
-        assert off.max() <= 2 and off.mean() < 0.5
+        ours = random_crop(np.random.default_rng(i), image, side, (0.05, 1))
+        theirs = Image.fromarray(crops[i]).resize((side, side), Image.BICUBIC)
+        difference = np.abs(ours - np.asarray(theirs).transpose(2, 0, 1).astype(int))
+        assert difference.max() <= 2 and difference.mean() < 0.5
 
 
-def colours(n=6, side=20):
-    """Random pictures in float32, and among them the awkward: one of greys, one of few and full colours"""
-    x = np.random.default_rng(1).integers(0, 256, (n, 3, side, side)).astype(np.float32)
+def make_images():
+    """Random ones, one of grays, one of few and full colors: (6, 3, 20, 20) float32"""
+    x = np.random.default_rng(1).integers(0, 256, (6, 3, 20, 20)).astype(np.float32)
     x[0], x[1] = x[0, :1], np.where(x[1] > 100, 255, 0)
     return x
 
 
-def one_each(amounts):
-    return np.array(amounts, np.float32)[:, None, None, None]
+IMAGES = make_images()
+
+TORCHVISION = {                                                   # for x in 0..1
+    augment.brightness: F.adjust_brightness, augment.contrast: F.adjust_contrast,
+    augment.saturation: F.adjust_saturation, augment.hue: F.adjust_hue,
+    augment.gaussian_blur: lambda x, sigma: F.gaussian_blur(x, [9, 9], [sigma, sigma])}
 
 
-def torchvisions(change, x, *amount):
-    """torchvision's functional, on the scale 0..255 all the same"""
-    return change(torch.from_numpy(x) / 255, *amount).numpy() * 255
+@pytest.mark.parametrize("operation, amounts", [
+    (augment.brightness, [0.6, 0.8, 1, 1.1, 1.3, 1.4]),
+    (augment.contrast, [0.6, 0.8, 1, 1.1, 1.3, 1.4]),
+    (augment.saturation, [0.8, 0.9, 1, 1.1, 1.2, 0]),
+    (augment.hue, [-0.1, 0.1, 0.05, 0.5, -0.3, 0]),
+    (augment.gaussian_blur, [0.1, 0.4, 0.7, 1, 1.5, 2])])
+def test_a_color_operation_is_torchvisions_for_any_amount(operation, amounts):
+    for x, amount in zip(IMAGES, amounts):
+        wanted = 255 * TORCHVISION[operation](torch.from_numpy(x) / 255, amount).numpy()
+        # of 255; torchvision's weight for red is 0.2989
+        assert np.abs(operation(x, np.float32(amount)) - wanted).max() < 0.05
 
 
-@pytest.mark.parametrize("ours, theirs, amounts", [
-    (views.brightness, F.adjust_brightness, [0.6, 0.8, 1, 1.1, 1.3, 1.4]), (views.contrast, F.adjust_contrast, [0.6, 0.8, 1, 1.1, 1.3, 1.4]),
-    (views.saturation, F.adjust_saturation, [0.8, 0.9, 1, 1.1, 1.2, 0]), (views.hue, F.adjust_hue, [-0.1, 0.1, 0.05, 0.5, -0.3, 0]),
-    (views.grey, lambda x, _: F.rgb_to_grayscale(x, 3), [1] * 6), (views.gaussian_blur, lambda x, s: F.gaussian_blur(x, [9, 9], [s, s]), [0.1, 0.4, 0.7, 1, 1.5, 2]),
-    (views.solarize, lambda x, t: F.solarize(x, t / 255), [128] * 6)])
-def test_a_change_of_colour_is_torchvisions_whatever_the_amount(ours, theirs, amounts):
-    x = colours()
-    wanted = np.stack([torchvisions(theirs, view, amount) for view, amount in zip(x, amounts)])
-    assert np.abs(ours(x, one_each(amounts)) - wanted).max() < 0.05                           # of 255; torchvision's weight for red is 0.2989
+def test_grayscale_and_solarize_are_torchvisions():
+    for x in IMAGES:
+        gray = 255 * F.rgb_to_grayscale(torch.from_numpy(x) / 255, 3).numpy()
+        solar = 255 * F.solarize(torch.from_numpy(x) / 255, 128 / 255).numpy()
+        assert np.abs(augment.grayscale(x) - gray).max() < 0.05
+        assert np.abs(augment.solarize(x) - solar).max() < 0.05
 
 
 def test_a_view_is_torchvisions_recipe_with_one_rounding_at_the_end():
-    theirs = {views.brightness: F.adjust_brightness, views.contrast: F.adjust_contrast, views.saturation: F.adjust_saturation, views.hue: F.adjust_hue,
-              views.grey: lambda x, _: F.rgb_to_grayscale(x, 3), views.gaussian_blur: lambda x, s: F.gaussian_blur(x, [9, 9], [s, s]),
-              views.solarize: lambda x, t: F.solarize(x, (t - 0.5) / 255)}
     for i in range(60):
-        view, changes = views.ssl_crop(np.random.default_rng(i), noise(40, i), 24, (0.32, 1), 0.5, 0.2)
-        ours = views.ssl_view(np.random.default_rng(i), noise(40, i), 24, (0.32, 1), 0.5, 0.2)
-        x = torch.from_numpy(view.copy()) / 255
-        for change, amount in filter(None, changes):
-            x = theirs[change](x, amount)
-        off = np.abs(ours - 255 * x.numpy())
-        assert (off > 0.6).mean() < 0.002 and len(changes) == 7           # half a level; solarize may take a pixel at its threshold for the other side
+        ours = ssl_view(np.random.default_rng(i), noise(40, i), 24, (0.32, 1), 0.5, 0.2)
+        rng = np.random.default_rng(i)
+        x = torch.from_numpy(random_crop(rng, noise(40, i), 24, (0.32, 1))) / 255
+        if rng.random() < 0.5:
+            x = x.flip(-1)
+        for operation, amount in filter(None, fast_views.draw_operations(rng, 0.5, 0.2)):
+            if operation is fast_views.grayscale:
+                x = F.rgb_to_grayscale(x, 3)
+            elif operation is fast_views.solarize:
+                x = F.solarize(x, 127.5 / 255)
+            else:
+                x = TORCHVISION[operation](x, amount)
+        difference = np.abs(ours - 255 * x.numpy())
+        # half a level; solarize may see a pixel at its threshold on the other side
+        assert (difference > 0.6).mean() < 0.002
 
 
-def test_a_third_of_a_turn_passes_the_channels_on_and_greys_have_no_hue():
-    x = colours()
-    assert np.abs(views.hue(x, one_each([1 / 3] * 6)) - x[:, [2, 0, 1]]).max() < 1e-3
-    assert np.abs(views.hue(x, one_each([0.1] * 6))[0] - x[0]).max() == 0
+def test_a_third_of_the_hue_circle_permutes_the_channels_and_grays_have_no_hue():
+    for x in IMAGES:
+        assert np.abs(augment.hue(x, np.float32(1 / 3)) - x[[2, 0, 1]]).max() < 1e-3
+    assert np.abs(augment.hue(IMAGES[0], np.float32(0.1)) - IMAGES[0]).max() == 0
 
 
-def test_a_view_comes_out_to_the_bit_as_it_would_alone_whatever_is_changed_with_it():
-    for side, recipe in ((24, "local"), (90, "global 2")):                # 90: more than one portion of recolour's
-        crops, changes = zip(*(views.ssl_crop(np.random.default_rng(i), noise(40, i), side, *views.VIEWS[recipe]) for i in range(23)))
-        whole = views.recolour(np.stack(crops), changes)
-        assert np.array_equal(whole, np.concatenate([views.recolour(np.stack(crops[k:k + 5]), changes[k:k + 5]) for k in range(0, 23, 5)]))
-        for i in range(23):
-            assert np.array_equal(whole[i], views.ssl_view(np.random.default_rng(i), noise(40, i), side, *views.VIEWS[recipe]))
+def view_jobs(sides):
+    jobs = []
+    for i, side in enumerate(sides):
+        recipe = VIEWS[["local", "global 1", "global 2"][i % 3]]
+        jobs.append((np.random.default_rng(i), np.asarray(noise(40, i)), side, recipe))
+    return jobs
 
 
-def test_lots_fall_as_often_as_the_recipe_says_and_global_1_is_never_blurred():
-    for name, (area, blur, solarise) in views.VIEWS.items():
-        changes = [views.ssl_crop(np.random.default_rng(i), noise(16), 16, area, blur, solarise)[1] for i in range(400)]
-        for place, share in ((0, 0.8), (3, 0.8), (4, 0.2), (5, blur), (6, solarise)):
-            drawn = np.mean([c[place] is not None for c in changes])
-            assert abs(drawn - share) <= 4 * math.sqrt(share * (1 - share) / 400), (name, place)
-        for change, (low, high) in views.JITTER:
-            found = [(place, c[place][1]) for c in changes for place in range(4) if c[place] and c[place][0] is change]
-            assert all(low <= amount <= high for _, amount in found) and abs(np.mean([place for place, _ in found]) - 1.5) < 0.3
+@pytest.mark.parametrize("sides", [[24], [24] * 40, [24, 24, 12, 24, 12] * 5, [90] * 23, []])
+def test_the_fast_views_are_the_plain_ones_to_the_bit(sides):
+    plain, fast = augment.ssl_views(view_jobs(sides)), fast_views.ssl_views(view_jobs(sides))
+    assert len(plain) == len(fast) == len(sides)
+    for a, b in zip(plain, fast):
+        assert a.dtype == b.dtype == np.uint8 and np.array_equal(a, b)
+
+
+def test_views_of_one_image_draw_from_one_generator_in_order():
+    def jobs():
+        rng, image = np.random.default_rng(0), np.asarray(noise())
+        return [(rng, image, side, VIEWS["local"]) for side in (16, 8, 16)]
+    rng = np.random.default_rng(0)
+    wanted = [ssl_view(rng, noise(), side, *VIEWS["local"]) for side in (16, 8, 16)]
+    for views in (augment.ssl_views(jobs()), fast_views.ssl_views(jobs())):
+        assert all(np.array_equal(a, b) for a, b in zip(views, wanted, strict=True))
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_operations_occur_as_often_as_the_recipe_says_and_global_1_is_never_blurred(name):
+    _, p_blur, p_solarize = VIEWS[name]
+    draws = [fast_views.draw_operations(np.random.default_rng(i), p_blur, p_solarize)
+             for i in range(400)]
+    for place, p in ((0, 0.8), (3, 0.8), (4, 0.2), (5, p_blur), (6, p_solarize)):
+        found = np.mean([draw[place] is not None for draw in draws])
+        assert abs(found - p) <= 4 * math.sqrt(p * (1 - p) / 400), place
+    for operation, low, high in augment.COLOR_JITTER:
+        places, amounts = [], []
+        for draw in draws:
+            for place in range(4):
+                if draw[place] and draw[place][0] is operation:
+                    places.append(place)
+                    amounts.append(draw[place][1])
+        assert min(amounts) >= low and max(amounts) <= high
+        assert abs(np.mean(places) - 1.5) < 0.3                   # in any order
 
 
 def test_normalize_and_denormalize_are_inverse():
     x = torch.randint(0, 256, (2, 5, 3, 4, 4), dtype=torch.uint8)
     assert torch.allclose(denormalize(normalize(x)) * 255, x.float(), atol=1e-4)
-    grey = views.MEAN * 255
-    assert normalize(grey.round().to(torch.uint8).expand(3, 2, 2)).abs().max() < 0.01
+    mean = (augment.MEAN * 255).round().to(torch.uint8).expand(3, 2, 2)
+    assert normalize(mean).abs().max() < 0.01
 
 
-# ---- masks
+# ---------------------------------------------------------------- masks
+@pytest.mark.parametrize("case", ["masks", "fixed"])
+def test_mask_index_and_weight_are_dinov2s(case):
+    mask = torch.from_numpy(GOLDEN[f"{case}.collated_masks"])
+    index, weight = mask_index_and_weight(mask)
+    assert np.array_equal(index, GOLDEN[f"{case}.mask_indices_list"])
+    assert np.array_equal(weight, GOLDEN[f"{case}.masks_weight"])
 
-def test_mask_bookkeeping_is_dinov2s():
-    for case in ("masks", "fixed"):
-        index, weight = mask_indices_and_weights(torch.from_numpy(GOLDEN[f"{case}.collated_masks"]))
-        assert np.array_equal(index, GOLDEN[f"{case}.mask_indices_list"]) and np.array_equal(weight, GOLDEN[f"{case}.masks_weight"])
 
-
-def test_every_masked_crop_weighs_one():
+def test_every_masked_crop_has_weight_one():
     mask = torch.from_numpy(batch_masks(0, 0, 16, 8, 8))
-    assert math.isclose(mask_indices_and_weights(mask)[1].sum(), 8, rel_tol=1e-6)
+    assert math.isclose(mask_index_and_weight(mask)[1].sum(), 8, rel_tol=1e-6)
 
 
-@pytest.mark.parametrize("grid, target, mean, exact", [(14, 19, 18.896, 0.896), (14, 98, 97.922, 0.925), (16, 76, 75.937, 0.939)])
+@pytest.mark.parametrize("grid, target, mean, exact", [
+    (14, 19, 18.896, 0.896), (14, 98, 97.922, 0.925), (16, 76, 75.937, 0.939)])
 def test_block_masks_reach_their_target_as_often_as_dinov2s(grid, target, mean, exact):
-    counts = np.array([block_mask(np.random.default_rng(i), grid, grid, target).sum() for i in range(600)])
+    counts = [block_mask(np.random.default_rng(i), grid, grid, target).sum() for i in range(600)]
+    counts = np.array(counts)
     assert counts.max() == target and counts.min() >= target - 6
-    assert abs(counts.mean() - mean) < 0.06 and abs((counts == target).mean() - exact) < 0.05      # four standard errors
+    assert abs(counts.mean() - mean) < 0.06                       # four standard errors
+    assert abs((counts == target).mean() - exact) < 0.05
 
 
 def test_half_of_the_crops_are_masked_by_evenly_spread_ratios():
     ratios = batch_masks(0, 5, 64, 16, 16).mean(1)
     masked = np.sort(ratios[ratios > 0])
-    assert len(masked) == 32 and np.abs(masked - np.linspace(0.1, 0.5, 65)[1::2]).max() < 0.03
-    assert (ratios[:32] > 0).sum() not in (0, 32)                         # shuffled over both crops of an image
+    assert len(masked) == 32
+    assert np.abs(masked - np.linspace(0.1, 0.5, 65)[1::2]).max() < 0.03
+    assert (ratios[:32] > 0).sum() not in (0, 32)                 # over both crops of an image
 
 
-def test_a_rank_draws_its_own_rows_of_the_whole_batchs_masks():
-    assert np.array_equal(batch_masks(1, 2, 12, 6, 6)[[3, 9]], batch_masks(1, 2, 12, 6, 6, rows=[3, 9]))
+def test_a_rank_draws_its_own_rows_of_the_global_batchs_masks():
+    whole = batch_masks(1, 2, 12, 6, 6)
+    assert np.array_equal(whole[[3, 9]], batch_masks(1, 2, 12, 6, 6, rows=[3, 9]))
 
 
 def test_small_grids_are_masked_too():
-    assert block_mask(np.random.default_rng(0), 4, 4, 8).sum() > 0 and not block_mask(np.random.default_rng(0), 4, 4, 0).any()
+    assert block_mask(np.random.default_rng(0), 4, 4, 8).sum() > 0
+    assert not block_mask(np.random.default_rng(0), 4, 4, 0).any()
 
 
-# ---- batches
+# ---------------------------------------------------------------- stochastic depth
+def test_kept_rows_of_two_processes_are_those_of_one():
+    rows = np.arange(12)
+    whole = kept_rows(0.3, 3, rows, 12, 5, 9, 1)
+    halves = [kept_rows(0.3, 3, rows[r::2], 12, 5, 9, 1) for r in range(2)]
+    for block in range(3):
+        for branch in range(2):
+            wanted, scale = whole[block][branch]
+            assert len(wanted) == 8 and scale == 12 / 8
+            found = []
+            for r in range(2):
+                positions, same_scale = halves[r][block][branch]
+                assert same_scale == scale
+                found += rows[r::2][positions.numpy()].tolist()
+            assert sorted(found) == wanted.tolist()
 
+
+def test_every_rate_keeps_at_least_one_row_and_rate_0_needs_no_draw():
+    (positions, scale), _ = kept_rows(0.99, 1, range(10), 10, 0, 0, 0)[0]
+    assert len(positions) == 1 and scale == 10
+    assert kept_rows(0.0, 4, range(10), 10, 0, 0, 0) is None
+
+
+DROP = dict(drop_clip=0.5, drop_rec=0.5, drop_ssl=0.5, depth=2)
+
+
+def kept_numbers(batches, step):
+    """{name: for each branch, the kept rows' numbers in the global batch}"""
+    keep, found = batches[step].keep, {}
+    image_rows = np.array(batches.rank_rows(batches.batch))
+    rec_rows = np.array(batches.rank_rows(batches.batch_rec))
+    ssl_rows = np.array(batches.rank_rows(batches.batch_ssl)) // 2
+    numbers = {"clip": image_rows, "rec": rec_rows,
+               "ssl": np.concatenate([ssl_rows + 4 * g for g in range(2)]),
+               "local": np.concatenate([ssl_rows + 4 * v for v in range(3)])}
+    for name, blocks in keep.items():
+        kept = [rows.numpy() for pairs in blocks for rows, _ in pairs]
+        found[name] = [numbers[name][rows].tolist() for rows in kept]
+    return found
+
+
+def test_stochastic_depth_is_drawn_over_the_global_batch_for_each_objective():
+    changes = DROP | {"drop_rec": 0.3}
+    whole = kept_numbers(train_batches(**changes), 5)
+    halves = [kept_numbers(train_batches(**changes, rank=r, world_size=2), 5) for r in range(2)]
+    assert whole.keys() == {"clip", "rec", "ssl", "local"}
+    for name, branches in whole.items():
+        for k, numbers in enumerate(branches):
+            assert sorted(halves[0][name][k] + halves[1][name][k]) == sorted(numbers), name
+    for name, kept in (("clip", 4), ("rec", 1), ("ssl", 4), ("local", 6)):
+        assert {len(numbers) for numbers in whole[name]} == {kept}, name
+    drawn = [tuple(numbers) for numbers in whole["clip"] + whole["ssl"]]
+    assert len(set(drawn)) > 4                                    # objectives draw apart
+    assert kept_numbers(train_batches(**changes), 6) != whole     # and each step anew
+
+
+def test_reconstruction_has_a_draw_of_its_own_only_if_its_rate_differs_from_clips():
+    assert "rec" not in train_batches(**DROP)[0].keep
+    assert train_batches(**DROP | {"drop_rec": 0.0})[0].keep["rec"] is None
+    alone = train_batches(**DROP, clip=False, ssl=False)[0].keep
+    assert len(alone["clip"]) == 2 and alone["ssl"] is None and "rec" not in alone
+    none = train_batches()[0].keep
+    assert none == dict.fromkeys(("clip", "ssl", "local"))
+
+
+# ---------------------------------------------------------------- batches
 def test_a_batch_has_the_promised_shapes():
-    out = steps()[0]
-    assert out["image"].shape == (8, 3, 32, 32) and out["crops"].shape == (2, 4, 3, 32, 32) and out["locals"].shape == (3, 4, 3, 16, 16)
-    assert out["mask"].shape == (2, 4, 16) and out["mask"].dtype == torch.bool and out["image"].dtype == torch.uint8
-    assert out["rec"].tolist() == [0, 4] and out["rows_image"].tolist() == list(range(8)) and out["rows_ssl"].tolist() == [0, 2, 4, 6]
-    assert out["text"].shape == (8, min(77, max(map(len, out["captions"])))) and out["bad"] == []
+    out = train_batches()[0]
+    assert out.image.shape == (8, 3, 32, 32) and out.image.dtype == torch.uint8
+    assert out.crops.shape == (2, 4, 3, 32, 32) and out.locals.shape == (3, 4, 3, 16, 16)
+    assert out.mask.shape == (2, 4, 16) and out.mask.dtype == torch.bool and out.n_crops == 8
+    assert out.rec.tolist() == [0, 4] and out.rows_image.tolist() == list(range(8))
+    assert out.rows_ssl.tolist() == [0, 2, 4, 6] and out.bad == []
+    assert out.text.shape == (8, min(77, max(map(len, out.captions))))
+
+
+def test_mask_index_and_weight_of_a_batch_belong_to_its_mask():
+    for step in range(3):
+        out = train_batches()[step]
+        masked = torch.zeros(2 * 4 * 16, dtype=torch.bool)
+        masked[out.mask_index] = True
+        assert torch.equal(masked.view(2, 4, 16), out.mask)
+        per_crop = torch.zeros(8).index_add(0, out.mask_index // 16, out.mask_weight)
+        assert torch.allclose(per_crop, out.mask.flatten(0, 1).any(1).float())
+
+
+def test_on_a_device_pixels_are_normalised_floats_and_rows_stay():
+    out = train_batches(**DROP)[0]
+    moved = out.to(torch.device("cpu"))
+    assert torch.equal(moved.image, normalize(out.image)) and moved.locals.dtype == torch.float32
+    assert torch.equal(moved.mask, out.mask) and moved.captions == out.captions
+    assert str(moved.keep) == str(out.keep)
+    meta = out.to(torch.device("meta"))
+    assert meta.crops.is_meta and meta.mask_index.is_meta and not meta.rows_ssl.is_meta
+    (rows, scale), _ = meta.keep["ssl"][1]
+    assert rows.is_meta and scale == 2
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert out.to(torch.device("cpu")).crops.dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_two_ranks_see_exactly_one_processs_batch():
-    whole, halves = steps()[4], [steps(rank=r, world=2)[4] for r in range(2)]
-    for k, axis in dict(image=0, rows_image=0, crops=1, locals=1, mask=1, rows_ssl=0).items():
-        assert torch.equal(whole[k], torch.cat([h[k] for h in halves], axis)), k
-    assert whole["captions"] == halves[0]["captions"] + halves[1]["captions"]
-    assert [h["rec"].tolist() for h in halves] == [[0], [0]]              # the batch's rows 0 and 4, counted from each rank's first
+    whole, halves = train_batches()[4], [train_batches(rank=r, world_size=2)[4] for r in range(2)]
+    axes = dict(image=0, rows_image=0, crops=1, locals=1, mask=1, rows_ssl=0)
+    for name, axis in axes.items():
+        parts = [getattr(half, name) for half in halves]
+        assert torch.equal(getattr(whole, name), torch.cat(parts, axis)), name
+    assert whole.captions == halves[0].captions + halves[1].captions
+    # the batch's rows 0 and 4, counted from each rank's first
+    assert [half.rec.tolist() for half in halves] == [[0], [0]]
 
 
 def test_workers_change_nothing_and_the_callers_random_state_is_untouched():
     before = torch.get_rng_state()
-    alone, helped = list(batches(steps(), 2, 5)), list(batches(steps(), 2, 5, workers=2))
+    alone = list(prefetch(train_batches(**DROP), 2, 5))
+    helped = list(prefetch(train_batches(**DROP), 2, 5, workers=2))
     assert len(alone) == len(helped) == 3 and torch.equal(before, torch.get_rng_state())
     for a, b in zip(alone, helped):
         same(a, b)
-    assert not torch.equal(alone[0]["image"], alone[1]["image"])
+    assert not torch.equal(alone[0].image, alone[1].image)
 
 
-def test_a_worker_that_hears_the_groups_signals_still_serves_the_step_that_is_under_way():
-    stream = batches(steps(), 0, 12, workers=1)
+def test_a_pickled_batch_is_the_same_batch():
+    out = train_batches(**DROP)[0]
+    copy = pickle.loads(pickle.dumps(out))
+    same(out, copy)
+    assert torch.is_tensor(out.keep["ssl"][0][0][0]) and torch.is_tensor(copy.keep["ssl"][0][0][0])
+
+
+def test_workers_make_views_in_the_form_that_is_installed(monkeypatch):
+    def white_views(jobs):
+        return [np.full((3, side, side), 255, np.uint8) for _, _, side, _ in jobs]
+    monkeypatch.setattr(augment, "ssl_views", white_views)
+    out, = prefetch(train_batches(), 0, 1, workers=1)
+    assert (out.crops == 255).all() and (out.locals == 255).all()
+
+
+def test_many_images_are_made_in_parts_and_none_is_lost(monkeypatch):
+    whole = train_batches()[2]
+    monkeypatch.setattr(data, "VIEWS_AT_ONCE", 7)                 # two images of 5 views
+    same(train_batches()[2], whole)
+
+
+def test_a_worker_that_gets_the_groups_signals_still_serves_the_step_under_way():
+    stream = prefetch(train_batches(), 0, 12, workers=1)
     first, (worker,) = next(stream), multiprocessing.active_children()
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
         os.kill(worker.pid, number)
-    assert len(list(stream)) == 11 and first["bad"] == []
+    assert len(list(stream)) == 11 and first.bad == []
 
 
 def test_turning_a_loss_off_changes_nothing_for_the_others_and_loads_only_what_is_used():
-    full, rec, ssl = steps()[1], steps(clip=False, ssl=False)[1], steps(clip=False, rec=False)[1]
-    assert torch.equal(rec["image"], full["image"][full["rec"]]) and rec["rec"].tolist() == [0, 1] and rec["rows_image"].tolist() == [0, 4]
-    assert torch.equal(ssl["crops"], full["crops"]) and torch.equal(ssl["mask"], full["mask"])
-    assert "text" not in rec and "crops" not in rec and "image" not in ssl and "rec" not in ssl
+    full = train_batches()[1]
+    rec = train_batches(clip=False, ssl=False)[1]
+    ssl = train_batches(clip=False, rec=False)[1]
+    assert torch.equal(rec.image, full.image[full.rec])
+    assert rec.rec.tolist() == [0, 1] and rec.rows_image.tolist() == [0, 4]
+    assert torch.equal(ssl.crops, full.crops) and torch.equal(ssl.mask, full.mask)
+    assert rec.text is None and rec.crops is None and rec.mask_index is None
+    assert ssl.image is None and ssl.rec is None
 
 
-def test_an_epoch_shows_every_picture_once(tmp_path):
-    source = open_data(folder(tmp_path))
-    seen = []
-    class Listener:
-        endless, spec, load, name = False, "", lambda self, i, rng: seen.append(i) or source.load(i, rng), source.name
-        def __len__(self): return len(source)
-    data = steps(Listener(), ssl=False, batch=4)
+def test_images_per_step_counts_each_image_once():
+    assert train_batches().images_per_step == 8
+    assert train_batches(clip=False).images_per_step == 4         # rec's rows are among ssl's
+    assert train_batches(clip=False, ssl=False).images_per_step == 2
+
+
+class Recorder:
+    """A source that notes which of its images were loaded"""
+    endless, spec = False, ""
+
+    def __init__(self, source):
+        self.source, self.seen = source, []
+
+    def __len__(self):
+        return len(self.source)
+
+    def load(self, index, rng):
+        self.seen.append(index)
+        return self.source.load(index, rng)
+
+
+def test_an_epoch_shows_every_image_once(tmp_path):
+    source = Recorder(open_data(folder(tmp_path)))
+    batches = train_batches(source, ssl=False, batch=4)
     for step in range(6):
-        data[step]
-    assert sorted(seen[:12]) == sorted(seen[12:]) == list(range(12)) and seen[:12] != seen[12:] != list(range(12))
+        batches[step]
+    first, second = source.seen[:12], source.seen[12:]
+    assert sorted(first) == sorted(second) == list(range(12))
+    assert first != second and second != list(range(12))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17, 64, 65, 1000, 4097])
-def test_an_order_that_is_computed_is_a_permutation_and_another_in_each_epoch(n):
-    first, second = ([data.scrambled(3, epoch, n, k) for k in range(n)] for epoch in (0, 1))
-    assert sorted(first) == sorted(second) == list(range(n)) and (n < 16 or first != second)
+def test_a_computed_order_is_a_permutation_and_another_one_in_each_epoch(n):
+    first, second = ([feistel_permutation(3, e, n, k) for k in range(n)] for e in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(n))
+    assert n < 16 or first != second
 
 
 def test_each_seed_and_each_epoch_has_a_computed_order_of_its_own():
-    first = {data.scrambled(seed, epoch, 10 ** 9, 7) for seed in range(20) for epoch in range(20)}
-    assert len(first) >= 399                                              # 400 draws of a billion agree once in 12,000 times
+    first = set()
+    for seed in range(20):
+        first |= {feistel_permutation(seed, epoch, 10 ** 9, 7) for epoch in range(20)}
+    assert len(first) >= 399           # 400 draws of a billion agree once in 12,000 times
 
 
-def test_a_computed_order_is_as_random_as_a_listed_one():
-    n, m = 3 * data.LISTED, 4000
-    for scale in (1, n // m):                                             # neighbours, and places far apart
-        x = np.array([data.shuffled(5, 2, n, scale * k) for k in range(m)])
-        y = np.array([data.shuffled(5, 3, n, scale * k) for k in range(m)])
-        limit = 4 / math.sqrt(m)                                          # four standard errors of a correlation of independent numbers
-        for a, b in ((x, np.arange(m)), (x[1:], x[:-1]), (x % 2, np.arange(m) % 2), (x, y)):
+def test_a_computed_order_is_as_random_as_a_stored_one():
+    n, m = 3 * data.MAX_STORED_PERMUTATION, 4000
+    for stride in (1, n // m):                                    # neighbours, places far apart
+        x = np.array([data.epoch_index(5, 2, n, stride * k) for k in range(m)])
+        y = np.array([data.epoch_index(5, 3, n, stride * k) for k in range(m)])
+        limit = 4 / math.sqrt(m)       # four standard errors of independent numbers' correlation
+        k = np.arange(m)
+        for a, b in ((x, k), (x[1:], x[:-1]), (x % 2, k % 2), (x, y)):
             assert abs(np.corrcoef(a, b)[0, 1]) < limit
         counts = np.bincount(x * 20 // n, minlength=20)
-        assert ((counts - m / 20) ** 2 / (m / 20)).sum() < 50             # chi-square of 19 degrees: 50 once in 7,000 draws
+        chi_square = ((counts - m / 20) ** 2 / (m / 20)).sum()
+        assert chi_square < 50         # of 19 degrees of freedom: once in 7,000 draws
         assert len(set(x.tolist())) == m and len(set((x % 7).tolist())) == 7
 
 
-def test_small_sources_are_listed_and_large_ones_computed():
-    assert [data.shuffled(1, 0, 10, k) for k in range(10)] == data.permutation(1, 0, 10).tolist()
-    assert data.shuffled(1, 0, 277_000_000, 5) == data.scrambled(1, 0, 277_000_000, 5) < 277_000_000
+def test_small_sources_have_a_stored_order_and_large_ones_a_computed_one():
+    assert [data.epoch_index(1, 0, 10, k) for k in range(10)] == permutation(1, 0, 10).tolist()
+    n = 277_000_000
+    assert data.epoch_index(1, 0, n, 5) == feistel_permutation(1, 0, n, 5) < n
 
 
-def test_a_damaged_picture_is_replaced_named_and_the_same_on_every_machine(tmp_path):
+def test_a_damaged_image_is_replaced_named_and_the_same_on_every_machine(tmp_path):
     root = folder(tmp_path)
     victim = root / "train" / "red_fox" / "3.JPEG"
     victim.write_bytes(victim.read_bytes()[:300])
-    whole = [steps(open_data(root))[s] for s in range(3)]
-    named = [name for out in whole for name in out["bad"]]
-    assert named and all(name.startswith(str(victim)) for name in named) and all(len(out["image"]) == 8 for out in whole)
-    parts = [steps(open_data(root), rank=r, world=2)[0]["image"] for r in range(2)]
-    assert torch.equal(whole[0]["image"], torch.cat(parts))
+    whole = [train_batches(open_data(root))[step] for step in range(3)]
+    names = [name for out in whole for name in out.bad]
+    assert names and all(name.startswith(str(victim)) for name in names)
+    assert all(len(out.image) == 8 for out in whole)
+    parts = [train_batches(open_data(root), rank=r, world_size=2)[0].image for r in range(2)]
+    assert torch.equal(whole[0].image, torch.cat(parts))
 
 
 def test_a_source_that_has_gone_stops_training_with_a_sentence(tmp_path):
     source = open_data(folder(tmp_path))
     source.root = tmp_path / "gone"
-    with pytest.raises(ValueError, match="a hundred samples in a row"):
-        steps(source)[0]
+    with pytest.raises(ValueError, match="100 samples in a row"):
+        train_batches(source)[0]
 
 
 @pytest.mark.parametrize("changes, advice", [
-    (dict(image=36), "--image 32"), (dict(local_image=12), "--local-image 16"), (dict(batch=1), "--batch 2"), (dict(batch=10), "--batch 8"),
-    (dict(batch_ssl=3, batch=9, world=2), "--batch-ssl 4"), (dict(batch_rec=16), "--batch 16"), (dict(batch=6, batch_ssl=4, batch_rec=4, world=4), "--batch 8")])
+    (dict(image=36), "--image 32"), (dict(local_image=12), "--local-image 16"),
+    (dict(batch=1), "--batch 2"), (dict(batch=10), "--batch 8"),
+    (dict(batch_ssl=3, batch=9, world_size=2), "--batch-ssl 4"),
+    (dict(batch_rec=16), "--batch 16"),
+    (dict(batch=6, batch_ssl=4, batch_rec=4, world_size=4), "--batch 8")])
 def test_sizes_that_do_not_fit_are_refused_with_the_nearest_that_do(changes, advice):
     with pytest.raises(ValueError, match=f"try {advice}$"):
-        steps(**changes)
+        train_batches(**changes)
 
 
-def test_evaluation_sees_every_picture_once_in_order_and_a_limit_still_sees_every_class(tmp_path, capsys):
+# ---------------------------------------------------------------- evaluation
+def test_evaluation_sees_every_image_once_in_order_and_a_limit_still_sees_every_class(
+        tmp_path, capsys):
     source = open_data(folder(tmp_path, ("ant", "bee", "cow")), "val")
     labels = torch.cat([labels for _, labels, _ in eval_batches(source, 16, 4)])
     assert labels.tolist() == [0] * 6 + [1] * 6 + [2] * 6
     (images, labels, captions), = eval_batches(source, 16, 4, limit=3, crop="squash")
-    assert images.shape == (3, 3, 16, 16) and images.dtype == torch.uint8 and labels.tolist() == [0, 1, 2] and "cow" in captions[2]
-    (tmp_path / "val" / "bee" / "2.png").write_bytes(b"not a picture")
-    found = [list(eval_batches(source, 16, 4, workers=w)) for w in (0, 1)]
-    assert sum(len(x) for x, _, _ in found[0]) == 17 and all(torch.equal(a[0], b[0]) for a, b in zip(*found))
-    assert "1 of 18 pictures" in capsys.readouterr().out
+    assert images.shape == (3, 3, 16, 16) and images.dtype == torch.uint8
+    assert labels.tolist() == [0, 1, 2] and "cow" in captions[2]
+    (tmp_path / "val" / "bee" / "2.png").write_bytes(b"not an image")
+    alone = [images for images, _, _ in eval_batches(source, 16, 4)]
+    helped = [images for images, _, _ in eval_batches(source, 16, 4, workers=1)]
+    assert sum(map(len, alone)) == 17
+    assert all(torch.equal(a, b) for a, b in zip(alone, helped, strict=True))
+    assert "1 of 18 images" in capsys.readouterr().out
 
 
-def test_ranks_share_an_evaluation_in_order_and_each_counts_what_it_lost(tmp_path, monkeypatch, capsys):
+def test_ranks_share_an_evaluation_in_order_and_each_counts_what_it_lost(
+        tmp_path, monkeypatch, capsys):
     source = open_data(folder(tmp_path, ("ant", "bee", "cow")), "val")
-    whole = torch.cat([x for x, _, _ in eval_batches(source, 16, 4)])
+    whole = torch.cat([images for images, _, _ in eval_batches(source, 16, 4)])
     (tmp_path / "val" / "cow" / "5.JPEG").write_bytes(b"")
-    monkeypatch.setattr(data, "world", lambda: 4)
     parts = []
     for r in range(4):
-        monkeypatch.setattr(data, "rank", lambda: r)
-        parts += [x for x, _, _ in eval_batches(source, 16, 4)]
-        assert len(data.my_share(18)) in (4, 5)
-    assert torch.equal(torch.cat(parts), whole[:17]) and "1 of 5 pictures" in (out := capsys.readouterr().out) and "on rank 3" in out
+        for module in (data, dist):
+            monkeypatch.setattr(module, "world_size", lambda: 4)
+            monkeypatch.setattr(module, "rank", lambda: r)
+        parts += [images for images, _, _ in eval_batches(source, 16, 4)]
+        assert len(data.rank_slice(18)) in (4, 5)
+    assert torch.equal(torch.cat(parts), whole[:17])
+    out = capsys.readouterr().out
+    assert "1 of 5 images" in out and "on rank 3" in out
 
 
 def test_an_evaluation_of_which_more_than_half_is_lost_stops_with_a_sentence(tmp_path):
     source = open_data(folder(tmp_path), "val")
     for file in (tmp_path / "val" / "red_fox").iterdir():
         file.write_bytes(b"gone")
-    assert sum(len(x) for x, _, _ in eval_batches(source, 16, 4)) == 6                        # half
+    assert sum(len(images) for images, _, _ in eval_batches(source, 16, 4)) == 6      # half
     (tmp_path / "val" / "n01443537" / "0.png").write_bytes(b"gone")
-    with pytest.raises(ValueError, match="more than half of the 12 pictures"):
+    with pytest.raises(ValueError, match="more than half of the 12 images"):
         list(eval_batches(source, 16, 4))
 
 
-def test_the_sheet_shows_a_row_a_sample(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["data.py", "--rows", "2", "--image", "32", "--local-image", "16", "--patch", "8", "--out", str(tmp_path / "sheet.png")])
+# ---------------------------------------------------------------- contact sheet
+def test_the_contact_sheet_has_a_row_per_sample(tmp_path, monkeypatch, capsys):
+    words = "data.py --rows 2 --image 32 --local-image 16 --patch 8 --out".split()
+    monkeypatch.setattr("sys.argv", [*words, str(tmp_path / "sheet.png")])
     data.main()
-    page = Image.open(tmp_path / "sheet.png")
-    assert page.width > page.height and "ms a sample" in capsys.readouterr().out
+    sheet = Image.open(tmp_path / "sheet.png")
+    assert sheet.width > sheet.height and "ms a sample" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["data.py", "--data", str(tmp_path / "none")])
     with pytest.raises(SystemExit, match="no folder"):
         data.main()

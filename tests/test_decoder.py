@@ -1,4 +1,4 @@
-"""The pixel decoder: one latent, one square of pixels."""
+"""The pixel decoder: each latent becomes a square of pixels."""
 import pytest
 import torch
 from torch import nn
@@ -8,48 +8,53 @@ from vtp_min.decoder import PixelDecoder
 
 def tiny(**fields):
     torch.manual_seed(0)
-    return PixelDecoder(**dict(latent_dim=6, D=16, depth=1, heads=2, upscale=4) | fields).eval()
+    fields = dict(latent_dim=6, D=16, depth=1, heads=2, upscale=4) | fields
+    return PixelDecoder(**fields).eval()
 
 
 @pytest.mark.parametrize("upscale", [4, 16])
-def test_a_latent_grid_becomes_a_picture_of_any_shape(upscale):
-    assert tiny(upscale=upscale)(torch.randn(2, 6, 3, 5)).shape == (2, 3, 3 * upscale, 5 * upscale)
+def test_a_latent_grid_of_any_shape_becomes_an_image(upscale):
+    img = tiny(upscale=upscale)(torch.randn(2, 6, 3, 5))
+    assert img.shape == (2, 3, 3 * upscale, 5 * upscale)
 
 
-def test_channel_rgb_dy_dx_becomes_the_pixel_at_dy_dx_of_its_latent_s_square():
+def test_channel_rgb_dy_dx_becomes_the_pixel_at_dy_dx_of_the_latent_s_square():
     decoder, u = tiny(depth=0), 4
     nn.init.zeros_(decoder.proj_out.weight)
-    decoder.proj_out.bias.data = torch.arange(3.0 * u * u)                     # every latent says the same: its channels' numbers
-    img = decoder(torch.randn(1, 6, 2, 3))[0]                                  # (3, 2u, 3u)
+    decoder.proj_out.bias.data = torch.arange(3.0 * u * u)      # each channel gives its number
+    img = decoder(torch.randn(1, 6, 2, 3))[0]                   # (3, 2u, 3u)
     for c, y, x in ((0, 0, 0), (1, 2, 3), (2, 7, 5), (0, 4, 11)):
         assert img[c, y, x] == (c * u + y % u) * u + x % u
 
 
-def test_without_blocks_a_latent_paints_its_own_square_only():
+def test_without_blocks_a_latent_changes_its_own_square_only():
     decoder, z = tiny(depth=0), torch.randn(1, 6, 3, 3)
     other = z.clone()
     other[..., 1, 2] += 1
-    change = (decoder(other) - decoder(z)).abs().amax(1)[0]
-    assert (change.view(3, 4, 3, 4).amax((1, 3)) > 0).nonzero().tolist() == [[1, 2]]
+    change = (decoder(other) - decoder(z)).abs().amax(1)[0]     # (12, 12)
+    squares = change.view(3, 4, 3, 4).amax((1, 3))
+    assert (squares > 0).nonzero().tolist() == [[1, 2]]
 
 
-def test_with_blocks_every_latent_may_touch_every_pixel():
+def test_with_blocks_a_latent_changes_all_pixels():
     decoder, z = tiny(), torch.randn(1, 6, 2, 2)
     other = z.clone()
     other[..., 0, 0] += 5
     assert ((decoder(other) - decoder(z)).abs() > 0).float().mean() > 0.99
 
 
-def test_nothing_clamps_the_picture():
+def test_pixels_are_not_clamped():
     decoder = tiny()
     decoder.proj_out.bias.data += 100
     assert decoder(torch.randn(1, 6, 1, 1)).min() > 50
 
 
-def test_eight_latents_learn_to_paint_eight_pictures():
+def test_a_decoder_learns_eight_images_from_eight_latents():
     decoder, z, img = tiny(D=48), torch.randn(8, 6, 1, 1), torch.rand(8, 3, 4, 4)
-    opt = torch.optim.Adam(decoder.parameters(), 1e-2)
+    optimizer = torch.optim.Adam(decoder.parameters(), 1e-2)
     for _ in range(120):
         loss = (decoder(z) - img).abs().mean()
-        opt.zero_grad(), loss.backward(), opt.step()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
     assert loss < 0.03

@@ -1,4 +1,5 @@
-"""`make demo` on any machine: precision by hardware, finished stages skipped, expected durations printed."""
+"""`make demo` on any machine: the precision follows from the hardware, finished stages are skipped,
+expected durations are printed."""
 import importlib.util
 import json
 import os
@@ -13,8 +14,9 @@ import pytest
 import torch
 
 import dit
-from vtp_min import run
-from vtp_min.run import ProgressBar, choose_precision, multiplies_bf16, warn_if_emulated
+from vtp_min import device, run
+from vtp_min.device import choose_precision, multiplies_bf16, warn_if_emulated
+from vtp_min.run import ProgressBar
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -46,8 +48,9 @@ def test_a_cpu_without_bf16_instructions_trains_in_fp32(monkeypatch):
     assert choose_precision(CPU) == "fp32"
 
 
-@pytest.mark.parametrize("capability, onednn", [("AVX2", None), ("DEFAULT", None), ("AVX512", "AVX2"), ("AVX512", "avx512_core"),
-                                                ("AVX512", "AVX512_CORE_VNNI"), ("AVX2", "AVX2")])
+@pytest.mark.parametrize("capability, onednn", [
+    ("AVX2", None), ("DEFAULT", None), ("AVX512", "AVX2"), ("AVX512", "avx512_core"),
+    ("AVX512", "AVX512_CORE_VNNI"), ("AVX2", "AVX2")])
 def test_a_variable_that_forbids_bf16_instructions_gives_fp32(monkeypatch, capability, onednn):
     set_cpu(monkeypatch, ("avx512_bf16",), capability, onednn)
     assert not multiplies_bf16(CPU) and choose_precision(CPU) == "fp32"
@@ -69,10 +72,12 @@ def test_pytorch_reports_the_capability_that_the_variable_asks_for():
 
 def test_an_emulated_precision_typed_by_hand_prints_what_it_costs(monkeypatch, capsys):
     set_cpu(monkeypatch, ("avx2",), "AVX2")
-    monkeypatch.setattr(run, "matmul_peak", lambda device, precision: {"fp32": 120e9, "bf16": 6e9}[precision])
+    peaks = {"fp32": 120e9, "bf16": 6e9}
+    monkeypatch.setattr(device, "peak_flops", lambda device, precision: peaks[precision])
     warn_if_emulated(CPU, "bf16")
     printed = capsys.readouterr().out
-    assert "only emulated" in printed and "20.0 times as long as in fp32" in printed and "The default here is fp32" in printed
+    for part in ("only emulated", "20.0 times as long as in fp32", "The default here is fp32"):
+        assert part in printed
 
 
 def test_a_precision_of_the_hardware_prints_nothing(monkeypatch, capsys):
@@ -95,8 +100,8 @@ def test_the_diffusion_commands_choose_the_precision_by_machine(monkeypatch, com
 def test_no_makefile_or_script_names_a_precision():
     files = [ROOT / "Makefile", *(ROOT / "study").glob("*.sh"), *(ROOT / "study").glob("*.py")]
     assert len(files) > 5
-    named = [path.name for path in files if re.search(r"--precision (bf16|fp16|fp32|fp64)", path.read_text())]
-    assert named == []
+    pattern = r"--precision (bf16|fp16|fp32|fp64)"
+    assert [path.name for path in files if re.search(pattern, path.read_text())] == []
 
 
 # ---------------------------------------------------------------- durations
@@ -105,10 +110,10 @@ def test_a_progress_bar_announces_the_duration_after_one_measured_second(monkeyp
     now = [0.0]
     monkeypatch.setattr(run.time, "perf_counter", lambda: now[0])
     for _ in ProgressBar(range(100), desc="latents", unit="batch"):
-        now[0] += 10 if now[0] == 0 else 0.4                           # the first is slow; it is not counted
+        now[0] += 10 if now[0] == 0 else 0.4       # the first is slow; it is not counted
     printed = capsys.readouterr().out
     assert printed.count("latents: about") == 1
-    assert "about 00:38 left" in printed                                     # 96 of 100 remain at 0.4 s
+    assert "about 00:38 left" in printed           # 96 of 100 remain at 0.4 s
     assert "measured over 3 of 100" in printed
 
 
@@ -124,8 +129,9 @@ def test_short_work_is_not_announced(monkeypatch, capsys):
 
 def commands_left(folder):
     """Names of the stages that `make demo` would run (make -n)"""
-    shown = subprocess.run(["make", "-n", "demo", f"RUN={folder}"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return re.findall(rf"touch {folder}/done-(\w+)", shown)
+    command = ["make", "-n", "demo", f"RUN={folder}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return re.findall(rf"touch {folder}/done-(\w+)", done.stdout)
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")

@@ -1,4 +1,5 @@
-"""LightningDiT against the reference's numbers (tests/golden/dit.npz, all of them with VTP_GOLDEN), then what must hold whatever the weights are."""
+"""LightningDiT against the reference's numbers (tests/golden/dit.npz; all of them with
+VTP_GOLDEN), then properties that hold for any weights, then the commands."""
 import glob
 import json
 import os
@@ -16,13 +17,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import dit
-from dit import LightningDiT, euler, flow_loss, lognorm_time, time_grid
-from vtp_min import VTPConfig, VTPModel, run, views
-from vtp_min.latents import Latents, Steps, shards
-from vtp_min.lightning import SIZES, Rotary
-from vtp_min.run import STOPPED, TIMING
+from dit import (SIZES, LightningDiT, RotaryEmbedding, euler, flow_loss, lognorm_time,
+                 time_grid)
+from vtp_min import VTPConfig, VTPModel, optim, run
+from vtp_min.extras import fast_dit, latents
+from vtp_min.extras.latents import LatentBatches, Latents, shards
+from vtp_min.run import EXIT_RESUME, TIMING
 
-TINY = dict(input_size=8, patch_size=1, in_channels=16, hidden_size=64, depth=3, num_heads=2, num_classes=10)
+TINY = dict(input_size=8, patch_size=1, in_channels=16, hidden_size=64, depth=3, num_heads=2,
+            num_classes=10)
 FULL = os.environ.get("VTP_GOLDEN")
 
 
@@ -39,7 +42,9 @@ def golden(vectors, weights, **fields):
 @pytest.fixture
 def tiny():
     vectors = np.load(Path(__file__).parent / "golden" / "dit.npz")
-    return *golden(vectors, {k[8:]: torch.from_numpy(vectors[k]) for k in vectors.files if k.startswith("weights/")}), vectors.files
+    names = [name for name in vectors.files if name.startswith("weights/")]
+    weights = {name.removeprefix("weights/"): torch.from_numpy(vectors[name]) for name in names}
+    return *golden(vectors, weights), vectors.files
 
 
 def close(ours, theirs, tolerance):
@@ -51,27 +56,36 @@ def close(ours, theirs, tolerance):
 def check_all(model, g, names):
     """Every golden array that is there, at the tolerances the golden files ask for."""
     assert close(model(g("fwd/x"), g("fwd/t"), g("fwd/y")), g("fwd/out"), 1e-5)
-    for case in sorted({n.rsplit("/", 1)[0] for n in names if n.startswith("cfg/case")}):
+    for case in cases(names, "cfg/case"):
         t = g(case + "/t").float().expand(4)
-        how = g(case + "/scale").item(), bool(g(case + "/interval_on")), g(case + "/interval_start").item()
-        out = model.forward_with_cfg(g("cfg/x"), t, g("cfg/y"), *how)
+        scale, on = g(case + "/scale").item(), bool(g(case + "/interval_on"))
+        start = g(case + "/interval_start").item()
+        out = model.forward_with_cfg(g("cfg/x"), t, g("cfg/y"), scale, on, start)
         assert close(out, g(case + "/out"), 1e-5), case
-    for case in sorted({"/".join(n.split("/")[:2]) for n in names if n.startswith("loss/case")}):
+    for case in cases(names, "loss/case"):
         check_loss(model, g, case, [n for n in names if n.startswith(case + "/grad/")])
-    for case in sorted({n.rsplit("/", 1)[0] for n in names if n.startswith("ode/euler")}):
+    for case in cases(names, "ode/euler"):
         shift, points = case.removeprefix("ode/euler_shift").split("_points")
         grid, y, z = time_grid(int(points), float(shift)), g("ode/y"), g("ode/z")
-        assert close(euler(lambda x, t: model(x, t, y), z, grid), g(case + "/final"), 5e-5), case
+        out = euler(lambda x, t: model(x, t, y), z, grid)
+        assert close(out, g(case + "/final"), 5e-5), case
         pair = torch.cat([y, torch.full_like(y, 10)])
-        out = euler(lambda x, t: model.forward_with_cfg(x, t, pair, 3.0, True, 0.125), torch.cat([z, z]), grid)
+        out = euler(lambda x, t: model.forward_with_cfg(x, t, pair, 3.0, True, 0.125),
+                    torch.cat([z, z]), grid)
         assert close(out, g(case + "/cfg3_interval0.125_final"), 5e-5), case
+
+
+def cases(names, prefix):
+    """The first two parts of the names that start with the prefix"""
+    return sorted({"/".join(name.split("/")[:2]) for name in names if name.startswith(prefix)})
 
 
 def check_loss(model, g, case, grads):
     model.zero_grad()
-    if g(case + "/use_lognorm"):                                    # the reference draws z from numpy's global generator
+    if g(case + "/use_lognorm"):              # the reference draws z from numpy's global generator
         z = np.random.RandomState(int(g(case + "/seed"))).standard_normal(6)
-        assert close(lognorm_time(z, g(case + "/mu").item(), g(case + "/sigma").item()), g(case + "/t"), 1e-6)
+        t = lognorm_time(z, g(case + "/mu").item(), g(case + "/sigma").item())
+        assert close(t, g(case + "/t"), 1e-6)
     mse, cos = flow_loss(model, g("loss/x1"), g(case + "/x0"), g(case + "/t"), g("loss/y"))
     assert close(mse, g(case + "/mse_per_sample"), 1e-5)
     if g(case + "/use_cosine_loss"):
@@ -80,7 +94,8 @@ def check_loss(model, g, case, grads):
     mse.mean().backward()
     assert close(mse.mean(), g(case + "/total"), 1e-5)
     trained = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert close(torch.stack([grad.norm() for grad in trained.values()]), g(case + "/grad_l2"), 1e-5)
+    norms = torch.stack([grad.norm() for grad in trained.values()])
+    assert close(norms, g(case + "/grad_l2"), 1e-5)
     for name in grads:
         assert close(trained[name.split("/grad/")[1]], g(name), 1e-5), name
 
@@ -89,10 +104,17 @@ def test_model_guidance_loss_and_sampler_are_the_reference_s(tiny):
     check_all(*tiny)
 
 
+def test_the_fast_forms_are_the_reference_s_too(tiny, monkeypatch):
+    for name in fast_dit.FORMS:
+        monkeypatch.setattr(dit, name, getattr(fast_dit, name))
+    check_all(*tiny)
+
+
 @pytest.mark.skipif(not FULL, reason="the full golden sets are looked for in $VTP_GOLDEN")
 @pytest.mark.parametrize("name", ["dit_tiny", "dit_tiny_qknorm"])
 def test_all_golden_arrays_are_met(name):
-    vectors, fields = np.load(f"{FULL}/{name}_vectors.npz"), json.loads(Path(f"{FULL}/{name}.json").read_text())["config"]
+    vectors = np.load(f"{FULL}/{name}_vectors.npz")
+    fields = json.loads(Path(f"{FULL}/{name}.json").read_text())["config"]
     check_all(*golden(vectors, load_file(f"{FULL}/{name}.safetensors"), **fields), vectors.files)
 
 
@@ -108,13 +130,21 @@ def test_time_grids_and_time_draws_are_the_reference_s(tiny):
             assert close(lognorm_time(z, float(mu), float(sigma)), g(name), 1e-6)
 
 
-@pytest.mark.parametrize("size, count", [("B", 130_408_768), ("L", 457_956_384), ("XL", 675_035_584), ("1p0B", 1_029_106_240)])
+@pytest.mark.parametrize("size, count", [
+    ("B", 130_408_768), ("L", 457_956_384), ("XL", 675_035_584), ("1p0B", 1_029_106_240)])
 def test_sizes_have_the_reference_s_parameter_counts(size, count):
     with torch.device("meta"):
-        assert sum(p.numel() for p in LightningDiT(**SIZES[size]).parameters() if p.requires_grad) == count
+        model = LightningDiT(**SIZES[size])
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
 
 
-# ------------------------------------------------------------------------------------------------ identities
+# ---------------------------------------------------------------- identities
+
+def random_batch():
+    """x1, x0, t, y for TINY; the second sample has no class"""
+    x1, x0 = torch.randn(2, 16, 8, 8), torch.randn(2, 16, 8, 8)
+    return x1, x0, torch.rand(2), torch.tensor([1, 10])
+
 
 def test_an_untrained_model_stands_still():
     x = torch.randn(2, 16, 8, 8)
@@ -123,10 +153,11 @@ def test_an_untrained_model_stands_still():
 
 def test_a_zero_answer_has_no_direction_so_the_first_gradient_is_that_of_the_squared_error():
     model, grads = LightningDiT(**TINY), []
-    mse, cos = flow_loss(model, torch.randn(2, 16, 8, 8), torch.randn(2, 16, 8, 8), torch.rand(2), torch.tensor([0, 10]))
+    mse, cos = flow_loss(model, *random_batch())
     assert torch.equal(cos, torch.ones(2))
     for loss in (mse, mse + cos):
-        grads.append(torch.autograd.grad(loss.mean(), model.final_layer.linear.weight, retain_graph=True)[0])
+        weight = model.final_layer.linear.weight
+        grads.append(torch.autograd.grad(loss.mean(), weight, retain_graph=True)[0])
     assert torch.equal(*grads) and grads[0].abs().max() > 0
 
 
@@ -134,26 +165,40 @@ def test_guidance_of_scale_1_is_none_and_guiding_all_channels_is_a_line_through_
     model, g, _ = tiny
     x, t, y, null = g("ode/z"), torch.tensor([0.3, 0.6]), g("ode/y"), torch.tensor([10, 10])
     cond, uncond = model(x, t, y), model(x, t, null)
-    guided = lambda scale, **how: model.forward_with_cfg(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]), scale, **how)[:2]
+
+    def guided(scale, **how):
+        pairs = (torch.cat(pair) for pair in ([x, x], [t, t], [y, null]))
+        return model.forward_with_cfg(*pairs, scale, **how)[:2]
+
     assert torch.allclose(guided(1.0), cond, atol=1e-5)
-    assert torch.allclose(guided(3.0, channels=None), uncond + 3 * (cond - uncond), atol=1e-5)
-    assert torch.allclose(guided(3.0)[:, 3:], cond[:, 3:], atol=1e-5)                                # the reference's first three only
+    line = uncond + 3 * (cond - uncond)
+    assert torch.allclose(guided(3.0, channels=None), line, atol=1e-5)
+    assert torch.allclose(guided(3.0)[:, 3:], cond[:, 3:], atol=1e-5)   # LightningDiT: the first 3
     early = guided(3.0, channels=None, cfg_interval=True, cfg_interval_start=0.5)
-    assert torch.allclose(early[0], cond[0], atol=1e-5) and not torch.allclose(early[1], cond[1], atol=1e-3)
+    assert torch.allclose(early[0], cond[0], atol=1e-5)
+    assert not torch.allclose(early[1], cond[1], atol=1e-3)
 
 
-def test_where_guidance_has_not_begun_its_second_half_is_not_computed_and_the_walk_is_the_same(tiny):
+def test_before_cfg_start_the_second_half_is_not_computed_and_the_velocity_is_the_same(tiny):
     model, g, _ = tiny
     x, y, args = g("ode/z"), g("ode/y"), Namespace(cfg=3.0, cfg_start=0.5, cfg_channels="all")
     pair, seen = torch.cat([y, torch.full_like(y, 10)]), []
     model.register_forward_pre_hook(lambda model, inputs: seen.append(len(inputs[0])))
     for t in (torch.full((2,), s) for s in (0.25, 0.5, 0.75)):
-        whole = model.forward_with_cfg(torch.cat([x, x]), torch.cat([t, t]), pair, 3.0, True, 0.5, channels=None)[:2]
-        assert torch.allclose(dit.field(model, y, 10, args)(x, t), whole, atol=1e-5)
+        whole = model.forward_with_cfg(torch.cat([x, x]), torch.cat([t, t]), pair, 3.0, True, 0.5,
+                                       channels=None)[:2]
+        assert torch.allclose(dit.velocity_fn(model, y, 10, args)(x, t), whole, atol=1e-5)
     assert seen == [4, 2, 4, 4, 4, 4]
-    config, grid = {"model": dict(in_channels=16, input_size=8)}, torch.tensor([0, 0.25, 0.5, 0.75, 1])
-    passes = [dit.operations(model, config, grid, Namespace(cfg=cfg, cfg_start=start)) for cfg, start in ((1.0, 0.0), (3.0, 0.5), (3.0, 0.0))]
-    assert passes[0] * 6 == passes[1] * 4 and passes[2] == 2 * passes[0] > 0
+
+
+def test_the_flops_of_sampling_count_one_pass_a_step_and_two_where_it_is_guided(tiny):
+    model, grid = tiny[0], torch.tensor([0, 0.25, 0.5, 0.75, 1])
+
+    def flops(cfg, start):
+        return dit.sampling_flops(model, grid, Namespace(cfg=cfg, cfg_start=start))
+    once = dit.count_flops(model)
+    assert once > 0 and flops(1.0, 0.0) == 4 * once
+    assert flops(3.0, 0.5) == 6 * once and flops(3.0, 0.0) == 8 * once
 
 
 @pytest.mark.parametrize("qknorm", [False, True])
@@ -166,18 +211,32 @@ def test_bf16_is_fp32_but_for_its_rounding(tiny, qknorm):
 
 
 def test_rotary_attention_sees_only_how_far_apart_two_tokens_are():
-    rope, (q, k) = Rotary(32, 8), torch.randn(2, 32)
-    score = (rope(q.expand(1, 1, 64, 32)) @ rope(k.expand(1, 1, 64, 32)).transpose(2, 3))[0, 0].view(8, 8, 8, 8)      # row, col, row, col
+    rope, (q, k) = RotaryEmbedding(32, 8), torch.randn(2, 32)
+    q, k = (rope(x.expand(1, 1, 64, 32)) for x in (q, k))
+    score = (q @ k.transpose(2, 3)).view(8, 8, 8, 8)                   # row, col, row, col
     assert torch.allclose(score[:-1, :-2, :-1, :-2], score[1:, 2:, 1:, 2:], atol=1e-4)
     assert not torch.allclose(score[0, 0, 0, 1], score[0, 0, 1, 0], atol=1e-4)
+
+
+def test_the_fast_rotation_and_its_gradient_are_those_of_the_plain_one():
+    rope, results = RotaryEmbedding(32, 4), []
+    for form in (dit.rotate, fast_dit.rotate):
+        torch.manual_seed(0)
+        x = torch.randn(2, 3, 16, 32, requires_grad=True)
+        out = form(x, rope.freqs_cos, rope.freqs_sin)
+        (grad,) = torch.autograd.grad((out * torch.randn(2, 3, 16, 32)).sum(), x)
+        results.append((out, grad))
+    (out, grad), (fast_out, fast_grad) = results
+    assert torch.allclose(out, fast_out, atol=1e-6) and torch.allclose(grad, fast_grad, atol=1e-6)
 
 
 def test_patches_come_back_where_they_were_taken():
     model = LightningDiT(**TINY | dict(patch_size=2))
     x = torch.randn(2, 16, 8, 8)
     model.blocks, model.pos_embed.data = torch.nn.ModuleList(), torch.zeros(1, 16, 64)
-    model.x_embedder.proj.weight.data = torch.eye(64).view(16, 2, 2, 64).permute(3, 0, 1, 2).contiguous()      # token = its 64 numbers, as (C, p, q)
-    order = torch.arange(64).view(16, 2, 2).permute(1, 2, 0).flatten()                                          # (p, q, C)
+    pixels = torch.eye(64).view(16, 2, 2, 64).permute(3, 0, 1, 2)              # (C p q, C, p, q)
+    model.x_embedder.proj.weight.data = pixels.contiguous()
+    order = torch.arange(64).view(16, 2, 2).permute(1, 2, 0).flatten()                # (p, q, C)
     model.final_layer.norm_final = torch.nn.Identity()
     model.final_layer.linear.weight.data = torch.eye(64)[order]
     assert torch.allclose(model(x, torch.zeros(2), torch.zeros(2, dtype=torch.long)), x, atol=1e-6)
@@ -187,7 +246,7 @@ def test_a_field_that_knows_the_way_has_no_loss_and_euler_follows_it_exactly():
     x1, x0, t = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.rand(3)
     mse, cos = flow_loss(lambda x, t, y: x1 - x0, x1, x0, t, None)
     assert mse.abs().max() == 0 and cos.abs().max() < 1e-6
-    mse, cos = flow_loss(lambda x, t, y: x0 - x1, x1, x0, t, None)                                   # the wrong way: cosine -1
+    mse, cos = flow_loss(lambda x, t, y: x0 - x1, x1, x0, t, None)       # the wrong way: cosine -1
     assert torch.allclose(cos, torch.full((3,), 2.0), atol=1e-6)
     assert torch.allclose(euler(lambda x, t: x1 - x0, x0, time_grid(7, 0.3)), x1, atol=1e-5)
 
@@ -196,18 +255,20 @@ def test_time_runs_from_noise_to_data_and_a_small_shift_lingers_at_noise():
     for shift in (0, 0.075, 0.3, 1):
         grid = time_grid(50, shift)
         assert grid[0] == 0 and grid[-1] == pytest.approx(1) and (grid.diff() > 0).all()
-    assert torch.equal(time_grid(50, 0), torch.linspace(0, 1, 50)) and torch.allclose(time_grid(50, 1), time_grid(50, 0))
+    assert torch.equal(time_grid(50, 0), torch.linspace(0, 1, 50))
+    assert torch.allclose(time_grid(50, 1), time_grid(50, 0))
     assert time_grid(3, 0.3)[1] == pytest.approx(0.3 * 0.5 / (1 - 0.7 * 0.5))
-    assert lognorm_time(0.0, -0.5, 1.25) == pytest.approx(1 / (1 + np.exp(0.5)))                     # the median, on the noisy side
+    assert lognorm_time(0.0, -0.5, 1.25) == pytest.approx(1 / (1 + np.exp(0.5)))      # the median
 
 
 def test_the_average_forgets_its_start():
     a, b = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     start = a.weight.item()
-    dit.ema_(a, b, 0.9)
+    optim.update_ema(a.parameters(), b.parameters(), 0.9)
     assert a.weight.item() == pytest.approx(0.9 * start + 0.1 * b.weight.item(), abs=1e-6)
     kept = np.prod([dit.ema_decay(s, None) for s in range(300)])
-    assert kept < 1e-9 and dit.ema_decay(200_000, None) == 0.9999 and dit.ema_decay(0, 0.9999) == 0.9999
+    assert kept < 1e-9
+    assert dit.ema_decay(200_000, None) == 0.9999 == dit.ema_decay(0, 0.9999)
 
 
 def test_recomputed_activations_are_the_same_gradient():
@@ -216,20 +277,21 @@ def test_recomputed_activations_are_the_same_gradient():
         torch.manual_seed(0)
         model = LightningDiT(**TINY, use_checkpoint=recompute)
         torch.nn.init.normal_(model.final_layer.linear.weight)
-        mse, cos = flow_loss(model, torch.randn(2, 16, 8, 8), torch.randn(2, 16, 8, 8), torch.rand(2), torch.tensor([1, 10]))
+        mse, cos = flow_loss(model, *random_batch())
         (mse + cos).mean().backward()
         grads.append([p.grad for p in model.parameters() if p.requires_grad])
     assert all(torch.equal(*pair) for pair in zip(*grads)) and grads[0][0].abs().max() > 0
 
 
-# ------------------------------------------------------------------------------------------------ the commands
+# ---------------------------------------------------------------- the commands
 
 class Folded(torch.nn.Module):
-    """A stand-in tokenizer that needs no training: 2x2 pixels folded into 12 channels, and unfolded."""
+    """A stand-in tokenizer that needs no training: 2x2 pixels become 12 channels, and back."""
     def __init__(self):
         super().__init__()
         self.encoder = torch.nn.Linear(1, 1)
-        torch.nn.init.constant_(self.encoder.weight, 1.0), torch.nn.init.zeros_(self.encoder.bias)
+        torch.nn.init.constant_(self.encoder.weight, 1.0)
+        torch.nn.init.zeros_(self.encoder.bias)
         self.get_reconstruction_latents = lambda img: F.pixel_unshuffle(img, 2)
         self.get_latents_decoded_images = lambda z: F.pixel_shuffle(z, 2)
 
@@ -239,9 +301,9 @@ def stand_ins(monkeypatch):
     """A transformer and a tokenizer that cost nothing; signal handlers as they were"""
     kept = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     monkeypatch.setitem(SIZES, "nano", dict(hidden_size=32, depth=2, num_heads=2))
-    monkeypatch.setattr(dit.baselines, "load", lambda folder: Folded())
-    for room in (run, dit):
-        monkeypatch.setattr(room, "matmul_peak", lambda device, precision: 1e12)
+    monkeypatch.setattr(dit, "load_model", lambda folder: Folded())
+    for module in (run, dit):
+        monkeypatch.setattr(module, "peak_flops", lambda device, precision: 1e12)
     yield
     for s, handler in kept.items():
         signal.signal(s, handler)
@@ -261,7 +323,9 @@ def encode(folder, *flags):
 
 
 def teach(folder, name, *flags):
-    dit.main(f"train {folder}/RUN/latents --out {folder}/{name} --size nano --batch 4 --log-every 1 --device cpu --precision fp32".split() + list(flags))
+    command = (f"train {folder}/RUN/latents --out {folder}/{name} --size nano --batch 4 "
+               f"--log-every 1 --device cpu --precision fp32")
+    dit.main(command.split() + list(flags))
 
 
 def train(folder, name, *flags):
@@ -271,7 +335,8 @@ def train(folder, name, *flags):
 
 
 def paint(folder, run, out, *flags):
-    dit.main(["sample", f"{folder}/{run}", "--n", "7", "--points", "4", "--device", "cpu", "--out", f"{folder}/{out}", *flags])
+    command = f"sample {folder}/{run} --n 7 --points 4 --device cpu --out {folder}/{out}"
+    dit.main(command.split() + list(flags))
 
 
 def shoot(folder, run, out, *flags):
@@ -281,17 +346,20 @@ def shoot(folder, run, out, *flags):
 
 
 def logged(folder, name):
-    """The lines of a log, but for what a clock says"""
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMING} for line in (folder / name / "log.jsonl").read_text().splitlines()]
+    """The lines of a log without measured times"""
+    lines = (folder / name / "log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMING} for line in lines]
 
 
 def same(a, b):
-    """Equal to the bit: tensors, and whatever holds them"""
+    """Equal to the bit: tensors, and containers of them"""
     if torch.is_tensor(a):
         return torch.equal(a, b)
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    return len(a) == len(b) and all(map(same, a, b)) if isinstance(a, (list, tuple)) else a == b
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
 
 
 def test_latents_are_in_the_reference_s_layout_with_their_mean_and_std(folder):
@@ -299,68 +367,86 @@ def test_latents_are_in_the_reference_s_layout_with_their_mean_and_std(folder):
     assert path.name == "latents_rank00_shard000.safetensors"
     with safe_open(path, "pt") as f:
         assert set(f.metadata()) == {"total_size", "dtype", "device"}
-    shard, stats = load_file(path), torch.load(folder / "RUN" / "latents" / "latents_stats.pt", weights_only=True)
-    assert shard["latents"].shape == shard["latents_flip"].shape == (24, 12, 8, 8) and shard["labels"].dtype == torch.int64
-    mirrored = F.pixel_shuffle(shard["latents"], 2).flip(-1)
-    assert torch.allclose(F.pixel_shuffle(shard["latents_flip"], 2), mirrored)
-    assert torch.allclose(stats["mean"], shard["latents"].mean((0, 2, 3), keepdim=True), atol=1e-5)
-    assert torch.allclose(stats["std"], shard["latents"].transpose(0, 1).flatten(1).std(1).view(1, 12, 1, 1), atol=1e-5)
+    shard = load_file(path)
+    stats = torch.load(folder / "RUN" / "latents" / "latents_stats.pt", weights_only=True)
+    z, z_flip = shard["latents"], shard["latents_flip"]
+    assert z.shape == z_flip.shape == (24, 12, 8, 8) and shard["labels"].dtype == torch.int64
+    assert torch.allclose(F.pixel_shuffle(z_flip, 2), F.pixel_shuffle(z, 2).flip(-1))
+    assert torch.allclose(stats["mean"], z.mean((0, 2, 3), keepdim=True), atol=1e-5)
+    std = z.transpose(0, 1).flatten(1).std(1)
+    assert torch.allclose(stats["std"], std.view(1, 12, 1, 1), atol=1e-5)
 
 
 def test_lightningdit_s_own_loader_would_read_them(folder):
-    """What its ImgLatentDataset does, in our words: every *.safetensors of the folder by name; a running index over the rows of `labels`; one row of
-    `latents` or `latents_flip` and its label by slices; latents_stats.pt beside them, broadcast over a row that is still (1, C, H, W)."""
+    """What its ImgLatentDataset does, in our words: every *.safetensors of the folder by name; a
+    running index over the rows of `labels`; one row of `latents` or `latents_flip` and its label by
+    slices; latents_stats.pt beside them, broadcast over a row that is still (1, C, H, W)."""
     rows = []
     for path in sorted(glob.glob(f"{folder}/RUN/latents/*.safetensors")):
         with safe_open(path, framework="pt", device="cpu") as f:
             count = f.get_slice("labels").get_shape()[0]
-            assert f.get_slice("latents").get_shape() == f.get_slice("latents_flip").get_shape() == [count, 12, 8, 8]
+            for name in ("latents", "latents_flip"):
+                assert f.get_slice(name).get_shape() == [count, 12, 8, 8]
             assert f.metadata()["total_size"] == str(count)
             rows += [(path, i) for i in range(count)]
     stats = torch.load(f"{folder}/RUN/latents/latents_stats.pt", weights_only=True)
     ours = Latents(folder / "RUN" / "latents")
-    assert len(rows) == len(ours) == 24 and stats.keys() == {"mean", "std"} and all(x.shape == (1, 12, 1, 1) and x.dtype == torch.float32 for x in stats.values())
+    assert len(rows) == len(ours) == 24 and stats.keys() == {"mean", "std"}
+    assert all(x.shape == (1, 12, 1, 1) and x.dtype == torch.float32 for x in stats.values())
     seen = torch.stack([theirs(path, i, stats) for path, i in rows])
-    assert torch.equal(seen, (torch.stack([ours.read(i) for i in range(24)]) - stats["mean"]) / stats["std"])
-    assert seen.mean((0, 2, 3)).abs().max() < 1e-5 and (seen.transpose(0, 1).flatten(1).std(1) - 1).abs().max() < 1e-5
+    read = torch.stack([ours.read(i) for i in range(24)])
+    assert torch.equal(seen, (read - stats["mean"]) / stats["std"])
+    assert seen.mean((0, 2, 3)).abs().max() < 1e-5
+    assert (seen.transpose(0, 1).flatten(1).std(1) - 1).abs().max() < 1e-5
 
 
-def theirs(path, i, stats, multiplier=1.0):
+def theirs(path, i, stats):
     with safe_open(path, framework="pt", device="cpu") as f:
         z, label = f.get_slice("latents")[i:i + 1], f.get_slice("labels")[i:i + 1]
     assert label.dtype == torch.int64 and label.shape == (1,)
-    return ((z - stats["mean"]) / stats["std"] * multiplier).squeeze(0)
+    return ((z - stats["mean"]) / stats["std"]).squeeze(0)
 
 
-def test_an_encoding_that_did_not_end_is_said_and_made_anew(folder, capsys):
+def test_an_incomplete_encoding_is_reported_and_made_again(folder, capsys):
     whole = load_file(shards(folder / "RUN" / "latents")[0])
     (folder / "RUN" / "latents" / "latents_stats.pt").unlink()
-    with pytest.raises(SystemExit, match="encoding has not ended"):
+    with pytest.raises(SystemExit, match="the encoding is incomplete"):
         train(folder, "X", "--steps", "1")
     (folder / "RUN" / "latents" / "latents_rank03_shard000.safetensors").write_bytes(b"half")
     encode(folder)
-    assert "2 files of an encoding that did not end" in capsys.readouterr().out
+    assert "2 files of an incomplete encoding" in capsys.readouterr().out
     assert same(load_file(*shards(folder / "RUN" / "latents")), whole)
 
 
-def test_an_encoding_that_is_begun_again_and_killed_does_not_pass_for_whole(folder, monkeypatch):
-    monkeypatch.setattr(dit, "encode", lambda *_: 1 / 0)
+def test_a_repeated_encoding_that_is_killed_does_not_count_as_complete(folder, monkeypatch):
+    monkeypatch.setattr(latents, "encode", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         encode(folder, "--fresh")
     assert not (folder / "RUN" / "latents" / "latents_stats.pt").exists()
 
 
-def test_two_processes_draw_one_process_s_batch_and_an_epoch_sees_each_latent_once(folder):
-    data, stats = Latents(folder / "RUN" / "latents"), {"mean": torch.zeros(1, 12, 1, 1), "std": torch.ones(1, 12, 1, 1)}
-    steps = lambda label_drop, **where: Steps(data, stats, seed=3, batch=8, label_drop=label_drop, null=10, **where)
-    whole, halves = steps(0.5)[5], [steps(0.5, rank=r, world=2)[5] for r in range(2)]
-    assert same(whole, {k: torch.cat([half[k] for half in halves]) for k in whole}) and whole["x1"].shape == (8, 12, 8, 8)
-    assert sorted(torch.cat([steps(0)[s]["y"] for s in range(3)]).tolist()) == sorted(data.labels.tolist())
-    assert (steps(1)[0]["y"] == 10).all()
+def test_two_processes_draw_one_process_s_batch_and_an_epoch_sees_each_latent_once(
+        folder, monkeypatch):
+    data = Latents(folder / "RUN" / "latents")
+    stats = {"mean": torch.zeros(1, 12, 1, 1), "std": torch.ones(1, 12, 1, 1)}
+
+    def batches(label_drop):
+        return LatentBatches(data, stats, seed=3, batch=8, label_drop=label_drop, null=10)
+    whole = batches(0.5)[5]
+    epoch = torch.cat([batches(0)[step]["y"] for step in range(3)])
+    assert torch.equal(epoch.sort().values, data.labels.sort().values)
+    assert (batches(1)[0]["y"] == 10).all()
+    halves = []
+    for rows in (range(4), range(4, 8)):
+        monkeypatch.setattr(latents, "rank_slice", lambda n: rows)
+        halves.append(batches(0.5)[5])
+    assert same(whole, {k: torch.cat([half[k] for half in halves]) for k in whole})
+    assert whole["x1"].shape == (8, 12, 8, 8)
 
 
 def test_workers_change_nothing(folder):
-    assert same(train(folder, "A", "--steps", "3")["ema"], train(folder, "B", "--steps", "3", "--workers", "2")["ema"])
+    alone = train(folder, "A", "--steps", "3")
+    assert same(alone["ema"], train(folder, "B", "--steps", "3", "--workers", "2")["ema"])
 
 
 class FoldedGaussian(Folded):
@@ -378,37 +464,44 @@ def stored(folder):
 
 
 def test_latents_of_a_kl_autoencoder_are_samples(folder, monkeypatch, capsys):
-    """LightningDiT's extraction stores mean + std * noise, for the mirrored copy with noise of its own; ours depends on seed and image alone"""
+    """LightningDiT's extraction stores mean + std * noise, with other noise for the mirrored copy;
+    ours depends on seed and image alone"""
     means = stored(folder / "RUN" / "latents")
-    monkeypatch.setattr(dit.baselines, "load", lambda folder: FoldedGaussian())
+    monkeypatch.setattr(dit, "load_model", lambda folder: FoldedGaussian())
     encode(folder, "--out", f"{folder}/five")
     said = capsys.readouterr().out
     noise = [(z - mean) / 0.5 for z, mean in zip(stored(folder / "five"), means)]
     assert all(abs(x.mean()) < 0.02 and abs(x.std() - 1) < 0.02 for x in noise)
-    assert abs((noise[0] * noise[1]).mean()) < 0.02 and abs((noise[0][1:] * noise[0][:-1]).mean()) < 0.02       # independent
+    assert abs((noise[0] * noise[1]).mean()) < 0.02                                   # independent
+    assert abs((noise[0][1:] * noise[0][:-1]).mean()) < 0.02
     encode(folder, "--out", f"{folder}/seven", "--batch", "7")
     assert same(stored(folder / "seven"), stored(folder / "five"))
     encode(folder, "--out", f"{folder}/other", "--seed", "1")
     assert not torch.equal(stored(folder / "other")[0], stored(folder / "five")[0])
-    monkeypatch.setattr(dit, "my_share", lambda n: range(12, 24))                          # the second of two processes
+    monkeypatch.setattr(latents, "rank_slice", lambda n: range(12, 24))   # the second of two ranks
     encode(folder, "--out", f"{folder}/second")
-    assert torch.allclose((stored(folder / "second")[0] - means[0])[:12], 0.5 * noise[0][12:], atol=1e-5)
-    written = [json.loads((folder / name / "latents.json").read_text())["posterior"] for name in ("RUN/latents", "five", "other")]
-    assert written == ["deterministic", "sampled with seed 0", "sampled with seed 1"] and written[1] in said
+    difference = (stored(folder / "second")[0] - means[0])[:12]
+    assert torch.allclose(difference, 0.5 * noise[0][12:], atol=1e-5)
+    files = [folder / name / "latents.json" for name in ("RUN/latents", "five", "other")]
+    written = [json.loads(path.read_text())["posterior"] for path in files]
+    assert written == ["deterministic", "sampled with seed 0", "sampled with seed 1"]
+    assert written[1] in said
 
 
-# ------------------------------------------------------------------------------------------------ going on
+# ---------------------------------------------------------------- resuming
 
 def test_ten_steps_are_five_and_a_kill_and_five(folder):
     straight = train(folder, "A", "--steps", "10", "--save-every", "5")
-    doomed = torch.multiprocessing.get_context("spawn").Process(target=killed_in_step_8, args=(folder,))
-    doomed.start(), doomed.join()
+    spawn = torch.multiprocessing.get_context("spawn")
+    doomed = spawn.Process(target=killed_in_step_8, args=(folder,))
+    doomed.start()
+    doomed.join()
     assert doomed.exitcode == -signal.SIGKILL and logged(folder, "B")[-1]["step"] == 7
     assert torch.load(folder / "B" / "last.pt", weights_only=True)["step"] == 5
     resumed = train(folder, "B", "--steps", "10", "--save-every", "5")
     assert all(same(straight[part], resumed[part]) for part in ("step", "model", "ema", "opt"))
     assert logged(folder, "A") == logged(folder, "B") and len(logged(folder, "A")) == 10
-    assert same(load_file(folder / "A" / "model.safetensors"), load_file(folder / "B" / "model.safetensors"))
+    assert same(*(load_file(folder / name / "model.safetensors") for name in "AB"))
     with pytest.raises(SystemExit, match="seed: was 0, now 1"):
         train(folder, "B", "--steps", "11", "--seed", "1")
 
@@ -416,14 +509,14 @@ def test_ten_steps_are_five_and_a_kill_and_five(folder):
 def killed_in_step_8(folder):
     torch.set_num_threads(1)
     SIZES["nano"] = dict(hidden_size=32, depth=2, num_heads=2)
-    average, calls = dit.ema_, []
+    update_ema, calls = dit.update_ema, []
 
-    def ema_(*args):
-        average(*args)
+    def update_or_die(*args):
+        update_ema(*args)
         calls.append(None)
         if len(calls) == 8:
             os.kill(os.getpid(), signal.SIGKILL)
-    dit.ema_ = ema_
+    dit.update_ema = update_or_die
     teach(folder, "B", "--steps", "10", "--save-every", "5")
 
 
@@ -432,34 +525,59 @@ def test_a_signal_finishes_the_step_saves_and_leaves_with_status_75(folder, monk
     flow = dit.flow_loss
 
     def signalled(*args):
-        signal.raise_signal(number)                                                              # in the middle of the first step
+        signal.raise_signal(number)                               # in the middle of the first step
         return flow(*args)
     monkeypatch.setattr(dit, "flow_loss", signalled)
     with pytest.raises(SystemExit) as left:
         train(folder, "B", "--steps", "3")
-    assert left.value.code == STOPPED == 75 and torch.load(folder / "B" / "last.pt", weights_only=True)["step"] == 1
+    assert left.value.code == EXIT_RESUME == 75
+    assert torch.load(folder / "B" / "last.pt", weights_only=True)["step"] == 1
     monkeypatch.setattr(dit, "flow_loss", flow)
-    assert same(train(folder, "B", "--steps", "3")["opt"], train(folder, "A", "--steps", "3")["opt"])
+    resumed = train(folder, "B", "--steps", "3")
+    assert same(resumed["opt"], train(folder, "A", "--steps", "3")["opt"])
 
 
 def test_a_step_with_a_loss_that_is_not_finite_changes_nothing_and_is_counted(folder, monkeypatch):
     train(folder, "A", "--steps", "2")
     flow = dit.flow_loss
-    monkeypatch.setattr(dit, "flow_loss", lambda *args: tuple(x * float("nan") for x in flow(*args)))
-    before, after = torch.load(folder / "A" / "last.pt", weights_only=True), train(folder, "A", "--steps", "3")
-    assert same(before["model"], after["model"]) and same(before["ema"], after["ema"]) and same(before["opt"]["state"], after["opt"]["state"])
+    broken = lambda *args: tuple(x * float("nan") for x in flow(*args))
+    monkeypatch.setattr(dit, "flow_loss", broken)
+    before = torch.load(folder / "A" / "last.pt", weights_only=True)
+    after = train(folder, "A", "--steps", "3")
+    assert same(before["model"], after["model"]) and same(before["ema"], after["ema"])
+    assert same(before["opt"]["state"], after["opt"]["state"])
     assert after["skipped"] == 1 and logged(folder, "A")[-1]["skipped"] == 1
 
 
-# ------------------------------------------------------------------------------------------------ many processes
+def test_settings_are_stored_with_the_flags_and_may_not_change(folder):
+    train(folder, "A", "--steps", "1", "--set", "ema=0.5", "--set", "lognorm_mu=0")
+    settings = json.loads((folder / "A" / "run.json").read_text())
+    assert settings["ema"] == 0.5 and settings["lognorm_mu"] == 0 and settings["seed"] == 0
+    assert settings["lognorm_sigma"] == 1.25 and settings["label_drop"] == 0.1
+    with pytest.raises(SystemExit, match="ema: was 0.5, now None"):
+        train(folder, "A", "--steps", "2", "--set", "lognorm_mu=0")
+
+
+def test_the_log_counts_the_flops_of_three_forward_passes(folder):
+    train(folder, "A", "--steps", "1")
+    line = json.loads((folder / "A" / "log.jsonl").read_text())
+    model, *_ = dit.load_dit(folder / "A", torch.device("cpu"))
+    assert line["gflops"] == pytest.approx(3 * 4 * dit.count_flops(model) / 1e9)
+    assert 0 < line["share_of_peak"] < 1
+
+
+# ---------------------------------------------------------------- many processes
 
 def one_of_many(rank, count, folder, commands):
     """Commands, one after the other, in one of `count` gloo processes"""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet{count}", rank=rank, world_size=count)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet{count}",
+                                         rank=rank, world_size=count)
     sys.stdout = sys.stderr = open(folder / f"said{rank}of{count}", "w")
-    SIZES["nano"], dit.baselines.load, dit.stop = dict(hidden_size=32, depth=2, num_heads=2), lambda folder: Folded(), lambda: None
-    run.matmul_peak = dit.matmul_peak = lambda device, precision: 1e12
+    SIZES["nano"] = dict(hidden_size=32, depth=2, num_heads=2)
+    dit.load_model = lambda folder: Folded()
+    dit.cleanup = lambda: None
+    run.peak_flops = dit.peak_flops = lambda device, precision: 1e12
     for name, *args in commands:
         {"encode": encode, "teach": teach, "paint": paint}[name](folder, *args)
     torch.distributed.destroy_process_group()
@@ -471,47 +589,68 @@ def apart(a, b):
     return norm([a[k].double() - b[k] for k in a]) / norm(a.values())
 
 
-def test_any_number_of_processes_is_the_same_training_the_same_latents_and_the_same_pictures(folder):
+def test_any_number_of_processes_is_the_same_training_the_same_latents_and_the_same_images(folder):
     wide, narrow = ["--steps", "5", "--precision", "fp64"], ["--steps", "5"]
     one = {"fp64": train(folder, "one64", *wide), "fp32": train(folder, "one32", *narrow)}
-    by_two = ("encode", "--out", f"{folder}/two"), ("teach", "two64", *wide), ("teach", "two32", *narrow), ("paint", "one32", "shot2")
+    by_two = (("encode", "--out", f"{folder}/two"), ("teach", "two64", *wide),
+              ("teach", "two32", *narrow), ("paint", "one32", "shot2"))
     torch.multiprocessing.spawn(one_of_many, (2, folder, by_two), nprocs=2)
     torch.multiprocessing.spawn(one_of_many, (4, folder, [("teach", "four64", *wide)]), nprocs=4)
-    for name, base, tolerance in (("two64", "fp64", 1e-9), ("four64", "fp64", 1e-9), ("two32", "fp32", 1e-6)):
+    for name, base, tolerance in (("two64", "fp64", 1e-9), ("four64", "fp64", 1e-9),
+                                  ("two32", "fp32", 1e-6)):
         found = torch.load(folder / name / "last.pt", weights_only=True)
-        assert apart(found["model"], one[base]["model"]) < tolerance and apart(found["ema"], one[base]["ema"]) < tolerance, name
-        assert [line["loss"] for line in logged(folder, name)] == pytest.approx([line["loss"] for line in logged(folder, "one" + base[2:])], rel=max(tolerance, 2e-6))
+        assert apart(found["model"], one[base]["model"]) < tolerance, name
+        assert apart(found["ema"], one[base]["ema"]) < tolerance, name
+        losses = [line["loss"] for line in logged(folder, name)]
+        expected = [line["loss"] for line in logged(folder, "one" + base[2:])]
+        assert losses == pytest.approx(expected, rel=max(tolerance, 2e-6))
     assert one["fp64"]["model"]["final_layer.linear.weight"].dtype == torch.float64
 
     ours, pooled = Latents(folder / "RUN" / "latents"), Latents(folder / "two")
-    assert [path.name for path in pooled.paths] == [f"latents_rank0{r}_shard000.safetensors" for r in range(2)]
-    assert torch.equal(ours.labels, pooled.labels) and all(torch.equal(ours.read(i, flip), pooled.read(i, flip)) for i in range(24) for flip in (False, True))
-    assert same(*(torch.load(data.beside("latents_stats.pt"), weights_only=True) for data in (ours, pooled)))
+    names = [f"latents_rank0{r}_shard000.safetensors" for r in range(2)]
+    assert [path.name for path in pooled.paths] == names
+    assert torch.equal(ours.labels, pooled.labels) and same(ours.stats, pooled.stats)
+    for flip in (False, True):
+        assert all(torch.equal(ours.read(i, flip), pooled.read(i, flip)) for i in range(24))
 
     alone, shared = shoot(folder, "one32", "shot1"), np.load(folder / "shot2" / "samples.npz")
-    assert np.array_equal(alone["labels"], shared["labels"]) and np.abs(alone["arr_0"].astype(int) - shared["arr_0"]).max() <= 1
+    assert np.array_equal(alone["labels"], shared["labels"])
+    assert np.abs(alone["arr_0"].astype(int) - shared["arr_0"]).max() <= 1
 
 
-# ------------------------------------------------------------------------------------------------ sampling
+# ---------------------------------------------------------------- sampling
 
 def test_samples_do_not_depend_on_the_batch_they_were_made_in(folder):
     train(folder, "D", "--steps", "2")
-    one, two = shoot(folder, "D", "one", "--batch", "7"), shoot(folder, "D", "two", "--batch", "3")
-    assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1                     # float noise may cross a truncation
-    assert one["labels"].tolist() == list(range(7)) and (folder / "one" / "grid.png").exists()
-    again = shoot(folder, "D", "two", "--per-class", "2", "--classes", "1,4", "--cfg", "2", "--cfg-channels", "all")
-    assert again["labels"].tolist() == [1, 4, 1, 4] and len(list((folder / "two" / "png").iterdir())) == 4
-    drawn = [shoot(folder, "D", "three", "--labels", "random", "--classes", "1,4", "--n", n)["labels"].tolist() for n in ("20", "9")]
+    one, two = (shoot(folder, "D", f"by{b}", "--batch", b)["arr_0"] for b in ("7", "3"))
+    assert np.abs(one.astype(int) - two).max() <= 1              # rounding may cross a truncation
+
+
+def test_labels_are_balanced_or_random_over_the_classes_asked_for(folder):
+    train(folder, "D", "--steps", "2")
+    assert shoot(folder, "D", "one")["labels"].tolist() == list(range(7))
+    assert (folder / "one" / "grid.png").exists()
+    again = shoot(folder, "D", "one", "--per-class", "2", "--classes", "1,4", "--cfg", "2",
+                  "--set", "cfg_channels=all")
+    assert again["labels"].tolist() == [1, 4, 1, 4]
+    assert len(list((folder / "one" / "png").iterdir())) == 4
+    drawn = []
+    for n in ("20", "9"):
+        made = shoot(folder, "D", "two", "--set", "labels=random", "--classes", "1,4", "--n", n)
+        drawn.append(made["labels"].tolist())
     assert set(drawn[0]) == {1, 4} and drawn[0][:9] == drawn[1]
 
 
-def test_samples_are_one_array_as_adm_s_evaluator_reads_it_and_the_same_pictures_as_png(folder, capsys):
+def test_samples_are_one_array_as_adm_s_evaluator_reads_it_and_the_same_images_as_png(
+        folder, capsys):
     train(folder, "D", "--steps", "1")
     made = shoot(folder, "D", "out")
     assert "images/s at" in capsys.readouterr().out
-    assert made.files[0] == "arr_0" and made["arr_0"].shape == (7, 16, 16, 3) and made["arr_0"].dtype == np.uint8
-    pictures = [np.asarray(Image.open(folder / "out" / "png" / f"{j:06d}.png")) for j in range(7)]
-    assert np.array_equal(np.stack(pictures), made["arr_0"]) and len(list((folder / "out" / "png").iterdir())) == 7
+    assert made.files[0] == "arr_0" and made["arr_0"].dtype == np.uint8
+    assert made["arr_0"].shape == (7, 16, 16, 3)
+    png = folder / "out" / "png"
+    images = [np.asarray(Image.open(png / f"{j:06d}.png")) for j in range(7)]
+    assert np.array_equal(np.stack(images), made["arr_0"]) and len(list(png.iterdir())) == 7
 
 
 @pytest.mark.parametrize("command, sentence", [
@@ -524,25 +663,32 @@ def test_samples_are_one_array_as_adm_s_evaluator_reads_it_and_the_same_pictures
     ("sample {0}/C --classes 3,12", "--classes 12: this model knows 0 .. 9"),
     ("sample {0}/C --n 0", "0 samples"),
     ("sample {0}/C --points 1", "--points 1"),
-    ("train {0}/RUN/latents --out {0}/X --ema 1", "--ema 1.0")])
-def test_what_cannot_work_is_refused_with_a_sentence(folder, command, sentence):
+    ("sample {0}/C --set labels=some", "wanted balanced or random"),
+    ("sample {0}/C --set cfg_channels=4", "wanted balanced or random, and 3 or all"),
+    ("train {0}/RUN/latents --out {0}/X --set ema=1", "--set ema=1:"),
+    ("train {0}/RUN/latents --out {0}/X --set ema=fast", "--set ema=fast:"),
+    ("train {0}/RUN/latents --out {0}/X --set label_drop=2", "label_drop=2.0:")])
+def test_a_request_that_cannot_work_is_refused_with_a_sentence(folder, command, sentence):
     if "/C" in command:
         train(folder, "C", "--steps", "1")
     with pytest.raises(SystemExit, match=sentence):
         dit.main(command.format(folder).split() + ["--device", "cpu"])
 
 
-def test_a_batch_that_cannot_be_shared_equally_is_refused_with_the_nearest_that_can(folder, monkeypatch):
-    monkeypatch.setattr(dit, "world", lambda: 3)
-    with pytest.raises(SystemExit, match="--batch 4 cannot be shared equally by 3 processes; try --batch 3"):
+def test_a_batch_that_cannot_be_shared_equally_is_refused_with_the_nearest_that_can(
+        folder, monkeypatch):
+    monkeypatch.setattr(dit, "world_size", lambda: 3)
+    sentence = "--batch 4 cannot be shared equally by 3 processes; try --batch 3"
+    with pytest.raises(SystemExit, match=sentence):
         train(folder, "X", "--steps", "1")
 
 
-def test_another_decoder_of_the_same_encoder_may_paint_and_one_that_never_met_these_latents_may_not(folder, monkeypatch):
+def test_another_decoder_of_the_same_encoder_is_accepted_and_that_of_another_encoder_is_refused(
+        folder, monkeypatch):
     train(folder, "E", "--steps", "1")
     other = Folded()
-    other.decoder = torch.nn.Linear(1, 1)                                                    # what stage 2 leaves
-    monkeypatch.setattr(dit.baselines, "load", lambda folder: other)
+    other.decoder = torch.nn.Linear(1, 1)                           # as after stage 2
+    monkeypatch.setattr(dit, "load_model", lambda folder: other)
     assert len(shoot(folder, "E", "out", "--tokenizer", "STAGE2")["arr_0"]) == 7
     torch.nn.init.constant_(other.encoder.weight, 2.0)
     with pytest.raises(SystemExit, match="another encoder"):
@@ -551,7 +697,7 @@ def test_another_decoder_of_the_same_encoder_may_paint_and_one_that_never_met_th
 
 def test_the_fingerprint_is_that_of_trunk_and_bottleneck_and_of_nothing_else(monkeypatch):
     model = VTPModel(VTPConfig.of_size("nano", 48, 12, 64, clip=False))
-    monkeypatch.setattr(dit.baselines, "load", lambda folder: model)
+    monkeypatch.setattr(dit, "load_model", lambda folder: model)
     prints = [dit.load_tokenizer("RUN", torch.device("cpu"))[1]]
     for part in (model.pixel_decoder, model.trunk.feature_bottleneck, model.trunk.blocks[0]):
         next(part.parameters()).data.mul_(0.5)
@@ -561,13 +707,15 @@ def test_the_fingerprint_is_that_of_trunk_and_bottleneck_and_of_nothing_else(mon
 
 def test_a_small_model_learns_which_class_is_which():
     torch.manual_seed(0)
-    model = LightningDiT(input_size=2, in_channels=4, hidden_size=32, depth=2, num_heads=2, num_classes=2)
+    model = LightningDiT(input_size=2, in_channels=4, hidden_size=32, depth=2, num_heads=2,
+                         num_classes=2)
     opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     target = torch.tensor([-1.0, 1.0])
     for _ in range(150):
         y = torch.randint(2, (64,))
-        x1 = target[y].view(-1, 1, 1, 1).expand(-1, 4, 2, 2)                               # class 0 is all -1, class 1 all +1
-        mse, cos = flow_loss(model, x1, torch.randn(64, 4, 2, 2), lognorm_time(torch.randn(64), 0.0, 1.0), y)
+        x1 = target[y].view(-1, 1, 1, 1).expand(-1, 4, 2, 2)      # class 0 is all -1, class 1 +1
+        t = lognorm_time(torch.randn(64), 0.0, 1.0)
+        mse, cos = flow_loss(model, x1, torch.randn(64, 4, 2, 2), t, y)
         opt.zero_grad()
         (mse + cos).mean().backward()
         opt.step()

@@ -1,4 +1,5 @@
-"""Whatever lies in a folder or a tar: right pixels and words where there are any, else left out, named and counted. All files are made here."""
+"""Any file in a folder or a tar: right pixels and captions where there are any, else it is skipped,
+named and counted. All files are made here."""
 import io
 import os
 import struct
@@ -15,8 +16,11 @@ import torch
 from PIL import Image
 
 import data
-from data import Steps, eval_batches, open_data
-from vtp_min.views import adm_crop, clean_view, lots, read_caption, read_image, shown, squash, ssl_view
+from data import TrainBatches, eval_batches, open_data
+from vtp_min.augment import adm_crop, clip_view, resize_square, ssl_view
+from vtp_min.dist import printable
+from vtp_min.extras.images import read_image
+from vtp_min.extras.shards import read_caption
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,17 +41,23 @@ def decoded(content):
 
 
 def noise(side=32, seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8))
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
 
 
 def chunk(name, content):
-    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    size, checksum = len(content), zlib.crc32(name + content)
+    return struct.pack(">I", size) + name + content + struct.pack(">I", checksum)
 
 
-def png(width, height, depth, colour, rows, extra=b""):
-    """A PNG by hand.   colour  0 grey, 2 RGB, 3 palette, 4 grey and alpha, 6 RGBA     rows  bytes, each row led by its filter 0"""
-    head = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + extra + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+def png(width, height, depth, color, rows, extra=b""):
+    """A PNG made by hand.   color  0 gray, 2 RGB, 3 palette, 4 gray and alpha, 6 RGBA
+
+    rows  bytes; each row begins with its filter, 0
+    """
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
+    body = chunk(b"IDAT", zlib.compress(rows))
+    return b"\x89PNG\r\n\x1a\n" + head + extra + body + chunk(b"IEND", b"")
 
 
 def tar_of(path, members, links=(), format=tarfile.PAX_FORMAT):
@@ -65,26 +75,34 @@ def tar_of(path, members, links=(), format=tarfile.PAX_FORMAT):
 
 
 def pairs(n, start=0):
-    return [(f"{i:04d}.{e}", c) for i in range(start, start + n) for e, c in (("png", encoded(noise(8, i))), ("txt", f"number {i}".encode()))]
+    members = []
+    for i in range(start, start + n):
+        members.append((f"{i:04d}.png", encoded(noise(8, i))))
+        members.append((f"{i:04d}.txt", f"number {i}".encode()))
+    return members
 
 
-# ---- right pixels
+# ---------------------------------------------------------------- right pixels
 
-@pytest.mark.parametrize("grey", [0, 1, 128, 129, 200, 255])
-def test_sixteen_bits_of_grey_become_eight(grey):
-    row = b"\0" + struct.pack(">H", 257 * grey) * 3
-    assert (decoded(png(3, 1, 16, 0, row)) == grey).all()
-    assert (decoded(encoded(Image.fromarray(np.full((2, 2), 257 * grey, np.uint16)), "TIFF")) == grey).all()
+@pytest.mark.parametrize("gray", [0, 1, 128, 129, 200, 255])
+def test_sixteen_bits_of_gray_become_eight(gray):
+    row = b"\0" + struct.pack(">H", 257 * gray) * 3
+    assert (decoded(png(3, 1, 16, 0, row)) == gray).all()
+    tiff = encoded(Image.fromarray(np.full((2, 2), 257 * gray, np.uint16)), "TIFF")
+    assert (decoded(tiff) == gray).all()
 
 
-def test_sixteen_bits_of_colour_and_alpha_become_eight():
-    assert abs(decoded(png(1, 1, 16, 2, b"\0" + struct.pack(">HHH", 65535, 32896, 257))) - [255, 128, 1]).max() <= 1
-    assert abs(decoded(png(1, 1, 16, 6, b"\0" + struct.pack(">HHHH", 65535, 0, 0, 32896))) - [255, 127, 127]).max() <= 1
-    assert abs(decoded(png(1, 1, 16, 4, b"\0" + struct.pack(">HH", 0, 32896))) - 127).max() <= 1
+def test_sixteen_bits_of_color_and_alpha_become_eight():
+    rgb = png(1, 1, 16, 2, b"\0" + struct.pack(">HHH", 65535, 32896, 257))
+    rgba = png(1, 1, 16, 6, b"\0" + struct.pack(">HHHH", 65535, 0, 0, 32896))
+    gray_alpha = png(1, 1, 16, 4, b"\0" + struct.pack(">HH", 0, 32896))
+    assert abs(decoded(rgb) - [255, 128, 1]).max() <= 1
+    assert abs(decoded(rgba) - [255, 127, 127]).max() <= 1
+    assert abs(decoded(gray_alpha) - 127).max() <= 1
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
-def test_a_grey_that_a_png_calls_transparent_is_white_and_its_neighbours_stay(depth):
+def test_a_gray_that_a_png_calls_transparent_is_white_and_its_neighbours_stay(depth):
     low = 1 if depth < 16 else 257
     bits = "".join(f"{v:0{depth}b}" for v in (0, low)).ljust(32, "0")
     row = b"\0" + int(bits, 2).to_bytes(4, "big")[:max(1, 2 * depth // 8)]
@@ -92,35 +110,48 @@ def test_a_grey_that_a_png_calls_transparent_is_white_and_its_neighbours_stay(de
     assert found.tolist() == [255, {1: 255, 2: 85, 4: 17, 8: 1, 16: 1}[depth]]
 
 
-def test_a_colour_that_a_png_calls_transparent_is_white_in_8_and_16_bits():
-    for depth, code, top in ((8, "B", 1), (16, "H", 257)):
-        row = b"\0" + struct.pack(f">6{code}", 0, 9 * top, 200 * top, 1 * top, 2 * top, 3 * top)
-        found = decoded(png(2, 1, depth, 2, row, chunk(b"tRNS", struct.pack(">HHH", 0, 9 * top, 200 * top))))
+def test_a_color_that_a_png_calls_transparent_is_white_in_8_and_16_bits():
+    for depth, code, unit in ((8, "B", 1), (16, "H", 257)):
+        transparent, other = (0, 9 * unit, 200 * unit), (1 * unit, 2 * unit, 3 * unit)
+        row = b"\0" + struct.pack(f">6{code}", *transparent, *other)
+        mark = chunk(b"tRNS", struct.pack(">HHH", *transparent))
+        found = decoded(png(2, 1, depth, 2, row, mark))
         assert found.tolist() == [[[255, 255, 255], [1, 2, 3]]], depth
 
 
 def test_palettes_with_and_without_transparency():
     palette = chunk(b"PLTE", bytes([10, 20, 30, 200, 100, 50]))
-    assert decoded(png(2, 1, 8, 3, b"\0\0\1", palette)).tolist() == [[[10, 20, 30], [200, 100, 50]]]
-    assert decoded(png(2, 1, 8, 3, b"\0\0\1", palette + chunk(b"tRNS", bytes([0])))).tolist() == [[[255, 255, 255], [200, 100, 50]]]
-    assert abs(decoded(png(1, 1, 8, 3, b"\0\0", palette + chunk(b"tRNS", bytes([128])))) - [132, 137, 142]).max() <= 1
+    first_is_clear = palette + chunk(b"tRNS", bytes([0]))
+    first_is_half_clear = palette + chunk(b"tRNS", bytes([128]))
+    opaque = decoded(png(2, 1, 8, 3, b"\0\0\1", palette))
+    clear = decoded(png(2, 1, 8, 3, b"\0\0\1", first_is_clear))
+    half_clear = decoded(png(1, 1, 8, 3, b"\0\0", first_is_half_clear))
+    assert opaque.tolist() == [[[10, 20, 30], [200, 100, 50]]]
+    assert clear.tolist() == [[[255, 255, 255], [200, 100, 50]]]
+    assert abs(half_clear - [132, 137, 142]).max() <= 1
 
 
-@pytest.mark.parametrize("mode, colour, wanted", [
-    ("1", 1, (255,) * 3), ("1", 0, (0,) * 3), ("L", 7, (7,) * 3), ("LA", (0, 0), (255,) * 3), ("LA", (100, 255), (100,) * 3),
-    ("RGBA", (1, 2, 3, 255), (1, 2, 3)), ("RGBA", (0, 0, 0, 0), (255,) * 3), ("RGBA", (255, 0, 0, 128), (255, 127, 127))])
-def test_every_mode_becomes_rgb_on_white(mode, colour, wanted):
-    assert (decoded(encoded(Image.new(mode, (5, 4), colour))) == wanted).all()
+@pytest.mark.parametrize("mode, color, wanted", [
+    ("1", 1, (255, 255, 255)), ("1", 0, (0, 0, 0)), ("L", 7, (7, 7, 7)),
+    ("LA", (0, 0), (255, 255, 255)), ("LA", (100, 255), (100, 100, 100)),
+    ("RGBA", (1, 2, 3, 255), (1, 2, 3)), ("RGBA", (0, 0, 0, 0), (255, 255, 255)),
+    ("RGBA", (255, 0, 0, 128), (255, 127, 127))])
+def test_every_mode_becomes_rgb_on_white(mode, color, wanted):
+    assert (decoded(encoded(Image.new(mode, (5, 4), color))) == wanted).all()
 
 
-@pytest.mark.parametrize("ink, wanted", [((0, 0, 0, 0), (255, 255, 255)), ((0, 255, 255, 0), (255, 0, 0)), ((255, 0, 255, 0), (0, 255, 0)),
-                                         ((0, 0, 0, 255), (0, 0, 0))])
+@pytest.mark.parametrize("ink, wanted", [
+    ((0, 0, 0, 0), (255, 255, 255)), ((0, 255, 255, 0), (255, 0, 0)),
+    ((255, 0, 255, 0), (0, 255, 0)), ((0, 0, 0, 255), (0, 0, 0))])
 def test_cmyk_is_not_inverted_with_adobes_mark_nor_without(ink, wanted):
-    adobe = encoded(Image.new("CMYK", (16, 16), ink), "JPEG", quality=100)                    # stored inverted, as Adobe does, and marked so
+    # Pillow stores it inverted and marked, as Adobe does
+    adobe = encoded(Image.new("CMYK", (16, 16), ink), "JPEG", quality=100)
     assert abs(decoded(adobe) - wanted).max() <= 2
-    plain = encoded(Image.new("CMYK", (16, 16), tuple(255 - x for x in ink)), "JPEG", quality=100)      # stored: ink itself
-    at = plain.index(b"\xff\xee")
-    plain = plain[:at] + plain[at + 2 + int.from_bytes(plain[at + 2:at + 4], "big"):]
+    inverse = tuple(255 - x for x in ink)
+    plain = encoded(Image.new("CMYK", (16, 16), inverse), "JPEG", quality=100)
+    mark = plain.index(b"\xff\xee")
+    size = 2 + int.from_bytes(plain[mark + 2:mark + 4], "big")
+    plain = plain[:mark] + plain[mark + size:]                    # not inverted, and not marked
     assert abs(decoded(plain) - wanted).max() <= 2
     assert abs(decoded(encoded(Image.new("CMYK", (4, 4), ink), "TIFF")) - wanted).max() <= 2
 
@@ -128,32 +159,38 @@ def test_cmyk_is_not_inverted_with_adobes_mark_nor_without(ink, wanted):
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
 def test_of_an_animation_the_first_frame_is_seen(kind):
     frames = [Image.new("RGB", (8, 8), c) for c in ("red", "lime", "blue")]
-    moving = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {}))
+    how = {"lossless": True} if kind == "WEBP" else {}
+    moving = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **how)
     assert (decoded(moving) == (255, 0, 0)).all()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("turn", range(1, 9))
-def test_pictures_held_any_way_are_upright(kind, turn):
+def test_images_stored_in_any_orientation_are_upright(kind, turn):
     upright = Image.new("RGB", (24, 16), "white")
-    upright.paste("red", (0, 0, 12, 8))                                   # one red corner, top left
-    back = {1: (), 2: (0,), 3: (3,), 4: (1,), 5: (5,), 6: (2,), 7: (6,), 8: (4,)}[turn]       # Pillow's number of the inverse
+    upright.paste("red", (0, 0, 12, 8))                           # one red corner, top left
+    # Pillow's number of the inverse
+    inverse = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[turn]
     stored, exif = upright, Image.Exif()
-    for b in back:
-        stored = stored.transpose(Image.Transpose(b))
+    if inverse is not None:
+        stored = stored.transpose(Image.Transpose(inverse))
     exif[0x0112] = turn
     how = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
     found = decoded(encoded(stored, kind, exif=exif, **how))
-    assert found.shape == (16, 24, 3) and abs(found[2, 2] - [255, 0, 0]).max() < 9 and found[13, 2].min() > 245 and found[2, 21].min() > 245
+    assert found.shape == (16, 24, 3)
+    assert abs(found[2, 2] - [255, 0, 0]).max() < 9
+    assert found[13, 2].min() > 245 and found[2, 21].min() > 245
 
 
-def test_damaged_exif_costs_the_rotation_not_the_picture():
-    for exif in (b"Exif\0\0nonsense", b"Exif\0\0II*\0\xff\xff\xff\x7f", b"Exif\0\0" + b"MM\0*\0\0\0\x08\xff\xff" + bytes(9)):
-        assert (decoded(encoded(Image.new("RGB", (16, 16), "red"), "JPEG", exif=exif))[:, :, 0] > 250).all()
+def test_damaged_exif_costs_the_rotation_not_the_image():
+    for exif in (b"nonsense", b"II*\0\xff\xff\xff\x7f", b"MM\0*\0\0\0\x08\xff\xff" + bytes(9)):
+        image = encoded(Image.new("RGB", (16, 16), "red"), "JPEG", exif=b"Exif\0\0" + exif)
+        assert (decoded(image)[:, :, 0] > 250).all()
 
 
-def test_what_a_file_holds_decides_not_what_it_is_called(tmp_path):
-    for name, kind in (("a.jpg", "PNG"), ("b.png", "JPEG"), ("c.bmp", "WEBP"), ("d.JPEG", "GIF"), ("e.webp", "BMP")):
+def test_the_content_of_a_file_decides_not_its_name(tmp_path):
+    for name, kind in (("a.jpg", "PNG"), ("b.png", "JPEG"), ("c.bmp", "WEBP"), ("d.JPEG", "GIF"),
+                       ("e.webp", "BMP")):
         (tmp_path / name).write_bytes(encoded(Image.new("RGB", (16, 16), "red"), kind))
         assert abs(np.asarray(read_image(tmp_path / name)).astype(int) - [255, 0, 0]).max() <= 3
 
@@ -161,52 +198,72 @@ def test_what_a_file_holds_decides_not_what_it_is_called(tmp_path):
 @pytest.mark.parametrize("width, height", [(1, 1), (3000, 4), (4, 3000), (1, 50000), (2, 1)])
 def test_the_smallest_and_the_longest_can_be_cut(width, height):
     image = read_image(io.BytesIO(encoded(Image.new("RGB", (width, height), "red"))))
-    views = [clean_view(lots(0, 1), image, 32), ssl_view(lots(0, 2), image, 16, (0.05, 0.32), 0, 0), adm_crop(image, 32), squash(image, 32)]
-    assert [np.asarray(v).size for v in views] == [3072, 768, 3072, 3072] and np.asarray(views[2]).reshape(-1, 3).tolist() == [[255, 0, 0]] * 1024
+    rng = np.random.default_rng(0)
+    assert clip_view(rng, image, 32).shape == (3, 32, 32)
+    assert ssl_view(rng, image, 16, (0.05, 0.32), 0, 0).shape == (3, 16, 16)
+    assert resize_square(image, 32).size == (32, 32)
+    crop = np.asarray(adm_crop(image, 32))
+    assert crop.shape == (32, 32, 3) and (crop == [255, 0, 0]).all()
 
 
-def test_of_a_ribbon_the_middle_is_cut_before_it_is_enlarged():
-    ribbon = Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 400, 3), dtype=np.uint8))
-    whole = ribbon.resize((3200, 32), Image.BICUBIC).crop((1584, 0, 1616, 32))
-    assert abs(np.asarray(adm_crop(ribbon, 32)).astype(int) - np.asarray(whole)).max() <= 1
-    assert adm_crop(Image.new("RGB", (2_000_000, 1)), 256).size == (256, 256)                 # enlarged whole, it would take 400 GB
+def test_of_a_very_wide_image_the_middle_is_cut_before_it_is_enlarged():
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 400, 3), dtype=np.uint8)
+    for wide in (pixels, pixels.transpose(1, 0, 2)):
+        image = Image.fromarray(np.ascontiguousarray(wide))
+        whole = image.resize([8 * side for side in image.size], Image.BICUBIC)
+        x, y = (whole.width - 32) // 2, (whole.height - 32) // 2
+        whole = whole.crop((x, y, x + 32, y + 32))
+        difference = np.asarray(adm_crop(image, 32)).astype(int) - np.asarray(whole)
+        assert abs(difference).max() <= 1
+    # enlarged whole, this one would take 400 GB
+    assert adm_crop(Image.new("RGB", (2_000_000, 1)), 256).size == (256, 256)
 
 
-def test_a_large_photograph_is_read_without_a_word_and_a_bomb_is_not_decoded():
+def test_a_large_photograph_is_read_without_a_warning_and_a_bomb_is_not_decoded():
+    large = encoded(Image.new("1", (10000, 9500)))                # Pillow warns from 89 million on
     with warnings.catch_warnings(action="error"):
-        assert read_image(io.BytesIO(encoded(Image.new("1", (10000, 9500))))).size == (10000, 9500)      # Pillow would warn from 89 million
-        with pytest.raises(Image.DecompressionBombError):
-            read_image(io.BytesIO(png(50000, 50000, 8, 0, b"")))          # there is nothing to decode: the header alone is refused
+        assert read_image(io.BytesIO(large)).size == (10000, 9500)
+        with pytest.raises(Image.DecompressionBombError):         # refused for its header
+            read_image(io.BytesIO(png(50000, 50000, 8, 0, b"")))
 
 
-# ---- what is no picture
+# ---------------------------------------------------------------- files that hold no image
 
 def broken():
-    """{name: bytes} of files that hold no usable picture"""
-    files = {f"half.{kind.lower()}": encoded(noise(), kind) for kind in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")}
-    files = {name: content[:len(content) // 2] for name, content in files.items()}
+    """{name: bytes} of files that hold no usable image"""
+    files = {}
+    for kind in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"):
+        content = encoded(noise(), kind)
+        files[f"half.{kind.lower()}"] = content[:len(content) // 2]
     body = bytearray(encoded(noise()))
     body[len(body) // 2:len(body) // 2 + 40] = bytes(40)
-    return files | {"corrupt.png": bytes(body), "empty.jpg": b"", "text.jpg": b"no picture", "page.png": b"<!DOCTYPE html><html></html>",
-                    "zeros.png": bytes(5000), "bomb.png": png(50000, 50000, 8, 0, b""), "none wide.png": png(0, 5, 8, 0, b"\0"), "head.jpg": b"\xff\xd8\xff",
-                    "float.tiff": encoded(Image.new("F", (4, 4), 0.5), "TIFF"), "long.tif": encoded(Image.new("I", (4, 4), 70000), "TIFF"),
-                    "script.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", "portable.jpg": b"P6 1 1 255\n\1\2\3", "drawing.png": b"<svg xmlns='http://www.w3.org/2000/svg'/>", "print.jpg": b"%PDF-1.4\n%%EOF", "two\nlines.png": b"", "caf\u00e9 \u6f22.png": b""}
+    return files | {
+        "corrupt.png": bytes(body), "empty.jpg": b"", "text.jpg": b"no image",
+        "page.png": b"<!DOCTYPE html><html></html>", "zeros.png": bytes(5000),
+        "bomb.png": png(50000, 50000, 8, 0, b""), "none wide.png": png(0, 5, 8, 0, b"\0"),
+        "head.jpg": b"\xff\xd8\xff", "float.tiff": encoded(Image.new("F", (4, 4), 0.5), "TIFF"),
+        "long.tif": encoded(Image.new("I", (4, 4), 70000), "TIFF"),
+        "script.jpg": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n",
+        "portable.jpg": b"P6 1 1 255\n\1\2\3",
+        "drawing.png": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        "print.jpg": b"%PDF-1.4\n%%EOF", "two\nlines.png": b"", "caf\u00e9 \u6f22.png": b""}
 
 
 @pytest.mark.parametrize("name", broken())
-def test_no_picture_raises_the_same_sentence_each_time_and_warns_of_nothing(name):
-    said = set()
+def test_what_is_no_image_raises_the_same_sentence_each_time_and_warns_of_nothing(name):
+    messages = set()
     with warnings.catch_warnings(action="error"):
         for _ in range(2):
             with pytest.raises(Exception) as problem:
                 read_image(io.BytesIO(broken()[name]))
-            said.add(str(problem.value))
-    assert len(said) == 1 and "0x" not in said.pop()                      # no address in memory: it is to be named once
+            messages.add(str(problem.value))
+    assert len(messages) == 1                                     # it is to be reported once
+    assert "0x" not in messages.pop()                             # so it has no memory address
 
 
 @pytest.fixture
 def zoo(tmp_path):
-    """Twelve classes of 4 sound pictures, and everything else there is"""
+    """Twelve classes of 4 sound images, and everything else there is"""
     for c in range(12):
         (tmp_path / f"kind {c}").mkdir()
         for i in range(4):
@@ -217,7 +274,7 @@ def zoo(tmp_path):
     (tmp_path / "kind 1" / "link.png").symlink_to(tmp_path / "nowhere.png")
     (tmp_path / "kind 2" / "folder.jpg").mkdir()
     noise().save(tmp_path / "kind 2" / "folder.jpg" / "inner.png")
-    (tmp_path / "kind 3" / "notes.txt").write_text("left aside")
+    (tmp_path / "kind 3" / "notes.txt").write_text("ignored")
     (tmp_path / "stray.png").write_bytes(b"")
     os.mkfifo(tmp_path / "kind 5" / "pipe.png")
     for hidden in ("kind 4/._0.jpg", "kind 4/.DS_Store", ".cache"):
@@ -232,74 +289,97 @@ def zoo(tmp_path):
 LOST = len(broken()) + 3             # and the undecodable name, the link, the pipe
 
 
-def test_a_folder_of_everything_gives_the_sound_pictures_and_names_and_counts_the_rest(zoo, capsys):
+def test_a_folder_of_everything_gives_the_sound_images_and_names_and_counts_the_rest(zoo, capsys):
     source = open_data(zoo, "val", whole=True)
-    said = capsys.readouterr().out
-    assert "2 files are left out" in said and "stray.png" in said and "1 of 14 classes have no picture here (nobody" in said
-    assert len(source) == 48 + 1 + 1 + LOST and "caf\u00e9 au lait" in source.classes and ".git" not in source.classes
+    out = capsys.readouterr().out
+    assert "2 files are ignored" in out and "stray.png" in out
+    assert "1 of 14 classes have no image here (nobody" in out
+    assert len(source) == 48 + 1 + 1 + LOST
+    assert "caf\u00e9 au lait" in source.classes and ".git" not in source.classes
     assert sum(len(x) for x, _, _ in eval_batches(source, 16, 16, workers=1)) == 50
-    said = capsys.readouterr().out
-    names = [line for line in said.splitlines() if line.startswith("left out: ")]
-    assert len(names) == LOST == len(set(names)) and f"{LOST} of {50 + LOST} pictures" in said
-    for name in ("half.jpeg", "corrupt.png", "link.png", "bomb.png", r"two\nlines.png", r"bytes \udcff\udcfe.jpg", "caf\u00e9 \u6f22.png"):
+    out = capsys.readouterr().out
+    names = [line for line in out.splitlines() if line.startswith("skipped: ")]
+    assert len(names) == LOST == len(set(names)) and f"{LOST} of {50 + LOST} images" in out
+    for name in ("half.jpeg", "corrupt.png", "link.png", "bomb.png", r"two\nlines.png",
+                 r"bytes \udcff\udcfe.jpg", "caf\u00e9 \u6f22.png"):
         assert sum(name in line for line in names) == 1, name
 
 
-def test_training_replaces_each_by_a_sound_one_on_every_rank_alike(zoo):
-    def steps(rank=0, world=1):
-        return Steps(open_data(zoo), None, 0, 8, 4, 8, clip=False, ssl=True, rec=True, image=16, local_image=8, n_local=1, patch=8, rank=rank, world=world)
-    whole, left, right = steps(), steps(0, 2), steps(1, 2)
+def small_batches(source, rank=0, world_size=1, **changes):
+    settings = dict(clip=False, ssl=True, rec=True, image=16, local_image=8, n_local=1, patch=8)
+    return TrainBatches(source, None, 0, 8, 4, 8, **settings | changes, rank=rank,
+                        world_size=world_size)
+
+
+def test_training_replaces_each_by_a_sound_one_equally_on_every_rank(zoo):
+    whole = small_batches(open_data(zoo))
+    left, right = (small_batches(open_data(zoo), r, 2) for r in range(2))
     bad = set()
     for s in range(10):
         a, b, c = whole[s], left[s], right[s]
-        assert torch.equal(a["image"], torch.cat([b["image"], c["image"]])) and sorted(a["bad"]) == sorted(b["bad"] + c["bad"])
-        bad |= set(a["bad"])
-    assert 15 <= len(bad) <= LOST and all("\n" not in name for name in bad)                   # 80 draws of 72: nearly all are met, each by one name
+        assert torch.equal(a.image, torch.cat([b.image, c.image]))
+        assert sorted(a.bad) == sorted(b.bad + c.bad)
+        bad |= set(a.bad)
+    assert 15 <= len(bad) <= LOST      # 80 draws of 72: nearly all are met, each by one name
+    assert all("\n" not in name for name in bad)
 
 
-def test_want_of_memory_and_ctrl_c_are_not_the_samples_fault(zoo, monkeypatch):
-    steps = Steps(open_data(zoo), None, 0, 8, 4, 8, clip=False, ssl=False, rec=True, image=16, local_image=8, n_local=1, patch=8)
-    for problem in (MemoryError, KeyboardInterrupt):
-        def load(self, index, rng): raise problem
-        monkeypatch.setattr(data.Folder, "load", load)
-        with pytest.raises(problem):
-            steps[0]
-        with pytest.raises(problem):
-            list(eval_batches(steps.source, 16, 4))
+@pytest.mark.parametrize("problem", [MemoryError, KeyboardInterrupt])
+def test_lack_of_memory_and_ctrl_c_are_not_the_samples_fault(zoo, monkeypatch, problem):
+    batches = small_batches(open_data(zoo), ssl=False)
+
+    def load(self, index, rng):
+        raise problem
+    monkeypatch.setattr(data.Folder, "load", load)
+    with pytest.raises(problem):
+        batches[0]
+    with pytest.raises(problem):
+        list(eval_batches(batches.source, 16, 4))
 
 
-@pytest.mark.parametrize("language", [{"LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"LANG": "C", "PYTHONIOENCODING": "utf-8:strict"}])
-def test_the_sheet_is_drawn_of_such_a_folder_in_any_language(zoo, tmp_path, language):
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG", "PYTHON"))} | language
-    run = subprocess.run([sys.executable, str(ROOT / "data.py"), "--data", str(zoo), "--out", str(tmp_path / "sheet.png"), "--image", "24", "--local-image", "12", "--patch", "12"],
-                         capture_output=True, env=env, cwd=ROOT)
-    assert run.returncode == 0 and b"Traceback" not in run.stderr and b"Warning" not in run.stderr, run.stderr.decode(errors="replace")
-    assert b"caf\\xe9 au lait" in run.stdout or "caf\u00e9 au lait".encode() in run.stdout         # the class, and so its captions, is the same in any locale
+@pytest.mark.parametrize("language", [
+    {"LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    {"LANG": "C", "PYTHONIOENCODING": "utf-8:strict"}])
+def test_the_contact_sheet_of_such_a_folder_is_drawn_in_any_language(zoo, tmp_path, language):
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG", "PYTHON"))}
+    words = [sys.executable, str(ROOT / "data.py"), "--data", str(zoo), "--out",
+             str(tmp_path / "sheet.png"), "--image", "24", "--local-image", "12", "--patch", "12"]
+    run = subprocess.run(words, capture_output=True, env=env | language, cwd=ROOT)
+    assert run.returncode == 0, run.stderr.decode(errors="replace")
+    assert b"Traceback" not in run.stderr and b"Warning" not in run.stderr
+    # the class, and so its captions, is the same in any locale
+    assert b"caf\\xe9 au lait" in run.stdout or "caf\u00e9 au lait".encode() in run.stdout
     assert b"could not be read" in run.stdout and (tmp_path / "sheet.png").exists()
 
 
-# ---- tars
+# ---------------------------------------------------------------- tars
 
-def test_a_tar_that_breaks_in_a_member_gives_what_stands_before(tmp_path, capsys):
+def test_a_tar_that_ends_early_gives_the_samples_before_that(tmp_path, capsys):
     whole = Path(tar_of(tmp_path / "x.tar", pairs(5))).read_bytes()
-    header = 1024 * 2 * 4                                                 # where 0004.png begins: each member is one header and one block
-    for cut, flaw in ((header + 512 + 30, "0004.png is cut off"), (header + 100, "breaks off"), (header, "breaks off")):
-        (tmp_path / "cut.tar").write_bytes(whole[:cut])
-        source = open_data(str(tmp_path / "cut.tar"))
-        said = capsys.readouterr().out
-        assert [source.load(i)[1] for i in range(len(source))] == [f"number {i}" for i in range(4)]
-        assert "1 of 1 tars are damaged" in said and flaw in said and "cut.tar" in said
-    (tmp_path / "cut.tar").write_bytes(whole + whole)
-    assert len(open_data(str(tmp_path / "cut.tar"))) == 5 and "something follows" in capsys.readouterr().out
-    (tmp_path / "cut.tar").write_bytes(whole[:header] + b"\xaa" * 512 + whole[header + 512:])           # a header overwritten: tarfile stops without a word
-    assert len(open_data(str(tmp_path / "cut.tar"))) == 4 and "breaks off" in capsys.readouterr().out
+    tar = tmp_path / "cut.tar"
+    # where 0004.png begins: each member is a header and a block
+    header = 1024 * 2 * 4
+    for cut, flaw in ((header + 512 + 30, "0004.png is cut off"), (header + 100, "ends early"),
+                      (header, "ends early")):
+        tar.write_bytes(whole[:cut])
+        source = open_data(str(tar))
+        out = capsys.readouterr().out
+        captions = [source.load(i)[1] for i in range(len(source))]
+        assert captions == [f"number {i}" for i in range(4)]
+        assert "1 of 1 tars are damaged" in out and flaw in out and "cut.tar" in out
+    tar.write_bytes(whole + whole)
+    assert len(open_data(str(tar))) == 5 and "something follows" in capsys.readouterr().out
+    # a header overwritten: tarfile stops there silently
+    tar.write_bytes(whole[:header] + b"\xaa" * 512 + whole[header + 512:])
+    assert len(open_data(str(tar))) == 4 and "ends early" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", [b"0", b"Z"])
-def test_a_size_below_zero_does_not_send_the_walk_in_circles(tmp_path, kind, capsys):
+def test_a_negative_size_does_not_lead_into_an_endless_loop(tmp_path, kind, capsys):
     body = bytearray(Path(tar_of(tmp_path / "x.tar", pairs(2))).read_bytes())
-    at = 2 * 1024                                                         # the header of 0001.png
-    body[at + 124:at + 136] = b"\xff" * 10 + b"\xfa\x00"                  # -1536 in GNU's base 256: the next header would be 0000.txt, again and again
+    at = 2 * 1024                                                 # the header of 0001.png
+    # -1536 in GNU's base 256: the next header would be 0000.txt, again and again
+    body[at + 124:at + 136] = b"\xff" * 10 + b"\xfa\x00"
     body[at + 156:at + 157] = kind
     body[at + 148:at + 156] = b" " * 8
     body[at + 148:at + 156] = b"%06o\0 " % sum(body[at:at + 512])
@@ -307,75 +387,97 @@ def test_a_size_below_zero_does_not_send_the_walk_in_circles(tmp_path, kind, cap
     assert len(open_data(str(tmp_path / "x.tar"))) == 1 and "damaged" in capsys.readouterr().out
 
 
-def test_bad_tars_among_good_ones_are_named_counted_and_left_out(tmp_path, capsys):
+def test_bad_tars_among_good_ones_are_named_counted_and_skipped(tmp_path, capsys):
     for n in (0, 1, 2, 4, 5, 6):
         tar_of(tmp_path / f"x-{n}.tar", pairs(2, 2 * n))
     (tmp_path / "x-1.tar").write_bytes(b"")
     (tmp_path / "x-5.tar").write_bytes(b"\x1f\x8b" + bytes(600))
     source = open_data(str(tmp_path / "x-{0..6}.tar"))
-    said = capsys.readouterr().out
-    assert len(source) == 8 and "3 of 7 tars" in said and all(name in said for name in ("x-1.tar", "x-3.tar", "x-5.tar", "gunzip it"))
+    out = capsys.readouterr().out
+    assert len(source) == 8 and "3 of 7 tars" in out
+    assert all(name in out for name in ("x-1.tar", "x-3.tar", "x-5.tar", "gunzip it"))
     with pytest.raises(ValueError, match="6 of the 9 tars .* cannot be read"):
         open_data(str(tmp_path / "x-{1..9}.tar"))
 
 
-@pytest.mark.parametrize("content, reason", [(b"", "empty"), (bytes(10240), "holds no pairs"), (b"\x1f\x8b" + bytes(999), "gunzip"), (b"<html>" * 300, "header")])
-def test_a_tar_that_is_none_says_why(tmp_path, content, reason):
+@pytest.mark.parametrize("content, reason", [
+    (b"", "empty"), (bytes(10240), "holds no pairs"), (b"\x1f\x8b" + bytes(999), "gunzip"),
+    (b"<html>" * 300, "header")])
+def test_what_is_no_tar_says_why(tmp_path, content, reason):
     (tmp_path / "x.tar").write_bytes(content)
     with pytest.raises(ValueError, match=reason):
         open_data(str(tmp_path / "x.tar"))
 
 
-def test_samples_that_lack_something_come_twice_or_are_links_are_left_out_and_counted(tmp_path, capsys):
+def test_incomplete_samples_duplicates_and_links_are_skipped_and_counted(tmp_path, capsys):
     image = encoded(noise(8))
-    tar = tar_of(tmp_path / "x.tar", [("a.png", image), ("a.txt", b"a"), ("a.png", encoded(noise(9))), ("lonely.png", image), ("void.txt", b"void"),
-                                      ("void.png", b""), ("mute.txt", b""), ("mute.png", image), ("._b.png", b"\0"), ("._b.txt", b"\0"),
-                                      ("c.TXT", b"c"), ("c.JPG", image)],
-                 links=[("link.png", "/etc/passwd"), ("link.txt", "a.txt")])
+    tar = tar_of(tmp_path / "x.tar", [
+        ("a.png", image), ("a.txt", b"a"), ("a.png", encoded(noise(9))), ("lonely.png", image),
+        ("void.txt", b"void"), ("void.png", b""), ("mute.txt", b""), ("mute.png", image),
+        ("._b.png", b"\0"), ("._b.txt", b"\0"), ("c.TXT", b"c"), ("c.JPG", image)],
+        links=[("link.png", "/etc/passwd"), ("link.txt", "a.txt")])
     source = open_data(tar)
-    assert "4 of 6 samples are left out" in capsys.readouterr().out                           # a's second picture, lonely, void, mute; a link is no file
-    assert [source.load(i)[1] for i in range(len(source))] == ["a", "c"] and source.load(0)[0].size == (8, 8)
+    # a's second image, lonely, void, mute; a link is not counted as a file
+    assert "4 of 6 samples are skipped" in capsys.readouterr().out
+    assert [source.load(i)[1] for i in range(len(source))] == ["a", "c"]
+    assert source.load(0)[0].size == (8, 8)
 
 
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
 def test_names_of_any_length_and_letters_are_read_in_place_and_nothing_is_written(tmp_path, format):
     names = ["x" * 300, "../../evil", "/tmp/absolute-vtp", "caf\u00e9 \u6f22", "a b/c d"]
-    image = encoded(noise(8))
-    tar = tar_of(tmp_path / "x.tar", [(f"{n}.{e}", c) for n in names for e, c in (("png", image), ("txt", n.encode()))], format=format)
+    members = []
+    for name in names:
+        members += [(f"{name}.png", encoded(noise(8))), (f"{name}.txt", name.encode())]
+    tar = tar_of(tmp_path / "x.tar", members, format=format)
     source = open_data(tar)
-    assert [source.load(i)[1] for i in range(5)] == names and os.listdir(tmp_path) == ["x.tar"] and not Path("/tmp/absolute-vtp.png").exists()
-    assert all(source.name(i).startswith(f"{tar}:") for i in range(5)) and source.name(4).endswith("a b/c d.png")
+    assert [source.load(i)[1] for i in range(5)] == names
+    assert os.listdir(tmp_path) == ["x.tar"] and not Path("/tmp/absolute-vtp.png").exists()
+    assert all(source.name(i).startswith(f"{tar}:") for i in range(5))
+    assert source.name(4).endswith("a b/c d.png")
 
 
 @pytest.mark.parametrize("raw, plain, wanted", [
-    (b" a dog \r\n", True, "a dog"), ("\ufeffa caf\u00e9".encode(), True, "a caf\u00e9"), (b"caf\xe9", True, "caf\ufffd"), (b"a\0b", True, "a b"),
-    (b"x" * 100_000, True, "x" * 2000), (b'{"caption": "a dog"}', False, "a dog"), (b'{"caption": "half \\ud800 a letter"}', False, "half ? a letter"),
-    (b"", True, None), (b" \n", True, None), (b"{", False, None), (b"[]", False, None), (b"null", False, None), (b'{"text": "x"}', False, None),
-    (b'{"caption": null}', False, None), (b'{"caption": ["a"]}', False, None), (b'{"caption": 7}', False, None), (b'{"caption": ""}', False, None),
-    (b"[" * 100_000, False, None)])
-def test_captions_are_words_or_the_pair_is_left_out(raw, plain, wanted):
-    if wanted is None:
-        with pytest.raises(Exception):
-            read_caption(raw, plain)
-    else:
-        assert read_caption(raw, plain) == wanted
+    (b" a dog \r\n", True, "a dog"), ("\ufeffa caf\u00e9".encode(), True, "a caf\u00e9"),
+    (b"caf\xe9", True, "caf\ufffd"), (b"a\0b", True, "a b"),
+    (b"x" * 100_000, True, "x" * 2000), (b'{"caption": "a dog"}', False, "a dog"),
+    (b'{"caption": "half \\ud800 a letter"}', False, "half ? a letter")])
+def test_captions_are_cleaned(raw, plain, wanted):
+    assert read_caption(raw, plain) == wanted
+
+
+@pytest.mark.parametrize("raw, plain", [
+    (b"", True), (b" \n", True), (b"{", False), (b"[]", False), (b"null", False),
+    (b'{"text": "x"}', False), (b'{"caption": null}', False), (b'{"caption": ["a"]}', False),
+    (b'{"caption": 7}', False), (b'{"caption": ""}', False), (b"[" * 100_000, False)])
+def test_what_is_no_caption_raises(raw, plain):
+    with pytest.raises(Exception):
+        read_caption(raw, plain)
 
 
 def test_a_pair_without_a_readable_caption_is_replaced_and_named_by_its_member(tmp_path):
-    image = encoded(noise(16))
-    tar = tar_of(tmp_path / "x.tar", [(f"{n}.{e}", c) for n, words in (("good", b'{"caption": "fine"}'), ("bad", b"{"), ("none", b"{}"))
-                                      for e, c in (("png", image), ("json", words))])
-    steps = Steps(open_data(tar), lambda texts: torch.ones(len(texts), 77, dtype=torch.long), 0, 6, 6, 6, clip=True, ssl=False, rec=False,
-                  image=16, local_image=8, n_local=0, patch=8)
-    out = steps[0]
-    assert out["captions"] == ["fine"] * 6 and {name.split(" (")[0] for name in out["bad"]} == {f"{tar}:bad.png", f"{tar}:none.png"}
+    members = []
+    for name, caption in (("good", b'{"caption": "fine"}'), ("bad", b"{"), ("none", b"{}")):
+        members += [(f"{name}.png", encoded(noise(16))), (f"{name}.json", caption)]
+    tar = tar_of(tmp_path / "x.tar", members)
+
+    def tokenize(texts):
+        return torch.ones(len(texts), 77, dtype=torch.long)
+    batches = TrainBatches(open_data(tar), tokenize, 0, 6, 6, 6, clip=True, ssl=False, rec=False,
+                           image=16, local_image=8, n_local=0, patch=8)
+    out = batches[0]
+    assert out.captions == ["fine"] * 6
+    names = {name.split(" (")[0] for name in out.bad}
+    assert names == {f"{tar}:bad.png", f"{tar}:none.png"}
 
 
-def test_an_index_that_cannot_be_kept_is_made_anew_and_says_so(tmp_path, monkeypatch, capsys):
+def test_an_index_that_cannot_be_kept_is_made_again_and_says_so(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("VTP_CACHE", str(tmp_path / "file" / "below"))
-    assert len(open_data(tar_of(tmp_path / "x.tar", pairs(2)))) == 2 and "set VTP_CACHE=DIR" in capsys.readouterr().out
+    assert len(open_data(tar_of(tmp_path / "x.tar", pairs(2)))) == 2
+    assert "set VTP_CACHE=DIR" in capsys.readouterr().out
 
 
 def test_names_become_one_printable_line():
-    assert shown("a\nb\t\x1b[31m\udcff caf\u00e9") == r"a\nb\t\x1b[31m\udcff caf" + "\u00e9"
+    name = "a\nb\t\x1b[31m\udcff caf\u00e9"
+    assert printable(name) == r"a\nb\t\x1b[31m\udcff caf" + "\u00e9"

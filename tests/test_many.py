@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from vtp_min.run import STOPPED, TIMING
+from vtp_min.run import EXIT_RESUME, TIMING
 
 ROOT = Path(__file__).parents[1]
-TINY = ("--image 16 --patch 8 --batch 8 --batch-ssl 4 --batch-rec 4 --locals 1 --prototypes 32 --head-hidden 32 --perceptual none "
-        "--log-every 1 --device cpu --workers 0 --steps 5 --clip-grad 1 --drop-ssl 0.3").split()
-SINKHORN = ["--w-koleo", "0.1"]
-CENTRED = ["--teacher", "centering", "--clip-loss", "siglip", "--drop-rec", "0.2", "--heads-after-bottleneck", "--layer-decay", "0.9"]
+TINY = ("--image 16 --patch 8 --batch 8 --batch-ssl 4 --batch-rec 4 --set locals=1 --set prototypes=32 "
+        "--set head_hidden=32 --perceptual none --log-every 1 --device cpu --workers 0 --steps 5 "
+        "--set clip_grad=1 --set drop_ssl=0.3").split()
+SINKHORN = ["--set", "w_koleo=0.1"]
+CENTRED = ("--set teacher=centering --set clip_loss=siglip --set drop_rec=0.2 "
+           "--set heads_after_bottleneck=true --set layer_decay=0.9").split()
 
 
 def start(out, *flags, processes=1, torchrun=(), **env):
@@ -117,7 +119,7 @@ def test_pieces_see_the_same_targets_in_bfloat16(one, tmp_path):
 
 
 def test_pieces_must_be_equal(tmp_path):
-    assert "--micro 3 does not cut a process's share of the batch (8 / 4 / 4) into equal pieces; try --micro 4" in train(tmp_path / "run", "--micro", 3, expect=1)
+    assert "--micro 3 does not split the batch of a process (8 / 4 / 4) into equal parts; try --micro 4" in train(tmp_path / "run", "--micro", 3, expect=1)
 
 
 @pytest.mark.parametrize("flags", [["--w-clip", "0"], ["--w-ssl", "0"], ["--w-rec", "0"], ["--w-clip", "0", "--w-ssl", "0"]], ids=" ".join)
@@ -133,7 +135,7 @@ def test_blocks_that_compute_themselves_again_change_no_bit(one, tmp_path):
 
 # ---------------------------------------------------------------- killed or left alone
 def test_a_run_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path):
-    """Twice in the middle of a save; `python tests/kill.py` does it twenty times, at all sorts of moments."""
+    """Twice in the middle of a save; `python study/kill.py` does it twenty times, at all sorts of moments."""
     flags = ["--precision", "fp32", "--steps", 40, "--save-every", 1]
     train(tmp_path / "left alone", *flags)
     for moment in ("model.safetensors.part", "last.pt.part"):
@@ -150,7 +152,7 @@ def test_a_signal_finishes_the_step_saves_and_exits_with_the_stated_status(tmp_p
         time.sleep(0.1)
     run.send_signal(how)
     said, _ = run.communicate(timeout=60)
-    assert run.returncode == STOPPED == 75 and "saved; the same command goes on" in said
+    assert run.returncode == EXIT_RESUME == 75 and "saved; the same command continues" in said
     assert said.count("stopping after this step; press Ctrl-C again to end at once") == (how == signal.SIGINT)
     assert torch.load(tmp_path / "last.pt")["step"] == log(tmp_path)[-1]["step"]
 
@@ -178,7 +180,7 @@ def test_workers_of_torchrun_save_after_any_number_of_signals(tmp_path):
             os.kill(pid, how)
     said, problems = run.communicate(timeout=120)
     assert said.count("stopping after this step") == 1 and "KeyboardInterrupt" not in problems
-    assert "saved; the same command goes on" in said and torch.load(tmp_path / "last.pt")["step"] == log(tmp_path)[-1]["step"]
+    assert "saved; the same command continues" in said and torch.load(tmp_path / "last.pt")["step"] == log(tmp_path)[-1]["step"]
 
 
 def test_two_nodes_train_as_one_process(one, tmp_path):

@@ -1,4 +1,5 @@
-"""The package stands alone: it imports neither the scripts nor data.py nor tokenizer.py, and works from any folder."""
+"""The package needs neither the scripts nor data.py nor tokenizer.py, and its core needs no extra
+to be imported: it works from any folder."""
 import ast
 import os
 import subprocess
@@ -10,25 +11,98 @@ import pytest
 import vtp_min
 
 PACKAGE = Path(vtp_min.__file__).parent
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+CORE = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+EXTRAS = sorted(path.stem for path in (PACKAGE / "extras").glob("*.py") if path.stem != "__init__")
+MODULES = CORE + [f"extras.{name}" for name in EXTRAS]
 SCRIPTS = {"train", "eval", "dit", "data", "tokenizer"}
 
 
-@pytest.mark.parametrize("module", MODULES)
+def tree(module):
+    """module  a name below vtp_min, or '' or 'extras' for the package itself"""
+    path = PACKAGE.joinpath(*module.split("."))
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    return ast.parse(path.read_text())
+
+
+def imported(node, package):
+    """Absolute names that an import statement imports; `from a import b` may mean module a.b
+
+    package  of the file that holds the statement: 'vtp_min' or 'vtp_min.extras'
+    """
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names}
+    if not isinstance(node, ast.ImportFrom):
+        return set()
+    base = node.module or ""
+    if node.level:
+        parents = package.split(".")
+        above = parents[:len(parents) - node.level + 1]
+        base = ".".join(above + base.split(".")) if base else ".".join(above)
+    return {base} | {f"{base}.{alias.name}" for alias in node.names}
+
+
+def module_level(node):
+    """The statements that run on import: all but the bodies of functions"""
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            yield child
+            yield from module_level(child)
+
+
+def package_of(module):
+    return "vtp_min.extras" if module.startswith("extras") else "vtp_min"
+
+
+@pytest.mark.parametrize("module", ["", "extras", *MODULES])
 def test_a_module_of_the_package_imports_no_script(module):
-    imported = set()
-    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            imported.add(node.module)
-    assert not imported & SCRIPTS
+    names = set()
+    for node in ast.walk(tree(module)):
+        names |= imported(node, package_of(module))
+    assert not {name.split(".")[0] for name in names} & SCRIPTS
 
 
-def test_every_module_is_imported_from_another_folder_with_the_package_alone_on_the_path(tmp_path):
+@pytest.mark.parametrize("module", ["", *CORE])
+def test_a_core_module_imports_no_extra_at_module_level(module):
+    names = set()
+    for node in module_level(tree(module)):
+        names |= imported(node, "vtp_min")
+    assert not {name for name in names if name.startswith("vtp_min.extras")}
+
+
+def test_the_two_tests_above_find_imports_of_each_form():
+    code = ("import data\nfrom . import extras\nfrom .extras import fast\nimport vtp_min.extras.a\n"
+            "if True:\n    from .extras.b import f\ndef g():\n    from .extras import late\n"
+            "class C:\n    from vtp_min.extras import c\n")
+    names = set()
+    for node in module_level(ast.parse(code)):
+        names |= imported(node, "vtp_min")
+    extras = {name for name in names if name.startswith("vtp_min.extras")}
+    assert "data" in names and "vtp_min.extras.late" not in names
+    assert {f"vtp_min.extras.{name}" for name in ("fast", "a", "b.f", "c")} < extras
+    node = ast.parse("from ..losses import sinkhorn").body[0]
+    assert "vtp_min.losses.sinkhorn" in imported(node, "vtp_min.extras")
+
+
+def imports(tmp_path, code):
+    """Run code in another folder, with the package alone on the path -> its output"""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "vtp_min").symlink_to(PACKAGE, target_is_directory=True)
-    code = "import vtp_min; " + "; ".join(f"import vtp_min.{module}" for module in MODULES) + "; print('all imported')"
-    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
-                           env=os.environ | {"PYTHONPATH": str(tmp_path / "site")})
-    assert found.stdout == "all imported\n", found.stderr
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment,
+                         capture_output=True, text=True)
+    assert not run.stderr, run.stderr
+    return run.stdout
+
+
+def test_every_module_can_be_imported_from_another_folder_without_the_scripts(tmp_path):
+    lines = ["import vtp_min"]
+    lines += [f"import vtp_min.{module}" for module in MODULES]
+    lines.append("print('all imported')")
+    assert imports(tmp_path, "\n".join(lines)) == "all imported\n"
+
+
+def test_importing_the_core_loads_no_extra(tmp_path):
+    lines = ["import sys", "import vtp_min"]
+    lines += [f"import vtp_min.{module}" for module in CORE]
+    lines.append("print([name for name in sys.modules if name.startswith('vtp_min.extras')])")
+    assert imports(tmp_path, "\n".join(lines)) == "[]\n"

@@ -14,21 +14,26 @@ from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from train import (advice, compile_blocks, cosine, entropy, forget_activations, param_groups, ramp, set_lr_and_decay, spread,
-                   stochastic_depth, warmup_cosine)
+import train
 from vtp_min import VTPConfig, VTPModel, vit
-from vtp_min.model import DINOHead, Student
+from vtp_min.extras.collapse import collapse_warnings
+from vtp_min.losses import entropy, feature_std
 from vtp_min.run import TIMING
 
 ROOT = Path(__file__).parents[1]
-TINY = ("--image 16 --patch 8 --batch 8 --batch-ssl 4 --batch-rec 4 --locals 1 --prototypes 32 --head-hidden 32 --perceptual none --precision fp32 "
-        "--log-every 1 --device cpu --workers 0").split()
+TINY = ("--image 16 --patch 8 --batch 8 --batch-ssl 4 --batch-rec 4 --set locals=1 --set prototypes=32 "
+        "--set head_hidden=32 --perceptual none --precision fp32 --log-every 1 --device cpu "
+        "--workers 0").split()
+
+
+def settings(**values):
+    """{name: value} -> the flags that set them"""
+    return [word for name, value in values.items() for word in ("--set", f"{name}={value}")]
 
 
 def here(out, *flags):
@@ -78,7 +83,7 @@ def test_the_log_names_every_term_of_the_loss_and_all_are_finite(whole):
     lines = log(whole)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     for line in lines:
-        for name in ("loss", "clip", "dino", "ibot", "koleo", "rec", "lr", "weight_decay", "grad_norm", "logit_scale", "teacher_entropy", "spread"):
+        for name in ("loss", "clip", "dino", "ibot", "koleo", "rec", "lr", "weight_decay", "grad_norm", "logit_scale", "teacher_entropy", "feature_std"):
             assert math.isfinite(line[name]), name
         assert line["perceptual"] == "none" and line["bad"] == 0
         terms = line["clip"] + line["dino"] + line["ibot"] + 0.1 * line["koleo"] + 0.1 * line["rec"]
@@ -89,7 +94,7 @@ def test_the_log_names_every_term_of_the_loss_and_all_are_finite(whole):
 
 def test_losses_start_where_ignorance_puts_them(whole):
     first = log(whole)[0]
-    assert abs(first["clip"] - math.log(8)) < 1 and abs(first["dino"] - math.log(32)) < 1 and 0 < first["spread"] <= 1
+    assert abs(first["clip"] - math.log(8)) < 1 and abs(first["dino"] - math.log(32)) < 1 and 0 < first["feature_std"] <= 1
 
 
 def test_the_run_folder_holds_the_student_in_the_official_layout(whole):
@@ -124,30 +129,30 @@ def same(a, b):
     return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
-@pytest.mark.parametrize("flags", [[], ["--teacher", "centering", "--clip-loss", "siglip", "--micro", 4]], ids=["", "centring siglip micro"])
+@pytest.mark.parametrize("flags", [[], [*settings(teacher="centering", clip_loss="siglip"), "--micro", 4]], ids=["", "centring siglip micro"])
 def test_all_that_a_checkpoint_holds_goes_on_as_it_was(out, tmp_path, flags):
     """Weights, teacher, its center, optimizer, scaler, counts: 4 steps = 2 + a kill + 2."""
     here(out, "--steps", 4, "--save-every", 2, *flags)
     here(interrupted(out, tmp_path / "killed"), "--steps", 4, "--save-every", 2, *flags)
     one, two = (torch.load(folder / "last.pt") for folder in (out, tmp_path / "killed"))
     one["settings"].pop("out"), two["settings"].pop("out")
-    assert one.keys() == {"step", "settings", "skipped", "bad", "student", "teacher", "opt", "scaler", "center"} and same(one, two)
+    assert one.keys() == {"step", "settings", "skipped", "bad", "student", "teacher", "optimizer", "scaler", "targets"} and same(one, two)
 
 
-@pytest.mark.parametrize("flags", [[], ["--micro", 4, "--teacher", "centering"]], ids=["whole", "in pieces"])
+@pytest.mark.parametrize("flags", [[], ["--micro", 4, *settings(teacher="centering")]], ids=["whole", "micro-batches"])
 def test_a_step_with_a_loss_that_is_not_finite_is_skipped_and_changes_nothing(out, flags, monkeypatch):
-    import vtp_min.losses
-    whole, calls = vtp_min.losses.dino_loss, []
+    from vtp_min import losses
+    whole, calls = losses.dino_loss, []
 
     def sick(*args):
         calls.append(1)
         return whole(*args) * (math.nan if len(calls) > 2 * (2 if flags else 1) else 1)                # pieces ask twice a step
-    monkeypatch.setattr(vtp_min.losses, "dino_loss", sick)
-    lines = here(out, "--steps", 3, "--save-every", 1, *flags)
+    monkeypatch.setattr(losses, "dino_loss", sick)
+    lines = here(out, "--steps", 3, "--save-every", 1, *settings(fast=0), *flags)
     assert [line.get("skipped", 0) for line in lines] == [0, 0, 1] and lines[2]["dino"] == "nan"
     one, two = (torch.load(out / name) for name in ("previous.pt", "last.pt"))
-    assert (one["step"], two["step"]) == (2, 3) and all(same(one[k], two[k]) for k in ("student", "teacher", "center"))
-    assert same(one["opt"]["state"], two["opt"]["state"])
+    assert (one["step"], two["step"]) == (2, 3) and all(same(one[k], two[k]) for k in ("student", "teacher", "targets"))
+    assert same(one["optimizer"]["state"], two["optimizer"]["state"])
 
 
 # ---------------------------------------------------------------- compiled, and in pieces
@@ -160,9 +165,7 @@ def test_gradients_of_compiled_blocks_are_those_of_plain_ones(recompute, monkeyp
     image, text = torch.randn(2, 3, 16, 16), torch.randint(1, 99, (2, 8))
     for compiled in (False, True):
         if compiled:
-            if recompute:
-                forget_activations(model)
-            compile_blocks(model)
+            train.wrap_blocks(Namespace(compile=True, recompute=recompute), model, None)
         model.zero_grad()
         outputs = [*model.trunk(image), model.get_clip_text_feature(text)]
         sum(x.square().sum() for x in outputs).backward()
@@ -173,7 +176,7 @@ def test_gradients_of_compiled_blocks_are_those_of_plain_ones(recompute, monkeyp
 
 
 def test_a_run_with_compile_and_recompute_compiles_its_blocks(out, monkeypatch):
-    """From the second step on. Once, torch.compile skipped each checkpointed block without a word."""
+    """Once, torch.compile skipped each checkpointed block without a message."""
     counter = CompileCounterWithBackend("eager")
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     torch._dynamo.reset()
@@ -185,20 +188,20 @@ def passes(out, monkeypatch, *flags):
     """-> how often a step in two pieces runs the student's trunk: (images, with gradients), (images, without), (crops, with), (crops, without)"""
     counts, forward = dict.fromkeys([(x, g) for x in ("images", "crops") for g in (True, False)], 0), vit.VisionTransformer.forward
 
-    def counted(trunk, img, mask=None, **more):
-        if trunk.training:                                                             # the teacher's never is
+    def counted(trunk, img, mask=None, keep=None):
+        if trunk.training and not img.is_meta:                                                             # the teacher's never is
             counts["images" if mask is None else "crops", torch.is_grad_enabled()] += 1
-        return forward(trunk, img, mask=mask, **more)
+        return forward(trunk, img, mask, keep)
     monkeypatch.setattr(vit.VisionTransformer, "forward", counted)
-    lines = here(out, "--steps", 1, "--micro", 4, "--locals", 0, *flags)
+    lines = here(out, "--steps", 1, "--micro", 4, *settings(locals=0), *flags)
     return lines[0], tuple(counts.values())
 
 
 @pytest.mark.parametrize("flags, expected", [
     ([], (2, 2, 2, 2)),
-    (["--w-koleo", 0], (2, 2, 2, 0)),
+    (settings(w_koleo=0), (2, 2, 2, 0)),
     (["--w-clip", 0], (2, 0, 2, 2)),
-    (["--w-clip", 0, "--w-koleo", 0], (2, 0, 2, 0)),
+    (["--w-clip", 0, *settings(w_koleo=0)], (2, 0, 2, 0)),
     (["--w-clip", 0, "--w-rec", 0], (0, 0, 2, 2)),
     (["--w-ssl", 0], (2, 2, 0, 0)),
     (["--w-ssl", 0, "--w-clip", 0], (2, 0, 0, 0)),
@@ -207,7 +210,7 @@ def test_the_first_pass_over_pieces_runs_for_what_clip_and_koleo_compare_and_not
     """CLIP compares images, KoLeo crops: what the flags turn off costs no forward pass."""
     line, found = passes(out, monkeypatch, *flags)
     assert found == expected
-    assert ("koleo" in line) == (found[3] > 0) and ("spread" in line) == (found[2] > 0)
+    assert ("koleo" in line) == (found[3] > 0) and ("feature_std" in line) == (found[2] > 0)
 
 
 def first_gradient(out, monkeypatch, *flags):
@@ -219,64 +222,68 @@ def first_gradient(out, monkeypatch, *flags):
         found.append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
         return clip(parameters, top)
     with monkeypatch.context() as patch:
-        patch.setattr(torch.nn.utils, "clip_grad_norm_", kept)
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", kept)       # train.py imports it anew
         line, = here(out, "--fresh", "--steps", 1, *flags)
     return found[0], line
 
 
 def test_pieces_give_the_gradient_of_the_whole_in_bfloat16(out, monkeypatch):
     """Losses are computed in float32 in both, so the same features give the same terms. Sums of bfloat16 gradients are taken in another order."""
-    flags = ["--precision", "bf16", "--size", "pico", "--batch", 16, "--batch-ssl", 16, "--batch-rec", 16, "--locals", 0, "--w-koleo", 1]
+    flags = ["--precision", "bf16", "--size", "pico", "--batch", 16, "--batch-ssl", 16, "--batch-rec", 16, *settings(locals=0, w_koleo=1)]
     (one, line), (many, other) = (first_gradient(out, monkeypatch, *flags, "--micro", micro) for micro in (0, 4))
     assert (one - many).norm() < 3e-3 * one.norm()
-    for name in ("clip", "dino", "ibot", "koleo", "rec", "teacher_entropy", "spread"):
+    for name in ("clip", "dino", "ibot", "koleo", "rec", "teacher_entropy", "feature_std"):
         assert math.isclose(line[name], other[name], rel_tol=2e-5), name
 
 
-def test_pieces_log_the_spread_of_the_whole_batch_with_and_without_koleo(whole, out):
+def test_micro_batches_log_the_feature_std_of_the_whole_batch_with_and_without_koleo(whole, out):
     """It is that of the features, whatever losses read them."""
-    line = here(out, "--steps", 1, "--micro", 4, "--w-koleo", 0)[0]
-    assert math.isclose(line["spread"], log(whole)[0]["spread"], rel_tol=1e-4)
+    line = here(out, "--steps", 1, "--micro", 4, *settings(w_koleo=0))[0]
+    assert math.isclose(line["feature_std"], log(whole)[0]["feature_std"], rel_tol=1e-4)
 
 
 # ---------------------------------------------------------------- what is said
-def test_collapse_is_named_with_the_knob_that_helps_and_health_is_left_alone(capsys):
-    args = Namespace(prototypes=256, batch=64, warmup=10, clip_loss="clip")
-    health = {"teacher_entropy": 4.4, "spread": 0.9, "clip": 1.0}
-    sick = {"uniform teacher": ({"teacher_entropy": math.log(256)}, "--teacher-temp"), "constant teacher": ({"teacher_entropy": 0.01}, "--teacher sinkhorn"),
-            "collapsed features": ({"spread": 0.01}, "--w-koleo"), "blind contrast": ({"clip": math.log(64)}, "captions")}
-    assert advice(args, health, 50, set()) == ""
-    for kind, (values, knob) in sick.items():
-        warned = set()
-        assert advice(args, health | values, 5, warned) == "" and advice(args, health | values, 50, warned) == kind
-        assert knob in capsys.readouterr().out
-        assert advice(args, health | values, 60, warned) == kind and capsys.readouterr().out == ""      # said once, logged while it lasts
+RECIPE = Namespace(prototypes=256, batch=64, warmup=10, clip_loss="clip")
+
+
+def test_collapse_is_named_with_the_setting_that_helps_and_health_is_left_alone(capsys):
+    health = {"teacher_entropy": 4.4, "feature_std": 0.9, "clip": 1.0}
+    sick = {"uniform teacher": ({"teacher_entropy": math.log(256)}, "teacher_temp"),
+            "constant teacher": ({"teacher_entropy": 0.01}, "teacher=sinkhorn"),
+            "collapsed features": ({"feature_std": 0.01}, "w_koleo"),
+            "blind contrast": ({"clip": math.log(64)}, "captions")}
+    assert collapse_warnings(RECIPE)(50, health) == ""
+    for kind, (values, setting) in sick.items():
+        check = collapse_warnings(RECIPE)
+        assert check(5, health | values) == "" and check(50, health | values) == kind
+        assert setting in capsys.readouterr().out
+        assert check(60, health | values) == kind                        # logged while it lasts
+        assert capsys.readouterr().out == ""                             # but printed once
 
 
 @pytest.mark.parametrize("values, sentence", [
     ({"clip": 4.5}, "clip 4.50 is at or above ln B = 4.16, the value of random guessing"),
     ({"clip": math.log(64)}, "clip 4.16 is at or above ln B = 4.16, the value of random guessing"),
     ({"clip": 4.1}, "clip 4.10 is less than 2 % below ln B = 4.16, the value of random guessing"),
-    ({"teacher_entropy": 5.54}, "the teacher's entropy 5.54 is within 1 % of its maximum, ln K = 5.55"),
-    ({"teacher_entropy": 0.05}, "the teacher's entropy 0.050 is below 2 % of its maximum, ln K = 5.55"),
-    ({"spread": 0.01}, "their spread is 0.010, that of random directions is 1"),
+    ({"teacher_entropy": 5.54}, "entropy 5.54 is within 1 % of its maximum, ln K = 5.55"),
+    ({"teacher_entropy": 0.05}, "entropy 0.050 is below 2 % of its maximum, ln K = 5.55"),
+    ({"feature_std": 0.01}, "0.010"),
 ], ids=str)
 def test_a_warning_states_the_value_and_the_limit_that_it_passed(values, sentence, capsys):
-    args = Namespace(prototypes=256, batch=64, warmup=10, clip_loss="clip")
-    assert advice(args, values, 50, set())
+    assert collapse_warnings(RECIPE)(50, values)
     said = capsys.readouterr().out
     assert sentence in said and said.startswith("\nwarning, step 51: ") and said.endswith(".\n")
 
 
 def test_siglip_has_no_value_of_random_guessing():
-    args = Namespace(prototypes=256, batch=64, warmup=10, clip_loss="siglip")
-    assert advice(args, {"clip": 9.0}, 50, set()) == ""
+    siglip = Namespace(**vars(RECIPE) | {"clip_loss": "siglip"})
+    assert collapse_warnings(siglip)(50, {"clip": 9.0}) == ""
 
 
 def test_small_batches_are_remarked_upon_with_the_reason(out, capsys):
     here(out, "--steps", 1)
     said = capsys.readouterr().out
-    assert "4 images are few: Sinkhorn shares 32 prototypes" in said and "7 wrong captions" in said
+    assert "--batch-ssl 4 is small" in said and "--batch 8 is small" in said
 
 
 def test_a_longer_run_may_go_on_from_a_shorter_one(whole, out):
@@ -294,7 +301,7 @@ def test_the_same_seed_gives_the_same_log_in_another_process_with_two_workers(wh
     run = there([], out, "--steps", 4, "--workers", 2)
     said, problems = run.communicate(timeout=120)
     assert run.returncode == 0, problems
-    assert log(out) == log(whole) and "objectives   CLIP + SSL + AE" in said and "Next: python eval.py report" in said
+    assert log(out) == log(whole) and "clip 1, ssl 1, rec 0.1" in said and "Next: python eval.py report" in said
 
 
 def test_two_processes_give_the_losses_of_one(whole, out):
@@ -306,7 +313,7 @@ def test_two_processes_give_the_losses_of_one(whole, out):
     assert run.returncode == 0, problems
     for one, two in zip(log(whole), log(out), strict=True):
         assert one.keys() == two.keys()
-        for name in one.keys() - {"spread"}:                                            # a gauge: the mean over ranks of each one's own
+        for name in one:
             assert one[name] == two[name] or math.isclose(one[name], two[name], rel_tol=1e-4, abs_tol=1e-4), (one["step"], name)
 
 
@@ -317,7 +324,7 @@ def test_a_polite_kill_saves_the_step_it_is_in_and_says_so(out):
     run.send_signal(signal.SIGTERM)
     said, problems = run.communicate(timeout=60)
     assert run.returncode == 75, problems
-    assert "stopped on a signal, saved" in said and torch.load(out / "last.pt")["step"] == log(out)[-1]["step"]
+    assert "stopped by a signal and saved" in said and torch.load(out / "last.pt")["step"] == log(out)[-1]["step"]
 
 
 # ---------------------------------------------------------------- objectives
@@ -336,7 +343,7 @@ def test_an_autoencoder_learns_to_paint(out):
 
 
 def test_siglip_centring_and_stochastic_depth_run_and_stay_finite(out):
-    lines = here(out, "--steps", 3, "--clip-loss", "siglip", "--teacher", "centering", "--drop-ssl", 0.3, "--drop-rec", 0.2, "--locals", 0)
+    lines = here(out, "--steps", 3, *settings(clip_loss="siglip", teacher="centering", drop_ssl=0.3, drop_rec=0.2, locals=0))
     assert all(math.isfinite(line[k]) for line in lines for k in ("clip", "dino", "ibot", "rec", "grad_norm")) and lines[0]["logit_scale"] > 9
 
 
@@ -347,11 +354,14 @@ def test_siglip_centring_and_stochastic_depth_run_and_stay_finite(out):
     (["--image", 4], "--image 4 is no multiple of --patch 8; try --image 8"),
     (["--patch", 0], "--patch 0: wanted 1 or more"),
     (["--log-every", 0], "--log-every 0: wanted 1 or more"),
-    (["--local-image", 9], "--local-image 9 is no multiple"),
+    (settings(local_image=9), "local_image=9 is no multiple"),
+    (settings(emma=0.9), "emma=0.9: wanted name=value, where name is one of clip_loss"),
+    (settings(teacher="mean"), "teacher=mean: wanted one of sinkhorn, centering"),
+    (["--init", "x"], "--init is for stage 2; add --stage 2"),
     (["--w-clip", 0, "--w-ssl", 0, "--w-rec", 0], "nothing would be learned"),
-    (["--batch", 1], "--batch 1: contrast needs at least two"),
+    (["--batch", 1], "--batch 1: "),
     (["--batch-rec", 3], "--batch 8 is no multiple of 12"),
-    (["--data", "EMPTY"], "holds no class folders with pictures"),
+    (["--data", "EMPTY"], "holds no class folders with images"),
     (["--data", "nowhere"], "no folder nowhere"),
     (["--perceptual", "vgg"], "vgg16-397923af.pth is missing.*python eval.py fetch vgg"),
 ], ids=lambda x: x[0].strip("-") + str(x[1]) if isinstance(x, list) else "")
@@ -372,92 +382,28 @@ def test_no_traceback_hides_the_sentence(out, tmp_path):
     assert run.returncode == 1 and "Traceback" not in problems and problems.strip().startswith("train.py: squeezenet1_1-b8a52dc0.pth is missing")
 
 
-# ---------------------------------------------------------------- schedules
-def test_schedules_meet_their_ends():
-    assert cosine(0, 3.0, 1.0, 10) == 3.0 and cosine(9, 3.0, 1.0, 10) == 1.0 == cosine(50, 3.0, 1.0, 10) and math.isclose(cosine(5, 3.0, 1.0, 11), 2.0)
-    assert ramp(0, 0.04, 0.07, 30) == 0.04 and math.isclose(ramp(30, 0.04, 0.07, 30), 0.07) and ramp(99, 0.04, 0.07, 30) == ramp(30, 0.04, 0.07, 30)
-    lrs = [warmup_cosine(step, 1.0, 5, 20) for step in range(20)]
-    assert lrs[0] == 0.2 and lrs[4] == lrs[5] == max(lrs) == 1.0 and math.isclose(lrs[-1], 1e-6)     # the first step moves already
-    assert sorted(lrs[5:], reverse=True) == lrs[5:]
-    assert warmup_cosine(0, 1.0, 0, 1) == 1.0 and cosine(0, 1.0, 0.0, 1) == 1.0                        # a run of one step
-
-
-def test_schedules_are_those_of_the_sources(golden):
-    g = np.load(golden / "clip_schedule.npz")
-    lr, warmup, steps = float(g["base_lr"]), int(g["warmup"]), int(g["steps"])
-    assert np.allclose([warmup_cosine(s, lr, warmup, steps) for s in range(warmup + 1)], g["cosine"][:warmup + 1], rtol=1e-12)
-    g = np.load(golden / "dino_schedules.npz")
-    epoch, c = int(g["epoch_length"]), {k.removeprefix("a/cfg/"): float(g[k]) for k in g.files if k.startswith("a/cfg/")}
-    n = int(c["epochs"]) * epoch                                    # DINOv2's cosines stop one step short of their end (n + 1), DINOv3's and ours reach it
-    assert np.allclose([cosine(s, c["wd"], c["wd_end"], n + 1) for s in range(n)], g["a/wd"][:n], atol=1e-12)
-    assert np.allclose([cosine(s, c["mom"], 1.0, n + 1) for s in range(n)], g["a/momentum"][:n], atol=1e-12)
-    warm = int(c["ttemp_warmup_epochs"]) * epoch
-    assert np.allclose([ramp(s, c["ttemp_start"], c["ttemp"], warm - 1) for s in range(n)], g["a/teacher_temp"][:n], atol=1e-12)
-    warm = int(c["warmup_epochs"]) * epoch
-    assert np.allclose([warmup_cosine(s, c["lr"], warm, n, c["min_lr"]) for s in range(warm, n)], g["a/v3_linear_warmup_cosine_lr"][warm:], atol=1e-12)
-
-
-def named_groups(student):
-    groups, names = param_groups(student), {id(p): name for name, p in student.named_parameters()}
-    return [(g, [names[id(p)] for p in g["params"]]) for g in groups]
-
-
-@pytest.fixture(scope="module")
-def student():
-    return Student(VTPModel(VTPConfig.of_size("nano", 16, 8, 16)), DINOHead(192, 32, 32, 16))
-
-
-def test_vectors_and_positions_do_not_decay_and_the_last_layer_stands_apart(student):
-    decayed = {name for g, names in named_groups(student) for name in names if g["decay"]}
-    all_names = [name for _, names in named_groups(student) for name in names]
-    assert sorted(all_names) == sorted(name for name, _ in student.named_parameters())      # each exactly once
-    for name, p in student.named_parameters():
-        assert (name in decayed) == (p.ndim > 1 and name != "model.positional_embedding"), name
-    assert [set(names) for g, names in named_groups(student) if g["last"]] == [{"dino_head.last_layer.weight_g", "dino_head.last_layer.weight_v"}]
-
-
-def test_weight_decay_is_split_as_openclip_splits_it(golden, student):
-    """Parameters that both have: the whole text tower, logit scale, the image projection and the patch embedding."""
-    theirs = json.loads((golden / "clip_weight_decay_split.json").read_text())["params"]
-    decayed = {name for g, names in named_groups(student) for name in names if g["decay"]}
-    alike = {"visual.conv1.weight": "trunk.patch_embed.proj.weight", "visual.proj": "visual_proj.weight"}
-    met = 0
-    for name, rule in theirs.items():
-        ours = "model." + alike.get(name, name.replace("transformer.", "text_transformer.") if name.startswith("transformer.") else name)
-        if ours in dict(student.named_parameters()):
-            assert (ours in decayed) != rule["no_decay"], name
-            met += 1
-    assert met > 10
-
-
-def test_the_last_layer_rests_while_all_else_learns(student):
-    opt = torch.optim.AdamW(param_groups(student))
-    set_lr_and_decay(opt, lr=0.1, wd=0.04, head_rests=True)
-    assert {(g["last"], g["lr"]) for g in opt.param_groups} == {(True, 0.0), (False, 0.1)}
-    assert {(g["decay"], g["weight_decay"]) for g in opt.param_groups} == {(True, 0.04), (False, 0.0)}
-    set_lr_and_decay(opt, lr=0.1, wd=0.04, head_rests=False)
-    assert {g["lr"] for g in opt.param_groups} == {0.1}
-
-
-# ---------------------------------------------------------------- gauges and draws
-def test_gauges_read_collapse_and_health():
+# ---------------------------------------------------------------- diagnostics
+def test_diagnostics_tell_collapse_from_health():
     K, same = 16, torch.ones(8, 4)
-    assert math.isclose(entropy(torch.full((2, 8, K), 1 / K)), math.log(K), rel_tol=1e-6) and entropy(torch.eye(K)) == 0
-    assert spread(same) == 0 and math.isclose(spread(torch.cat([same, -same])), 1.0)
+    uniform = torch.full((2, 8, K), 1 / K)
+    assert math.isclose(entropy(uniform), math.log(K), rel_tol=1e-6) and entropy(torch.eye(K)) == 0
+    assert feature_std(same) == 0 and math.isclose(feature_std(torch.cat([same, -same])), 1.0)
 
 
-def test_ranks_draw_stochastic_depth_over_one_batch_and_objectives_draw_apart():
-    args = Namespace(batch=8, batch_ssl=4, batch_rec=2, w_clip=1.0, locals=3, seed=0, drop_clip=0.5, drop_rec=0.5, drop_ssl=0.5)
+# ---------------------------------------------------------------- flags
+def test_train_py_has_the_31_flags_and_help_prints_the_recipe_with_its_sources(capsys):
+    flags = [a for a in train.parser()._actions if a.option_strings and a.dest != "help"]
+    assert len(flags) == 31
+    with pytest.raises(SystemExit):
+        train.arguments(["--help"])
+    said = capsys.readouterr().out
+    for name, (small, large, source) in train.RECIPE.items():
+        assert name in said and source.split(";")[0] in said, name
 
-    def kept(rows_image, rows_ssl, rec, step=5):
-        drop = stochastic_depth(args, step, {"image": 0, "crops": 0, "rows_image": rows_image, "rows_ssl": rows_ssl, "rec": rec})
-        return {k: (d.rows, d.total, [d.rows[i] for i in d(0)[0][0]]) for k, d in drop.items()}
 
-    one = kept(torch.arange(8), torch.arange(0, 8, 2), torch.tensor([0, 4]))
-    two = [kept(torch.arange(4) + 4 * r, torch.arange(0, 4, 2) + 4 * r, torch.tensor([0])) for r in range(2)]
-    for name, (rows, total, chosen) in one.items():
-        assert sorted(rows) == list(range(total)) and len(chosen) == total // 2
-        assert sorted([i for part in two for i in part[name][2]]) == sorted(chosen), name
-    assert (one["clip"][1], one["ssl"][1], one["local"][1]) == (8, 8, 12) and one["clip"][2] != one["ssl"][2]
-    assert kept(torch.arange(8), torch.arange(0, 8, 2), torch.tensor([0, 4]), step=6)["local"][2] != one["local"][2]      # drawn anew each step
-    assert stochastic_depth(Namespace(**vars(args) | {"drop_ssl": 0.0}), 5, {"crops": 0, "rows_ssl": torch.arange(4)})["ssl"] is None
+def test_values_of_a_size_come_from_the_tables_and_flags_go_before_them():
+    args = train.arguments(["--size", "L", "--lr", "1e-3", "--set", "ema=0.9"])
+    assert (args.batch, args.prototypes, args.drop_ssl) == (16_384, 65_536, 0.3)
+    assert (args.lr, args.ema, args.local_image) == (1e-3, 0.9, 112)
+    nano = train.arguments([])
+    assert (nano.batch, nano.prototypes, nano.drop_ssl, nano.local_image) == (48, 256, 0.0, 18)

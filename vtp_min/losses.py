@@ -1,233 +1,232 @@
-"""Losses of VTP: one function a term, tensors in, a scalar out (rec_loss: two). No model, no config.
+"""The losses of VTP, one function a term: tensors in, a scalar out. No model, no config.
 
-    words      clip_loss, siglip_loss      a caption belongs to its picture                     VTP Sec. 3.4
-    views      dino_loss                   two crops of one picture are one thing               VTP Sec. 3.3, self-distillation
-    patches    ibot_loss                   a hidden patch follows from its surroundings         VTP Sec. 3.3, masked image modelling
-    spread     koleo_loss                  no two pictures in one place (DINOv2)
-    pixels     rec_loss, Perceptual        the picture comes back: L1 + LPIPS                   VTP Sec. 3.2
-The teacher's targets are its `centered_softmax`, with a center by Sinkhorn (`sinkhorn_center`) or by DINO's running mean
-(`moved_center`). What looks at the whole batch gathers over ranks: each
-rank returns the loss of its own rows, and the mean over ranks (which is what DDP makes of the gradients) is the loss of
-one process holding the whole batch. All compute in float32 whatever autocast surrounds them, or in float64 if given float64.
+    clip_loss, siglip_loss    CLIP: a caption belongs to its image             VTP Sec. 3.4
+    dino_loss                 self-distillation: two crops of an image agree   VTP Sec. 3.3
+    ibot_loss                 masked image modelling                           VTP Sec. 3.3
+    koleo_loss                features of different images are apart           DINOv2
+    rec_loss                  reconstruction: L1 + LPIPS                       VTP Sec. 3.2
+    sinkhorn, centered_softmax, update_center    the teacher's logits -> targets
 
-B rows on this rank, `all` those of every rank    E CLIP space    K prototypes    V local crops    M masked patches on this rank
+Losses that compare images gather features from all ranks. Each rank returns the loss of its own
+rows; the mean over ranks, which average_gradients takes, is the loss of one process that holds the
+whole batch. All are computed in float32 whatever autocast surrounds them, in float64 if given
+float64. extras/fast.py holds faster forms of cross_entropy and dino_loss.
+
+B rows on this rank    (all) rows of all ranks    E CLIP space    K prototypes    V local crops
+M masked patches on this rank
 """
-from contextlib import contextmanager
-
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from .dist import gather, highest, rank, total
-from .weights import find
-
-
-def to_fp32(x):
-    """bfloat16 and float16 become float32; float32 and float64 stay."""
-    return x if x.dtype == torch.float64 else x.float()
+from .device import full_precision, to_fp32
+from .dist import all_reduce_max, all_reduce_mean, all_reduce_sum, gather, rank
 
 
-@contextmanager
-def full_precision():
-    """A decorator for losses: neither autocast nor TF32 rounds the inputs of their matrix products.
-
-    KoLeo needs it most: with 512 features at distance 0.1 from a common direction, a bfloat16
-    product finds the wrong nearest neighbour for 99 % of them. DINOv2 disables autocast there too.
-    This covers the forward pass. The backward pass follows the settings in force when backward()
-    is called: call it outside autocast, as PyTorch recommends.
-    """
-    tf32 = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    off = [torch.autocast(device, enabled=False) for device in ("cpu", "cuda", "mps")]
-    try:
-        with off[0], off[1], off[2]:
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = tf32
+# ---------------------------------------------------------------- the sum
+def total_loss(terms, args):
+    """The weighted sum of VTP Sec. 3.5, over the terms that are there. terms {name: ()}"""
+    weights = {"clip": args.w_clip, "dino": args.w_ssl, "ibot": args.w_ssl,
+               "koleo": args.w_ssl * args.w_koleo, "rec": args.w_rec}
+    return sum(weights[name] * term for name, term in terms.items())
 
 
-# ---------------------------------------------------------------- words
+# ---------------------------------------------------------------- CLIP
+def contrastive_loss(kind, img, txt, scale, bias):
+    """kind  'clip' (paper) or 'siglip'; the rest as below"""
+    loss = siglip_loss if kind == "siglip" else clip_loss
+    return loss(img, txt, scale, bias)
+
+
 @full_precision()
 def clip_loss(img, txt, scale, bias=None):
-    """Symmetric InfoNCE: caption i belongs to image i and to no other.   CLIP Fig. 3; OpenCLIP's --local-loss --gather-with-grad
+    """Symmetric InfoNCE.   CLIP Fig. 3; OpenCLIP's --local-loss --gather-with-grad
 
-    img, txt (B, E) unit length      scale () = exp(learned log-temperature)      bias () or None, added to all logits
+    img, txt  (B, E), unit length; row i of both belongs together
+    scale     () exp of the learned log-temperature      bias  () added to all logits, or None
     """
     img, txt = to_fp32(img), to_fp32(txt)
-    here = torch.arange(len(img), device=img.device) + rank() * len(img)     # where my rows stand in the whole batch
-    to_txt = scale * img @ gather(txt).T                                     # (B, all) my images against every caption
-    to_img = scale * txt @ gather(img).T                                     # (B, all) my captions against every image
+    logits_per_image = scale * img @ gather(txt).T               # (B, all)
+    logits_per_text = scale * txt @ gather(img).T                # (B, all)
     if bias is not None:
-        to_txt, to_img = to_txt + bias, to_img + bias
-    return (F.cross_entropy(to_txt, here) + F.cross_entropy(to_img, here)) / 2
+        logits_per_image = logits_per_image + bias
+        logits_per_text = logits_per_text + bias
+    labels = torch.arange(len(img), device=img.device) + rank() * len(img)
+    image_loss = F.cross_entropy(logits_per_image, labels)
+    text_loss = F.cross_entropy(logits_per_text, labels)
+    return (image_loss + text_loss) / 2
 
 
 @full_precision()
 def siglip_loss(img, txt, scale, bias):
-    """Every pair asked on its own, belongs or not: no softmax over the batch.   SigLIP Eq. 1
+    """Each pair is classified by itself, without a softmax over the batch.   SigLIP Eq. 1
 
-    img, txt (B, E) unit length      scale, bias () learned; they start at 10 and -10
+    img, txt (B, E), unit length      scale, bias () learned; they start at 10 and -10
     """
     img, txt = to_fp32(img), to_fp32(txt)
-    logits = scale * img @ gather(txt).T + bias                              # (B, all)
-    here = torch.arange(len(img), device=img.device)
+    logits = scale * img @ gather(txt).T + bias                  # (B, all)
+    row = torch.arange(len(img), device=img.device)
     sign = torch.full_like(logits, -1.0)
-    sign[here, here + rank() * len(img)] = 1.0                               # +1 my own caption, -1 all others
+    sign[row, row + rank() * len(img)] = 1.0                     # 1 for the image's own caption
     return F.softplus(-sign * logits).sum() / len(img)
 
 
-# ---------------------------------------------------------------- views
-class CrossEntropy(torch.autograd.Function):
-    """H(p, softmax(x / tau)) = n logsumexp(x / tau) - p x / tau, for p of mass n; its slope in x is (n softmax(x / tau) - p) / tau
-
-    x (..., K) logits, p (..., K) targets, without gradient -> (...,). Computed in float32 at least; no K-wide step between is kept.
-    """
-    @staticmethod
-    def forward(ctx, x, p, n, tau):
-        y = to_fp32(x) / tau
-        lse = y.logsumexp(-1)
-        ctx.save_for_backward(x, p, lse)
-        ctx.n, ctx.tau = n, tau
-        return n * lse - torch.linalg.vecdot(p, y)
-
-    @staticmethod
-    def backward(ctx, g):
-        x, p, lse = ctx.saved_tensors
-        slope = (to_fp32(x) / ctx.tau).sub_(lse[..., None]).exp_().mul_(ctx.n).sub_(p)
-        return slope.mul_(g[..., None] / ctx.tau).to(x.dtype), None, None, None
+# ---------------------------------------------------------------- self-distillation
+def cross_entropy(student, teacher, tau):
+    """H(teacher, softmax(student / tau)): student (..., K) logits, teacher (..., K) -> (...)"""
+    return -(teacher * F.log_softmax(to_fp32(student) / tau, dim=-1)).sum(-1)
 
 
 @full_precision()
 def dino_loss(student, teacher, tau=0.1):
-    """Mean cross-entropy H(teacher, student) over pairs of different views.   DINO Eq. 3; pairs weigh alike as in DINOv2
+    """Mean cross-entropy over pairs of different crops.   DINO Eq. 3; equal weights as in DINOv2
 
-    student (2+V, B, K) logits, the two global crops first      teacher (2, B, K) probabilities, no gradient
+    student  (2+V, B, K) logits, global crops first
+    teacher  (2, B, K) probabilities of the global crops
     """
     teacher = to_fp32(teacher)
-    compared = [(teacher[1], 1), (teacher[0], 1)]                            # a global crop with the other one
-    compared += (len(student) - 2) * [(teacher.sum(0), 2)]                   # a local one with both: H(p, s) + H(q, s) = H(p + q, s), of mass 2
-    return sum(CrossEntropy.apply(x, p, n, tau).mean() for x, (p, n) in zip(student, compared)) / sum(n for _, n in compared)
+    pairs = [(t, s) for t in range(2) for s in range(len(student)) if s != t]
+    return sum(cross_entropy(student[s], teacher[t], tau).mean() for t, s in pairs) / len(pairs)
 
 
-# ---------------------------------------------------------------- patches
 @full_precision()
 def ibot_loss(student, teacher, weight, n_crops, tau=0.1):
-    """Cross-entropy on hidden patches; each masked crop weighs alike, however much of it is hidden.   iBOT Eq. 2, DINOv2
+    """Cross-entropy on masked patches. Each masked crop has the same weight.   iBOT Eq. 2, DINOv2
 
-    student (M, K) logits      teacher (M, K) probabilities      weight (M,) = 1 / (hidden patches of the same crop)
+    student  (M, K) logits                 teacher  (M, K) probabilities
+    weight   (M,) 1 / number of masked patches of the same crop
     n_crops  global crops on this rank, masked or not: DINOv2 divides by all of them
     """
-    return (CrossEntropy.apply(student, to_fp32(teacher), 1, tau) * weight).sum() / n_crops
+    return (cross_entropy(student, to_fp32(teacher), tau) * weight).sum() / n_crops
 
 
-# ---------------------------------------------------------------- spread
 @full_precision()
 def koleo_loss(x):
-    """-mean log distance to the nearest neighbour: class tokens of one crop push each other apart.   DINOv2 Sec. 4
+    """-mean log distance to the nearest neighbour, so that features spread.   DINOv2 Sec. 4
 
-    x (B, D) class tokens before the head. Neighbours are sought over all ranks (DINOv2 looks at one rank only).
+    x (B, D) class tokens of one crop, before the head. The neighbour is sought on all ranks
+    (DINOv2: on one rank).
     """
     x = F.normalize(to_fp32(x), dim=-1, eps=1e-8)
-    everyone = gather(x)                                                     # (all, D)
+    all_features = gather(x)                                     # (all, D)
     with torch.no_grad():
-        alike = x @ everyone.T
-        here = torch.arange(len(x), device=x.device)
-        alike[here, here + rank() * len(x)] = -1                             # not my own neighbour
-        nearest = alike.argmax(1)
-    distance = (x - everyone[nearest] + 1e-8).norm(dim=-1)                   # 1e-8 inside and outside, as torch's PairwiseDistance
+        similarity = x @ all_features.T                          # (B, all)
+        row = torch.arange(len(x), device=x.device)
+        similarity[row, row + rank() * len(x)] = -1              # not its own neighbour
+        nearest = similarity.argmax(1)
+    # 1e-8 twice: once as in torch's PairwiseDistance, once in DINOv2's logarithm
+    distance = (x - all_features[nearest] + 1e-8).norm(dim=-1)
     return -(distance + 1e-8).log().mean()
 
 
-# ---------------------------------------------------------------- the teacher's targets: softmax((logits - center) / temp), and two ways to a center
+# ---------------------------------------------------------------- targets of the teacher
+@torch.no_grad()
+@full_precision()
+def sinkhorn(logits, temp, iterations=3):
+    """Rows become probabilities, and prototypes get equal shares.   SwAV Sec. 3.1, DINOv2
+
+    logits (..., K), all leading dimensions are rows; their number may differ between ranks
+    """
+    x = to_fp32(logits).flatten(0, -2)                           # (n, K)
+    # without the maximum exp overflows above 88; a common factor of q cancels
+    lowest = x.new_full((1,), -torch.inf)
+    largest = all_reduce_max(torch.cat([x.flatten(), lowest]).max())
+    q = torch.exp((x - largest) / temp)
+    smallest = torch.finfo(q.dtype).tiny                         # for prototypes that no row likes
+    for _ in range(iterations):
+        q = q / all_reduce_sum(q.sum(0)).clamp_min(smallest)     # equal shares
+        q = q / q.sum(-1, keepdim=True)                          # probabilities
+    return q.view(logits.shape)
+
+
 @torch.no_grad()
 @full_precision()
 def centered_softmax(logits, center, temp):
-    """Sharpened and centred: no prototype may win everywhere.   DINO Eq. 1      logits (..., K), center (K,) -> probabilities"""
+    """softmax((logits - center) / temp): sharpened, and no prototype wins everywhere.   DINO Eq. 1
+
+    logits (..., K), center (K,)
+    """
     return F.softmax((to_fp32(logits) - center) / temp, dim=-1)
 
 
 @torch.no_grad()
 @full_precision()
-def moved_center(center, pieces, momentum=0.9):
-    """center <- 0.9 center + 0.1 mean logit, used from the next batch on.   DINO Eq. 4; momentum from DINOv2
+def update_center(center, logits, momentum=0.9):
+    """momentum * center + (1 - momentum) * mean logits.   DINO Eq. 4; momentum from DINOv2
 
-    pieces  () -> the batch's logits, (n, K) at a time. The mean is over the rows of all pieces and ranks together. (DINOv2's iBOT
-    centre averages each rank's own mean instead, so that a rank with few masked patches counts as much as one with many.)
+    center (K,), logits (..., K). The mean is over the rows of all ranks together. (DINOv2's iBOT
+    averages the means of the ranks, so that a rank with few masked patches counts like the others.)
     """
-    s, rows = torch.zeros_like(center), torch.zeros_like(center[:1])
-    for logits in pieces():
-        s, rows = s + to_fp32(logits).sum(0), rows + len(logits)
-    s, rows = total(s), total(rows)
-    return torch.where(rows > 0, momentum * center + (1 - momentum) * s / rows.clamp_min(1), center)     # nothing was hidden: it stays
+    x = to_fp32(logits).flatten(0, -2)
+    total = all_reduce_sum(x.sum(0))
+    rows = all_reduce_sum(torch.full_like(total[:1], len(x)))
+    new = momentum * center + (1 - momentum) * total / rows.clamp_min(1)
+    return torch.where(rows > 0, new, center)                    # no masked patch at all: unchanged
+
+
+class TeacherTargets:
+    """Teacher logits -> probabilities, by "sinkhorn" (DINOv2, DINOv3) or "centering" (DINO)"""
+
+    def __init__(self, method, K, device):
+        self.method = method
+        self.center = {"cls": torch.zeros(K, device=device), "patch": torch.zeros(K, device=device)}
+        self.next_center = self.center
+
+    def __call__(self, cls, patch, temp):
+        """cls (2, B, K), patch (M, K) logits -> probabilities of the same shapes"""
+        if self.method == "sinkhorn":
+            return sinkhorn(cls, temp), sinkhorn(patch, temp)
+        self.next_center = {"cls": update_center(self.center["cls"], cls),
+                            "patch": update_center(self.center["patch"], patch)}
+        return (centered_softmax(cls, self.center["cls"], temp),
+                centered_softmax(patch, self.center["patch"], temp))
+
+    def step(self):
+        """After an optimizer step: a skipped step does not move the centers"""
+        self.center = self.next_center
+
+    def state_dict(self):
+        return self.center
+
+    def load_state_dict(self, state):
+        for name, center in state.items():
+            self.center[name].copy_(center)
+        self.next_center = self.center
+
+
+# ---------------------------------------------------------------- reconstruction
+@full_precision()
+def rec_loss(pixels, target, lpips=None):
+    """L1 + LPIPS, both with weight 1 (ours: the paper gives no weights).   VTP Sec. 3.2
+
+    pixels, target  (B, 3, H, W), ImageNet-normalised
+    lpips           extras.perceptual.Perceptual, or None
+    """
+    pixels, target = to_fp32(pixels), to_fp32(target)
+    loss = (pixels - target).abs().mean()
+    if lpips is not None:
+        loss = loss + lpips(pixels, target)
+    return loss
+
+
+# ---------------------------------------------------------------- diagnostics of collapse
+@torch.no_grad()
+@full_precision()
+def entropy(p):
+    """Mean entropy of probabilities (..., K), in nats.
+
+    ln K: all prototypes are equally likely. This is a collapse. 0: each row has one prototype,
+    which is a collapse if it is the same one for every image.
+    """
+    p = to_fp32(p)
+    return -(p * p.clamp_min(1e-30).log()).sum(-1).mean()
 
 
 @torch.no_grad()
 @full_precision()
-def sinkhorn_center(pieces, temp, iterations=3):
-    """The center under which every prototype gets an equal share of the whole batch.   SwAV Sec. 3.1, DINOv2
+def feature_std(x):
+    """Root-mean-square distance of the normalised class tokens (B, D) of all ranks from their mean.
 
-    pieces  () -> the batch's logits, (n, K) at a time; asked for anew in each round, so that a large batch's never lie in memory together.
-    Sinkhorn-Knopp scales the rows and columns of q = exp(logits / temp) in turn. Rows can be scaled one by one at any time: all that
-    must be kept of it is the factor of each column, and exp(logits / temp) * factor is exp((logits - center) / temp).
+    1: random directions. 0: all are equal, which is a collapse.
     """
-    top = highest(torch.stack([to_fp32(x).max() if len(x) else to_fp32(x).new_tensor(-torch.inf) for x in pieces()]).max())
-    columns = None                                                           # (K,)
-    for _ in range(iterations):
-        shares = 0
-        for logits in pieces():
-            q = torch.exp((to_fp32(logits) - top) / temp)     # DINOv2 leaves `- top` out and overflows above 88; a common factor cancels
-            shares = shares + (q.sum(0) if columns is None else (1 / (q @ columns)) @ q)      # each row a probability, each column its sum
-        shares = total(shares)
-        columns = shares.mean() / shares.clamp_min(torch.finfo(shares.dtype).tiny)          # a common factor again: it keeps their size at bay
-    return top - temp * columns.log()
-
-
-def sinkhorn(logits, temp, iterations=3):
-    """Rows become probabilities while every prototype gets an equal share of the whole batch: logits (n, K), n may differ between ranks"""
-    return centered_softmax(logits, sinkhorn_center(lambda: [logits], temp, iterations), temp)
-
-
-# ---------------------------------------------------------------- pixels
-@full_precision()
-def rec_loss(pixels, target, perceptual=None):
-    """L1 + LPIPS between a picture and its reconstruction, both (B, 3, H, W) ImageNet-normalised.   VTP Sec. 3.2
-
-    -> L1, perceptual term (0 without one). The paper does not say how they weigh: ours weigh 1 and 1.
-    """
-    pixels, target = to_fp32(pixels), to_fp32(target)
-    l1 = (pixels - target).abs().mean()
-    return l1, perceptual(pixels, target) if perceptual else l1.new_zeros(())
-
-
-class Perceptual(nn.Module):
-    """LPIPS of the `lpips` package with frozen heads and trunk, fed in the scale it expects.   [35] in the paper
-
-    net 'vgg', 'alex' or 'squeeze'. Raises FileNotFoundError, saying what to fetch, when the trunk's weights are missing;
-    random_trunk=True takes random ones (for tests of the plumbing: no usable metric).
-    """
-    def __init__(self, net, random_trunk=False):
-        super().__init__()
-        try:
-            path = None if random_trunk else find(net)
-        except FileNotFoundError as problem:
-            raise FileNotFoundError(f"{problem}; or do without LPIPS: --perceptual none") from None
-        import lpips                                                          # slow to import, needed only here
-        self.lpips = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)      # built without a download ...
-        if path:                                                              # ... then given its trunk: slices of torchvision's net
-            there = torch.load(path, map_location="cpu", weights_only=True)
-            trunk = {k: there["features." + k.split(".", 1)[1]] for k in self.lpips.net.state_dict()}
-            self.lpips.net.load_state_dict(trunk)
-        self.requires_grad_(False)                                            # the heads ask for gradients otherwise
-        self.train(False)
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
-
-    def train(self, mode=True):
-        return super().train(False)                                           # the heads hold Dropout: never in train mode
-
-    @full_precision()
-    def forward(self, pixels, target):
-        if min(pixels.shape[-2:]) < 32:
-            raise ValueError(f"pictures of {pixels.shape[-1]}x{pixels.shape[-2]} are too small for LPIPS; take 32 pixels or more, or --perceptual none")
-        a, b = ((x * self.std + self.mean) * 2 - 1 for x in (pixels, target)) # LPIPS wants [-1, 1]
-        return self.lpips(a.to(self.mean.dtype), b.to(self.mean.dtype)).mean()      # float64 under --precision fp64
+    mean = all_reduce_mean(F.normalize(to_fp32(x), dim=-1).mean(0))
+    return (1 - mean.square().sum()).clamp_min(0).sqrt()

@@ -1,237 +1,359 @@
-"""A run is a folder: what was asked, how it went, and all that going on needs. Serves every training loop alike.
+"""A run is a folder: its settings, its log, and checkpoints from which the same command continues.
 
-    run.json        the settings it was started with            metrics.jsonl   one measured number a line, with its protocol
-    log.jsonl       one logged step a line                      last.pt, previous.pt   the two newest checkpoints
+    run.json        the settings                    metrics.jsonl   measured numbers, one a line
+    log.jsonl       logged steps, one a line        last.pt, previous.pt   two newest checkpoints
 
-    run = Run(folder, settings, fresh)                          run.state: what the last checkpoint held, or None
-    for step, batch in run.walk(args, rows, batches, device, precision, keep):
-        ... loss, backward ...
-        if run.sound(loss, norm): ... optimizer ...             the same answer on every rank; False: a step is skipped
-        if run.due: run.note(**run.means(loss=loss, ...), ...)  what the log says of this step
-Rank 0 writes; every rank reads. Checkpoints are written aside and renamed, so that a kill leaves the old one whole.
+    run = Run(args.out, settings, args.fresh)       opens the folder; run.step is the next step
+    run.restore(state)                              state {name: what has state_dict()}
+    run.start(args, images_per_step, device, precision, export)
+    batches = run.watch(batches)                    measures the time spent waiting for data
+    for step in range(run.step, args.steps):
+        ...
+        finite, stop = run.agree(losses, grad_norm) the same answer on all ranks
+        ...
+        run.after_step(step, losses, diagnostics, grad_norm, lr, state)     logs and saves
+        if stop:
+            break
+    return run.finish()                             exit status
+
+Rank 0 writes; every rank reads.
 """
-import ctypes
 import json
 import math
 import os
-import resource
 import signal
 import sys
 import time
 import zipfile
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from .dist import highest, rank, say, start, total, under_torchrun, world
+from .config import atomic_write
+from .device import peak_flops, peak_memory
+from .dist import (all_reduce_max, all_reduce_mean, all_reduce_sum, print0, rank,
+                   under_torchrun)
 
-FREE = {"steps", "workers", "device", "log_every", "save_every", "micro", "recompute", "compile", "max_bad", "out", "fresh", "val_data", "machine"}   # may change when a run goes on
-TIMING = {"seconds", "images_per_s", "gflops", "share_of_peak", "data_wait"}        # may differ between equal runs; gflops: of the first step since the start
-STOPPED = 75       # exit status of a run that a signal stopped, saved and ready to go on: sysexits' EX_TEMPFAIL, "try again"
-SKIPS = 25         # so many unusable steps in a row end a run (ours; the scaler of fp16 may need 16 to find its place)
-
-# The FLOP counter takes some operators apart, which rounds differently: the first step after resuming would not be the step it is elsewhere
-AS_IT_IS = {torch.ops.aten.silu_backward: lambda *shapes, out_shape=None: 0}
+# settings that may change when a run continues
+MUTABLE_FLAGS = {"steps", "workers", "device", "log_every", "save_every", "micro", "recompute",
+                 "compile", "max_bad", "out", "fresh", "val_data", "machine", "fast"}
+# fields of a log line that may differ between equal runs
+TIMING = {"seconds", "images_per_s", "gflops", "share_of_peak", "data_wait"}
+FILES = ("last.pt", "previous.pt", "log.jsonl", "metrics.jsonl", "run.json", "config.json",
+         "model.safetensors")
+EXIT_RESUME = 75       # exit status after a signal: EX_TEMPFAIL of sysexits, "try again"
+MAX_BAD_STEPS = 25     # this many skipped steps in a row end a run (ours; fp16 scaling may need 16)
 
 
 class Run:
     def __init__(self, folder, settings, fresh=False):
-        """folder  the run's folder, made if needed      settings  plain dict of flags      fresh  forget what is there
+        """Open the folder, which is made if needed.
 
-        self.state is None for a new run, else the dict that `save` was last given (tensors on CPU).
-        Raises ValueError when the folder holds a run with other settings.
+        settings  dict of flags, stored in run.json      fresh  delete the run that is there
+        self.step is the next step: 0, or where the checkpoint stopped. ValueError if the folder
+        holds a run with other settings, or no readable checkpoint.
         """
         self.folder, self.settings = Path(folder), json.loads(json.dumps(settings))
-        self.stopping = self.leaving = False                              # this process was signalled; any was, so all leave
-        self.damaged = False                                              # last.pt is, and must not take the place of previous.pt
-        self.due, self.values, self.flops, self.flops_known = False, {}, 0, False      # flops: of matrix products, a step
-        self.bad, self.skipped, self.in_a_row, self.named = 0, 0, 0, set()      # unreadable samples on this rank; unusable steps; names said
-        fresh = fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"       # torchrun restarts with the flags it had
-        if fresh and rank() == 0:
-            for name in ("last.pt", "previous.pt", "log.jsonl", "metrics.jsonl", "run.json", "config.json", "model.safetensors"):
-                (self.folder / name).unlink(missing_ok=True)
-        self.state = None if fresh else self._newest()
-        if self.state:
-            self._refuse_other_settings(self.state["settings"])
-            say(f"{self.folder} holds a checkpoint of step {self.state['step']}: training goes on from there (--fresh starts over)")
-            self.skipped, self.bad = self.state.get("skipped", 0), self.state.get("bad", 0) if rank() == 0 else 0
-        self.first = self.state["step"] if self.state else 0              # steps taken so far = number of the next one
-        if rank() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for scrap in self.folder.glob("*.part"):                      # what a kill left half written
-                scrap.unlink()
-            write_aside(self.folder / "run.json", lambda path: path.write_text(json.dumps(self.settings, indent=2) + "\n"))
-            self._drop_lines_beyond(self.first)
-
-    # ------------------------------------------------------------ checkpoints
-    def _newest(self):
-        for name in ("last.pt", "previous.pt"):
-            path = self.folder / name
-            if path.exists():
-                try:
-                    with zipfile.ZipFile(path) as checked:                # torch.load does not look at checksums
-                        if checked.testzip():
-                            raise ValueError("a checksum is wrong")
-                    return torch.load(path, map_location="cpu", weights_only=True)
-                except Exception as problem:
-                    say(f"{path} is damaged ({type(problem).__name__}: {problem}); trying the one before")
-                    self.damaged = True
-        if (self.folder / "last.pt").exists() or (self.folder / "previous.pt").exists():
-            raise ValueError(f"no checkpoint in {self.folder} can be read; bring back a whole last.pt, take another --out, or start over with --fresh")
-
-    def _refuse_other_settings(self, old):
-        differ = [k for k in sorted(old.keys() | self.settings.keys()) if k not in FREE and old.get(k) != self.settings.get(k)]
-        if differ:
-            rows = "; ".join(f"{k}: was {old.get(k)!r}, now {self.settings.get(k)!r}" for k in differ)
-            raise ValueError(f"{self.folder} was trained with other settings ({rows}); "
-                             f"use the old ones, another --out, or --fresh to start over")
-
-    def _drop_lines_beyond(self, step):
-        """The log keeps only what the checkpoint knows: a resumed log equals an undisturbed one."""
-        path = self.folder / "log.jsonl"
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
-            write_aside(path, lambda aside: aside.write_text("".join(line + "\n" for line in kept)))
-
-    def save(self, step, state):
-        """Keep the two newest: last.pt becomes previous.pt, then the new one takes its name."""
-        if rank() == 0:
-            state = {"step": step, "settings": self.settings, "skipped": self.skipped, **state}
-            write_aside(self.folder / "last.pt", lambda path: torch.save(state, path), keep=None if self.damaged else self.folder / "previous.pt")
-            self.damaged = False
-
-    # ------------------------------------------------------------ the walk through the steps
-    def walk(self, args, rows, batches, device, precision, keep, export=lambda step: None):
-        """Yields (step, batch) from self.first to args.steps - 1; between two steps it logs, saves and listens to signals.
-
-        args     steps, log_every, save_every; max_bad where batches name unreadable samples in batch["bad"]
-        rows     pictures a step reads, over all processes
-        keep     () -> dict of state dicts for the checkpoint      export  (step) -> None, writes the weights that others read
-        """
-        self.finish_on_signals()
-        peak = matmul_peak(device, precision)
-        low, high = -highest(torch.tensor(-float(self.first), device=device)), highest(torch.tensor(float(self.first), device=device))
-        if low != high:
-            raise ValueError(f"processes found checkpoints of different steps in {self.folder}, from {low:.0f} to {high:.0f}: --out must lie in a folder that all machines share")
-        if rank() == 0 and 0 < self.first >= args.steps:
-            export(self.first)                                            # the run had ended, but perhaps not written this
-        bar = ProgressBar(total=args.steps, initial=self.first, desc=Path(sys.argv[0]).stem, unit="step", disable=rank() > 0, dynamic_ncols=True)
-        clock = asked = time.perf_counter()
-        waited, taken = 0.0, 0                                            # seconds for data, steps: since the last line of the log
-        for step, batch in zip(range(self.first, args.steps), batches):
-            waited, done, taken = waited + time.perf_counter() - asked, step + 1, taken + 1
-            self._report_bad(batch.get("bad", []))
-            self.due = done % args.log_every == 0 or done in (1, args.steps)
-            yield step, batch
-            self.flops_known = True
-            save = done % args.save_every == 0 or done == args.steps or self.leaving
-            if self.due or save:
-                bad = int(total(torch.tensor(self.bad, device=device)))
-                if "bad" in batch and bad > 10 and bad > args.max_bad * (bad + done * rows):
-                    raise ValueError(f"{bad} of {bad + done * rows} samples could not be read, more than --max-bad {args.max_bad:g}; look at the files "
-                                     f"named above (python data.py --data ... shows them too), or allow more with --max-bad")
-            if self.due:
-                seconds = (time.perf_counter() - clock) / taken           # of a step, on average since the last line
-                share = {"gflops": self.flops / 1e9, "share_of_peak": self.flops / seconds / peak} if self.flops else {}
-                self.log(done, **self.values, **({"bad": bad} if "bad" in batch else {}), **({"skipped": self.skipped} if self.skipped else {}),
-                          images_per_s=rows / seconds, **share, data_wait=waited / taken / seconds)
-                bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in list(self.values.items())[:6] if isinstance(v, float)))
-            bar.update()
-            if save and rank() == 0:
-                self.save(done, keep() | {"bad": bad})
-                export(done)
-            if self.leaving:
-                break
-            if self.due or save:
-                clock, waited, taken = time.perf_counter(), 0.0, 0
-            asked = time.perf_counter()
-        bar.close()
-        say(f"{self.folder}: {f'stopped on a signal, saved; the same command goes on (exit status {STOPPED})' if self.leaving else 'done'}. "
-            f"Peak memory {peak_memory(device):.2f} GB.")
-
-    def sound(self, loss, norm):
-        """Can this step be taken? False, on every rank, if loss or gradient norm of any rank is not finite: the step is skipped and counted.
-
-        Ranks ask in the same step, so they also agree here on leaving after a signal. Raises ValueError after SKIPS such steps in a row.
-        """
-        flags = torch.stack([~(loss.detach().isfinite() & norm.isfinite()), torch.tensor(self.stopping, device=loss.device)]).float()
-        broken, self.leaving = total(flags).bool().tolist()
-        self.in_a_row = self.in_a_row + 1 if broken else 0
-        self.skipped += broken
-        if broken:
-            say(f"\na step is skipped: loss {loss.item():.4g}, gradient norm {norm.item():.4g} (on this rank; {self.in_a_row} in a row, {self.skipped} in all)")
-        if self.in_a_row == SKIPS:
-            raise ValueError(f"{SKIPS} steps in a row had a loss or gradient that is not finite; earlier checkpoints are kept: try a smaller --lr, "
-                             f"a longer --warmup, or --precision fp32")
-        return not broken
-
-    def means(self, **tensors):
-        """Tensors () of each rank -> their means over ranks, as numbers; all ranks must ask"""
-        means = total(torch.stack([x.detach().float() for x in tensors.values()])) / world()
-        return dict(zip(tensors, means.tolist()))
-
-    def note(self, **values):
-        """What this step's line of the log says"""
-        self.values = values
-
-    @contextmanager
-    def counting(self, times=1):
-        """Around a part of the first step: the operations of its matrix products, `times` over, are added to what a step costs.
-
-        3 around a forward pass that a backward pass follows, whose products are twice as many: cheaper than to follow them (the counter
-        keeps what it sees), and what --recompute does again is not counted.
-        """
-        if self.flops_known:
-            yield
+        self.stop_requested = False        # this process received a signal
+        self.stopping = False              # some process received one: all stop
+        self.last_is_damaged = False       # last.pt is unreadable: previous.pt must be kept
+        self.unreadable = 0                # unreadable samples on this rank
+        self.reported = set()              # their names
+        self.skipped = 0                   # steps without an update
+        self.bad_steps = 0                 # of these, the last ones in a row
+        # torchrun restarts a process with the same flags: --fresh holds for the first start only
+        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        if fresh and not restarted:
+            self._delete_files()
+            self.checkpoint = None
         else:
-            with FlopCounterMode(display=False, custom_mapping=AS_IT_IS) as counter:
-                yield
-            self.flops += times * counter.get_total_flops()
+            self.checkpoint = self._newest_checkpoint()
+        self.step = 0
+        if self.checkpoint:
+            self._continue()
+        if rank() == 0:
+            self._prepare_folder()
 
-    def _report_bad(self, names):
-        """Name each unreadable sample once, on the rank that met it"""
-        for name in names:
-            if name not in self.named:
-                print(f"skipped {name}: another sample takes its place", file=sys.stderr, flush=True)
-            self.named.add(name)
-            self.bad += 1
+    # ------------------------------------------------------------ opening
+    def _delete_files(self):
+        if rank() == 0:
+            for name in FILES:
+                (self.folder / name).unlink(missing_ok=True)
+
+    def _newest_checkpoint(self):
+        found = [path for path in (self.folder / "last.pt", self.folder / "previous.pt")
+                 if path.exists()]
+        for path in found:
+            try:
+                with zipfile.ZipFile(path) as archive:        # torch.load ignores checksums
+                    if archive.testzip():
+                        raise ValueError("a checksum is wrong")
+                return torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as problem:
+                print0(f"{path} is damaged ({type(problem).__name__}: {problem}); "
+                       f"trying the one before")
+                self.last_is_damaged = True
+        if found:
+            raise ValueError(f"no checkpoint in {self.folder} can be read; restore a readable "
+                             f"last.pt, take another --out, or start over with --fresh")
+        return None
+
+    def _continue(self):
+        old, new = self.checkpoint["settings"], self.settings
+        differ = []
+        for name in sorted(old.keys() | new.keys()):
+            if name not in MUTABLE_FLAGS and old.get(name) != new.get(name):
+                differ.append(f"{name}: was {old.get(name)!r}, now {new.get(name)!r}")
+        if differ:
+            raise ValueError(f"{self.folder} was trained with other settings ({'; '.join(differ)});"
+                             f" use the old ones, another --out, or --fresh to start over")
+        self.step = self.checkpoint["step"]
+        self.skipped = self.checkpoint["skipped"]
+        self.unreadable = self.checkpoint.get("bad", 0) if rank() == 0 else 0
+        print0(f"{self.folder} holds a checkpoint of step {self.step}: training continues there "
+               f"(--fresh starts over)")
+
+    def _prepare_folder(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for unfinished in self.folder.glob("*.part"):         # left by a killed process
+            unfinished.unlink()
+        text = json.dumps(self.settings, indent=2) + "\n"
+        atomic_write(self.folder / "run.json", lambda path: path.write_text(text))
+        log = self.folder / "log.jsonl"
+        if log.exists():                                      # drop lines after the checkpoint
+            lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
+            kept = [line + "\n" for line in lines if json.loads(line)["step"] <= self.step]
+            atomic_write(log, lambda path: path.write_text("".join(kept)))
+
+    def restore(self, state):
+        """state  {name: object with load_state_dict}; loads the checkpoint, if there is one"""
+        if self.checkpoint:
+            for name, part in state.items():
+                part.load_state_dict(self.checkpoint[name])
+        self.checkpoint = None                                # free its memory
+
+    def start(self, args, images_per_step, device, precision, export, flops=0, check=None):
+        """To be called once, before the loop.
+
+        args     steps, log_every, save_every; max_bad if samples can be unreadable
+        images_per_step  over all processes
+        export   step -> None; writes the weights that other programs read
+        flops    FLOPs of a step on this process, or 0 if unknown
+        check    (step, {name: logged value}) -> a warning for the log, or ""
+        """
+        self.args, self.images_per_step, self.device = args, images_per_step, device
+        self.export, self.flops, self.check = export, flops, check
+        self.peak = peak_flops(device, precision) if flops else None
+        self._check_equal_steps()
+        self._catch_signals()
+        if rank() == 0 and 0 < self.step >= args.steps:
+            export(self.step)              # the run was complete, but perhaps stopped before this
+        self.bar = ProgressBar(total=args.steps, initial=self.step, desc=Path(sys.argv[0]).stem,
+                               unit="step", disable=rank() > 0, dynamic_ncols=True)
+        self._reset_clock()
+
+    def _check_equal_steps(self):
+        ends = torch.tensor([self.step, -self.step], dtype=torch.float64)
+        last, first = all_reduce_max(ends.float().to(self.device)).tolist()
+        if last != -first:
+            raise ValueError(f"processes found checkpoints of different steps in {self.folder}, "
+                             f"from {-first:.0f} to {last:.0f}: --out must lie in a folder that "
+                             f"all machines share")
+
+    def _reset_clock(self):
+        self.clock, self.waited, self.steps_since = time.perf_counter(), 0.0, 0
+
+    # ------------------------------------------------------------ in the loop
+    def watch(self, batches):
+        """Yield the batches; measure the waiting time and report unreadable samples, batch.bad"""
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - start
+            if batch is None:
+                return
+            for name in getattr(batch, "bad", ()):
+                self._report_unreadable(name)
+            yield batch
+
+    def _report_unreadable(self, name):
+        """Each name is printed once, by the rank that met it"""
+        self.unreadable += 1
+        if name not in self.reported:
+            print(f"skipped {name}: another sample takes its place", file=sys.stderr, flush=True)
+            self.reported.add(name)
+
+    def agree(self, losses, grad_norm):
+        """losses {name: ()}, grad_norm () -> finite, stop: equal on all ranks
+
+        finite  every loss and the gradient norm are finite on every rank: take the step. An
+                infinite L1 can have finite gradients, so both are looked at.
+        stop    some process received a signal: leave the loop after this step
+        ValueError after MAX_BAD_STEPS steps in a row that were not finite.
+        """
+        values = torch.stack([x.detach().to(grad_norm) for x in (*losses.values(), grad_norm)])
+        flags = [~values.isfinite().all(), torch.tensor(self.stop_requested, device=values.device)]
+        broken, stop = all_reduce_sum(torch.stack(flags).float()).tolist()
+        self.stopping = stop > 0
+        if broken == 0:
+            self.bad_steps = 0
+            return True, self.stopping
+        self.bad_steps += 1
+        self.skipped += 1
+        found = ", ".join(f"{name} {x.item():.4g}" for name, x in losses.items())
+        print0(f"\nstep skipped: {found}, gradient norm {grad_norm.item():.4g} (on this rank; "
+               f"{self.bad_steps} in a row, {self.skipped} in all)")
+        if self.bad_steps == MAX_BAD_STEPS:
+            raise ValueError(f"{MAX_BAD_STEPS} steps in a row had a loss or gradient that is not "
+                             f"finite; earlier checkpoints are kept: try a smaller --lr, a longer "
+                             f"--warmup, or --precision fp32")
+        return False, self.stopping
+
+    def after_step(self, step, losses, diagnostics, grad_norm, lr, state):
+        """Log every args.log_every steps, save every args.save_every steps. All ranks call this.
+
+        losses, diagnostics  {name: () tensor, averaged over ranks; other values stay}
+        state    {name: object with state_dict}, for the checkpoint
+        """
+        args, done = self.args, step + 1
+        self.steps_since += 1
+        log = done % args.log_every == 0 or done in (1, args.steps)
+        save = done % args.save_every == 0 or done == args.steps or self.stopping
+        unreadable = self._count_unreadable(done) if log or save else 0
+        if log:
+            values = all_rank_means(losses | diagnostics)
+            warning = self.check(step, values) if self.check else ""
+            if warning:
+                values["warning"] = warning
+            self._log_step(done, values | {"lr": lr, "grad_norm": grad_norm.item()}, unreadable)
+        self.bar.update()
+        if save and rank() == 0:
+            self.save(done, state, unreadable)
+            self.export(done)
+        if log or save:
+            self._reset_clock()
+
+    def _count_unreadable(self, done):
+        """-> unreadable samples on all ranks; ValueError if there are too many"""
+        count = int(all_reduce_sum(torch.tensor(self.unreadable, device=self.device)))
+        total = count + done * self.images_per_step
+        if count > 10 and count > self.args.max_bad * total:
+            raise ValueError(f"{count} of {total} samples could not be read, more than max_bad "
+                             f"{self.args.max_bad:g}; look at the files named above (python "
+                             f"data.py --data ... shows them too), or allow more with "
+                             f"--set max_bad=SHARE")
+        return count
+
+    def _log_step(self, done, values, unreadable):
+        seconds = (time.perf_counter() - self.clock) / self.steps_since
+        self.bar.set_postfix_str(postfix(values))
+        if hasattr(self.args, "max_bad"):
+            values["bad"] = unreadable
+        if self.skipped:
+            values["skipped"] = self.skipped
+        values["images_per_s"] = self.images_per_step / seconds
+        if self.flops:
+            values["gflops"] = self.flops / 1e9
+            values["share_of_peak"] = self.flops / seconds / self.peak
+        values["data_wait"] = self.waited / self.steps_since / seconds
+        self.log(done, **values)
 
     def log(self, step, **values):
-        """One line of log.jsonl; tensors become numbers, and a number that is not finite becomes its name."""
-        if rank() == 0:
-            try:
-                with open(self.folder / "log.jsonl", "a") as f:
-                    f.write(json.dumps({"step": step} | {k: plain(v) for k, v in values.items()}) + "\n")
-            except OSError as problem:
-                raise ValueError(f"{self.folder}/log.jsonl cannot be written ({problem}); the last checkpoint is whole: make room, and type the same command again") from problem
+        """Append a line to log.jsonl. Tensors become numbers; inf and nan become strings."""
+        if rank() > 0:
+            return
+        line = {"step": step} | {name: to_json(value) for name, value in values.items()}
+        try:
+            with open(self.folder / "log.jsonl", "a") as f:
+                f.write(json.dumps(line) + "\n")
+        except OSError as problem:
+            raise ValueError(f"{self.folder}/log.jsonl cannot be written ({problem}); the last "
+                             f"checkpoint is complete: free some space, and type the same command "
+                             f"again") from problem
 
-    def finish_on_signals(self):
-        """After SIGTERM, SIGINT (Ctrl-C) or SIGUSR1 the loop finishes its step, saves and exits.
+    def save(self, step, state, unreadable=0):
+        """Keep the two newest checkpoints: last.pt becomes previous.pt, then the new one last.pt"""
+        if rank() > 0:
+            return
+        checkpoint = {name: part.state_dict() for name, part in state.items()}
+        checkpoint |= {"step": step, "settings": self.settings, "skipped": self.skipped,
+                       "bad": unreadable}
+        keep = None if self.last_is_damaged else self.folder / "previous.pt"
+        atomic_write(self.folder / "last.pt", lambda path: torch.save(checkpoint, path), keep=keep)
+        self.last_is_damaged = False
+
+    def finish(self):
+        """-> the exit status: 0, or EXIT_RESUME if a signal ended the run early"""
+        self.bar.close()
+        end = "done"
+        if self.stopping:
+            end = (f"stopped by a signal and saved; the same command continues "
+                   f"(exit status {EXIT_RESUME})")
+        print0(f"{self.folder}: {end}. Peak memory {peak_memory(self.device):.2f} GB.")
+        return EXIT_RESUME if self.stopping else 0
+
+    # ------------------------------------------------------------ signals
+    def _catch_signals(self):
+        """After SIGTERM, SIGINT (Ctrl-C) or SIGUSR1 the loop finishes its step, saves and stops.
 
         A second Ctrl-C stops at once, except under torchrun: there a worker may receive one Ctrl-C
         twice, from the terminal and from torchrun. torchrun kills workers that are still running
         after 30 seconds.
         """
-        def finish(number, frame):
-            self.stopping = True
+        def request_stop(number, frame):
+            self.stop_requested = True
 
         def interrupt(number, frame):
-            self.stopping = True
+            self.stop_requested = True
+            again = ""
             if under_torchrun():
-                signal.signal(signal.SIGINT, finish)
-                again = ""
+                signal.signal(signal.SIGINT, request_stop)
             else:
-                signal.signal(signal.SIGINT, signal.default_int_handler)  # raises KeyboardInterrupt
+                signal.signal(signal.SIGINT, signal.default_int_handler)      # KeyboardInterrupt
                 again = "; press Ctrl-C again to end at once"
-            with suppress(RuntimeError):                    # if the signal interrupted a print
-                say(f"\nstopping after this step{again}")
+            with suppress(RuntimeError):                      # if the signal interrupted a print
+                print0(f"\nstopping after this step{again}")
 
-        for s in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(s, finish)
+        signal.signal(signal.SIGTERM, request_stop)
+        signal.signal(signal.SIGUSR1, request_stop)
         signal.signal(signal.SIGINT, interrupt)
+
+
+def all_rank_means(values):
+    """{name: () tensor, or another value} -> the same, tensors as numbers averaged over ranks"""
+    tensors = {name: x for name, x in values.items() if torch.is_tensor(x)}
+    means = all_reduce_mean(torch.stack([x.detach().float() for x in tensors.values()])).tolist()
+    return values | dict(zip(tensors, means))
+
+
+def postfix(values):
+    """The first six numbers, for the progress bar"""
+    numbers = [f"{name} {x:.3f}" for name, x in values.items() if isinstance(x, float)]
+    return " ".join(numbers[:6])
+
+
+def to_json(value):
+    """A float with six digits; inf and nan as strings, which JSON lacks"""
+    if torch.is_tensor(value):
+        value = value.item()
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else str(value)
+
+
+def record_metric(folder, name, value, protocol, **more):
+    """Print a measured number with its protocol, and append it to metrics.jsonl"""
+    print0(f"{name:28s} {value:10.4g}   {protocol}")
+    if rank() > 0:
+        return
+    if not Path(folder).is_dir():
+        print0(f"(not kept: {folder} is no folder)")
+        return
+    line = {"name": name, "value": to_json(value), "protocol": protocol, **more}
+    with open(Path(folder) / "metrics.jsonl", "a") as f:
+        f.write(json.dumps(line) + "\n")
 
 
 class ProgressBar(tqdm):
@@ -264,157 +386,33 @@ class ProgressBar(tqdm):
         if rest > self.SHORT:
             about = self.format_interval(rest)
             measured = f"measured over {self.n - first} of {self.total}"
-            self.write(f"{self.desc}: about {about} left on this machine, {measured}", file=sys.stdout)
+            self.write(f"{self.desc}: about {about} left on this machine, {measured}",
+                       file=sys.stdout)
 
 
-def plain(v):
-    v = v.item() if torch.is_tensor(v) else v
-    return float(f"{v:.6g}") if isinstance(v, float) and math.isfinite(v) else str(v) if isinstance(v, float) else v
+# ---------------------------------------------------------------- --set name=value
+def parse_settings(pairs, defaults):
+    """["ema=0.99", ...] -> {"ema": 0.99, ...}
 
-
-def metric(folder, name, value, protocol, **more):
-    """Print a measured number with its protocol and append it to metrics.jsonl."""
-    say(f"{name:28s} {value:10.4g}   {protocol}")
-    if rank() == 0 and not Path(folder).is_dir():
-        say(f"(not kept: {folder} is no folder)")
-    elif rank() == 0:
-        with open(Path(folder) / "metrics.jsonl", "a") as f:
-            f.write(json.dumps({"name": name, "value": plain(value), "protocol": protocol, **more}) + "\n")
-
-
-def write_aside(path, write, keep=None):
-    """write(temporary path), flush to disk, rename: the file is either the old one or the new one, never half. keep: a name for the old one"""
-    aside = path.with_name(path.name + ".part")
-    try:
-        write(aside)
-        with open(aside, "rb+") as f:
-            os.fsync(f.fileno())
-    except Exception as problem:                                          # torch and safetensors have errors of their own for a full disk
-        aside.unlink(missing_ok=True)
-        raise ValueError(f"{path} could not be written ({problem}); what stood there before is whole. If the disk is full, make room: "
-                         f"the same command goes on from the last checkpoint") from problem
-    if keep and path.exists():
-        os.replace(path, keep)
-    os.replace(aside, path)
-
-
-# ---------------------------------------------------------------- the machine
-def machine(args):
-    """--device, --precision -> the torch.device of this process, the precision's name. fp64 becomes torch's default type."""
-    device = start(args.device)
-    set_tf32(device, True)
-    precision = args.precision or choose_precision(device)
-    if precision == "fp16" and device.type == "cpu":
-        raise ValueError("--precision fp16 is for GPUs; on a CPU take bf16 or fp32")
-    if args.precision:
-        warn_if_emulated(device, precision)
-    torch.set_default_dtype(torch.float64 if precision == "fp64" else torch.float32)
-    return device, precision
-
-
-def set_tf32(device, on):
-    """Whether float32 matrix products on CUDA may round their inputs to TF32 (10 mantissa bits
-    instead of 23).
-
-    On for training, as in DINOv2 and OpenCLIP, for encoding latents, as in VTP, and for sampling,
-    as in LightningDiT. Off, PyTorch's default, for training the DiT, as in LightningDiT, and for
-    evaluation, as in VTP. The forward pass of the losses never uses TF32 (full_precision in
-    losses.py). Convolutions always may: this is PyTorch's default for them.
+    defaults  {name: value}. ValueError for an unknown name, or a value of another type than the
+    default; a default of None accepts any value.
     """
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = on
-
-
-def tf32_of(device):
-    """For printed lines and protocols: ", tf32 on" or ", tf32 off" on CUDA, else nothing"""
-    if device.type != "cuda":
-        return ""
-    return f", tf32 {'on' if torch.backends.cuda.matmul.allow_tf32 else 'off'}"
-
-
-def move_to(x, device):
-    """Copy x to the device, asynchronously only on CUDA.
-
-    On MPS an asynchronous copy may not be complete when x is read.
-    """
-    return x.to(device, non_blocking=device.type == "cuda")
-
-
-def give_back_memory(above=2 ** 20):
-    """Freed tensors above 1 MB (or that many bytes) go back to the system at once, instead of lying in glibc's heap in pieces: an S step of 32 pictures needs 3.1 GB, not 3.7.
-    A small model would gain no memory and lose a fifth of its speed: pages that are given back are cleared before they come again."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).mallopt(-3, above)                              # M_MMAP_THRESHOLD
-
-
-def choose_precision(device):
-    """bf16 where the hardware multiplies it, else fp16 on GPUs, else fp32 -> its name"""
-    if multiplies_bf16(device):
-        return "bf16"
-    return "fp16" if device.type == "cuda" else "fp32"
-
-
-def multiplies_bf16(device):
-    """True if this device is known to multiply bfloat16 in hardware: CUDA that reports it, or an
-    x86 CPU with AVX512-BF16 or AMX. Other devices give False.
-
-    ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA (formerly DNNL_MAX_CPU_ISA) can disable these
-    instructions. torch.cpu.get_capabilities() ignores them, so they are checked separately.
-    """
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu":
-        return False
-    hardware = torch.cpu.get_capabilities()
-    present = bool(hardware.get("avx512_bf16") or hardware.get("amx_bf16"))
-    pytorch_may = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "NO AVX", "AVX2")
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "ALL"
-    onednn_may = limit.upper().startswith(ISA_WITH_BF16)
-    return present and pytorch_may and onednn_may
-
-
-def warn_if_emulated(device, precision):
-    """Print a warning, with the measured slowdown, if bf16 is only emulated on this device.
-
-    MPS is left out: whether a Mac emulates bf16 is not known here.
-    """
-    if precision != "bf16" or multiplies_bf16(device) or device.type == "mps":
-        return
-    ratio = matmul_peak(device, "fp32") / matmul_peak(device, "bf16")
-    say(f"note         --precision bf16 is only emulated by this {device.type}: a matrix product takes {ratio:.1f} times "
-        f"as long as in fp32 (measured now). The default here is {choose_precision(device)}.")
-
-
-# values of ONEDNN_MAX_CPU_ISA with which oneDNN still multiplies bfloat16
-ISA_WITH_BF16 = ("ALL", "DEFAULT", "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX10")
-
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def autocast(device, precision):
-    """A context for the forward pass: 'fp32' and 'fp64' do nothing, 'bf16' and 'fp16' cast matrix products."""
-    if precision in ("fp32", "fp64"):
-        return nullcontext()
-    return torch.autocast(device.type, dtype=DTYPES[precision])
-
-
-def matmul_peak(device, precision, seconds=0.3):
-    """The machine's own ceiling: FLOP/s of one large matrix product in this precision, measured now."""
-    n = 1024 if device.type == "cpu" else 8192
-    a = torch.randn(n, n, device=device, dtype=DTYPES[precision])
-    wait = torch.cuda.synchronize if device.type == "cuda" else torch.mps.synchronize if device.type == "mps" else lambda: None
-    a @ a
-    wait()
-    start, count = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
-        a @ a
-        wait()
-        count += 1
-    return 2 * n ** 3 * count / (time.perf_counter() - start)
-
-
-def peak_memory(device):
-    """GB, of this process"""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)      # bytes on macOS, else KiB
+    found = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or name not in defaults:
+            raise ValueError(f"--set {pair}: wanted name=value, where name is one of "
+                             f"{', '.join(defaults)}")
+        default = defaults[name]
+        value = text
+        if not isinstance(default, str):
+            with suppress(ValueError):                       # what is no JSON stays a string
+                value = json.loads(text.lower().replace("none", "null"))
+        if type(default) is float and type(value) is int:
+            value = float(value)
+        if type(default) is bool and value in (0, 1):
+            value = bool(value)
+        if default is not None and type(value) is not type(default):
+            raise ValueError(f"--set {pair}: wanted a value like the default, {default}")
+        found[name] = value
+    return found

@@ -1,162 +1,163 @@
-"""The vision transformer: pixels -> tokens.   VTP Sec. 3.1; its architecture is that of DINOv3 ([26] in the paper)
+"""The vision transformer: pixels -> tokens.   VTP Sec. 3.1; architecture of DINOv3 ([26] there)
 
-    patchify -> [class token, patches] -> depth x (attention + feed-forward) -> norm -> class token (B, D), patches (B, N, D)
+    patch embedding, class token -> depth x (attention, feed-forward) -> norm
+    img (B, 3, h*P, w*P) -> class token (B, D), patches (B, N, D)
 
-Reads top-down: norms, where a patch stands (RoPE), what looks at what (attention), what is thought about it (SwiGLU),
-a block, which samples a block skips (stochastic depth), the trunk. The pixel decoder is built from the same blocks.
-Attribute names are the official ones, so that the released weights load.
+The file reads top-down: norms, position embedding (RoPE), attention, feed-forward (SwiGLU), block
+with stochastic depth, trunk. The pixel decoder is built from the same blocks. Attribute names are
+the official ones, so that the released weights load. extras/fast.py holds faster forms of
+rms_norm, rotate, attention and SwiGLU.
 
 B images    N = h*w patches    D width    H heads of c = D/H channels    d latent channels
 """
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .device import to_fp32
+
 
 # ---------------------------------------------------------------- norms
+def rms_norm(x, weight, eps):
+    """x (..., D) / rms(x) * weight (D,). The quotient is computed in float32 and cast back to the
+    type of x before it is multiplied by the weight (released code)."""
+    y = to_fp32(x)
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    return y.to(x.dtype) * weight
+
+
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, the quotient taken in float32 and cast back before the weight (released code)"""
     def __init__(self, D, eps=1e-5):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(D)), eps
+        self.weight = nn.Parameter(torch.ones(D))
+        self.eps = eps
 
     def forward(self, x):
-        return Normed.apply(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
-class Normed(torch.autograd.Function):
-    """n w with n = x / rms(x). By hand, as torch would keep every step: dx = (g w - n mean(g w n)) / rms, dw = sum(g n). 2.6 x as fast"""
-    @staticmethod
-    def forward(ctx, x, w, eps):
-        wide = x.double() if x.dtype == torch.float64 else x.float()
-        shrink = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        n = (wide * shrink).to(x.dtype)
-        ctx.save_for_backward(n, shrink, w)
-        return n * w
-
-    @staticmethod
-    def backward(ctx, g):
-        n, shrink, w = ctx.saved_tensors
-        gn = g * n
-        along = (gn @ w)[..., None] / n.shape[-1]                                   # mean(g w n): the share along n, which a longer x does not change
-        return ((g * w).addcmul_(n, along, value=-1).mul_(shrink).to(n.dtype)), gn.flatten(0, -2).sum(0), None
+def layer_norm(eps):
+    return lambda D: nn.LayerNorm(D, eps=eps)
 
 
-NORMS = {"rmsnorm": RMSNorm,                                         # eps 1e-5
-         "layernorm": lambda D: nn.LayerNorm(D, eps=1e-6),
-         "layernormbf16": lambda D: nn.LayerNorm(D, eps=1e-5)}
+NORMS = {"rmsnorm": RMSNorm, "layernorm": layer_norm(1e-6), "layernormbf16": layer_norm(1e-5)}
 
 
-# ---------------------------------------------------------------- where a patch stands
+# ---------------------------------------------------------------- position embedding
 class RoPE(nn.Module):
-    """Axial rotary position embedding: pairs of channels turn by an angle that grows with y, or with x.
+    """Axial rotary position embedding: pairs of channels are rotated by an angle proportional to y
+    (the first c/4 pairs) or to x (the others).
 
-    Coordinates run over (-1, 1) whatever the grid, so a local crop of 6x6 patches spans the same angles as a global one.
-    dtype bfloat16 rounds after every operation, as the released models were trained; float32 is exact and ours.
+    Coordinates run over (-1, 1) for any grid, so a local crop of 6x6 patches spans the same angles
+    as a global one. dtype bfloat16 rounds after every operation, as in the training of the
+    released models; float32 is ours.
     """
     def __init__(self, c, dtype=torch.float32):
         super().__init__()
         if c % 4:
-            raise ValueError(f"a head is {c} channels wide, but axial RoPE needs a multiple of 4; change the width or the heads")
+            raise ValueError(f"a head has {c} channels, but axial RoPE needs a multiple of 4; "
+                             f"change the width or the number of heads")
         self.c, self.dtype = c, dtype
-        self.register_buffer("periods", self.periods_in(torch.bfloat16))       # bfloat16 in every official file
+        # stored in bfloat16 in every official file
+        self.register_buffer("periods", self.compute_periods(torch.bfloat16))
 
-    def periods_in(self, dtype, device=None):
-        """(c/4,) wavelengths from 1 up to 100 half-grids"""
-        return 100 ** (2 * torch.arange(self.c // 4, device=device, dtype=dtype) / (self.c // 2))
+    def compute_periods(self, dtype, device=None):
+        """(c/4,) wavelengths, from 1 up to 100 half-grids"""
+        exponent = 2 * torch.arange(self.c // 4, device=device, dtype=dtype) / (self.c // 2)
+        return 100 ** exponent
 
     def forward(self, h, w, prefix=0):
-        """-> sin, cos (prefix + h*w, c). The prefix rows (a class token stands nowhere) have angle zero: they are not turned."""
+        """-> sin, cos (prefix + h*w, c). The first `prefix` rows, for tokens without a position
+        such as the class token, have angle 0."""
         device, dtype = self.periods.device, self.dtype
-        periods = self.periods.to(dtype) if dtype == torch.bfloat16 else self.periods_in(dtype, device)
-        y, x = ((torch.arange(n, device=device, dtype=dtype) + 0.5) / n for n in (h, w))           # patch centres in (0, 1)
-        grid = 2 * torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flatten(0, 1) - 1           # (N, 2) in (-1, 1)
-        angle = (2 * torch.pi * grid[:, :, None] / periods).flatten(1).tile(2)                      # (N, c): y, x, y, x
-        angle = F.pad(angle, (0, 0, prefix, 0))
+        periods = self.periods
+        if dtype != torch.bfloat16:
+            periods = self.compute_periods(dtype, device)
+        y = (torch.arange(h, device=device, dtype=dtype) + 0.5) / h            # in (0, 1)
+        x = (torch.arange(w, device=device, dtype=dtype) + 0.5) / w
+        grid = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1)            # (h, w, 2)
+        grid = 2 * grid.flatten(0, 1) - 1                                      # (N, 2) in (-1, 1)
+        angle = 2 * torch.pi * grid[:, :, None] / periods                      # (N, 2, c/4)
+        angle = angle.flatten(1).tile(2)                                       # (N, c): y, x, y, x
+        angle = F.pad(angle, (0, 0, prefix, 0))                                # (prefix + N, c)
         return angle.sin(), angle.cos()
 
 
 def rotate(x, sin, cos):
-    """Turn each pair (a, b) = channels (i, i + c/2) of x (B, H, N, c) by its angle, in the precision of the tables: a cos - b sin, b cos + a sin."""
-    dtype = torch.promote_types(sin.dtype, x.dtype) if sin.dtype == torch.float32 else sin.dtype
-    half = sin.shape[-1] // 2
-    turned = x.to(dtype) * cos
-    turned += x.to(dtype).roll(half, -1).mul_(torch.cat([-sin[..., :half], sin[..., half:]], -1))        # (b, a)
-    return turned.to(x.dtype)
+    """Rotate each pair (a, b) = channels (i, i + c/2) of x: (a cos - b sin, b cos + a sin)
+
+    x (B, H, N, c); sin, cos (N, c). Computed in the precision of the tables.
+    """
+    dtype = sin.dtype
+    if dtype == torch.float32:
+        dtype = torch.promote_types(dtype, x.dtype)                            # float64 stays
+    y = x.to(dtype)
+    a, b = y.chunk(2, dim=-1)
+    rotated = y * cos + torch.cat([-b, a], dim=-1) * sin
+    return rotated.to(x.dtype)
 
 
-# ---------------------------------------------------------------- what looks at what
-def attend(q, k, v, causal=False):
-    """softmax(q k' / sqrt c) v, each (B, H, N, c). causal: a token sees itself and those before it"""
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)                        # written out: 6 x faster in bfloat16 than torch's kernel for CPUs
-    if causal:
-        logits = logits.masked_fill(torch.ones(logits.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
-    return logits.softmax(-1, dtype=v.dtype) @ v
+# ---------------------------------------------------------------- attention
+def attention(q, k, v, causal=False):
+    """softmax(q k' / sqrt(c)) v, each (B, H, N, c). causal: a token sees no later ones."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; QKNorm [13 in the paper] bounds its logits: stability (VTP Sec. 4.1)"""
+    """Multi-head self-attention. QKNorm bounds its logits, for stability (VTP Sec. 4.1)."""
     def __init__(self, D, heads, qk_norm):
         super().__init__()
         self.heads = heads
-        self.qkv, self.proj = nn.Linear(D, 3 * D), nn.Linear(D, D)
-        self.q_norm, self.k_norm = (RMSNorm(D // heads) if qk_norm else nn.Identity() for _ in range(2))
+        self.qkv = nn.Linear(D, 3 * D)
+        self.proj = nn.Linear(D, D)
+        self.q_norm = RMSNorm(D // heads) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(D // heads) if qk_norm else nn.Identity()
 
     def forward(self, x, rope):
         B, N, D = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)      # each (B, H, N, c); B may be 0
-        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
-        x = attend(q.to(v.dtype), k.to(v.dtype), v)
+        qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                   # each (B, H, N, c)
+        q = rotate(self.q_norm(q), *rope)
+        k = rotate(self.k_norm(k), *rope)
+        x = attention(q.to(v.dtype), k.to(v.dtype), v)                         # (B, H, N, c)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
 
-# ---------------------------------------------------------------- what is thought about it
+# ---------------------------------------------------------------- feed-forward
 class SwiGLU(nn.Module):
-    """w3( silu(w1 x) * w2 x ). Two thirds of the usual hidden width, rounded up: as many parameters as a plain MLP."""
+    """w3( silu(w1 x) * w2 x ). The hidden width is 2/3 of an MLP's, rounded up to a multiple of
+    `align`, so that it has about as many parameters."""
     def __init__(self, D, ratio, align):
         super().__init__()
-        hidden = -(-int(int(D * ratio) * 2 / 3) // align) * align
-        self.w1, self.w2, self.w3 = nn.Linear(D, hidden), nn.Linear(D, hidden), nn.Linear(hidden, D)
+        hidden = int(int(D * ratio) * 2 / 3)
+        hidden = (hidden + align - 1) // align * align
+        self.w1 = nn.Linear(D, hidden)
+        self.w2 = nn.Linear(D, hidden)
+        self.w3 = nn.Linear(hidden, D)
 
     def forward(self, x):
-        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))                       # cast once, not for w1 and again for w2
-        return self.w3(Gated.apply(self.w1(x), self.w2(x)))
-
-
-class Gated(torch.autograd.Function):
-    """silu(a) b, which keeps a and b alone: a tenth of a block's memory less"""
-    @staticmethod
-    def forward(ctx, a, b):
-        ctx.save_for_backward(a, b)
-        return F.silu(a) * b
-
-    @staticmethod
-    def backward(ctx, g):
-        a, b = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(g * b, a), g * F.silu(a)
+        return self.w3(F.silu(self.w1(x)) * self.w2(x))
 
 
 class Mlp(nn.Module):
     def __init__(self, D, ratio):
         super().__init__()
-        self.fc1, self.fc2 = nn.Linear(D, int(D * ratio)), nn.Linear(int(D * ratio), D)
+        self.fc1 = nn.Linear(D, int(D * ratio))
+        self.fc2 = nn.Linear(int(D * ratio), D)
 
     def forward(self, x):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-FFNS = {"mlp": Mlp,
-        "swiglu": lambda D, ratio: SwiGLU(D, ratio, 8),
-        "swiglu32": lambda D, ratio: SwiGLU(D, ratio, 32),
-        "swiglu64": lambda D, ratio: SwiGLU(D, ratio, 64),
-        "swiglu128": lambda D, ratio: SwiGLU(D, ratio, 128)}
+def swiglu(align):
+    return lambda D, ratio: SwiGLU(D, ratio, align)
 
 
-# ---------------------------------------------------------------- a block
+FFNS = {"mlp": Mlp, "swiglu": swiglu(8), "swiglu32": swiglu(32), "swiglu64": swiglu(64),
+        "swiglu128": swiglu(128)}
+
+
+# ---------------------------------------------------------------- block
 class LayerScale(nn.Module):
     def __init__(self, D, init):
         super().__init__()
@@ -167,118 +168,99 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm x), then x + feed-forward(norm x)"""
+    """x + attention(norm(x)), then x + mlp(norm(x))"""
     def __init__(self, D, heads, ratio, ffn, norm, qk_norm, layer_scale):
         super().__init__()
-        self.norm1, self.attn = NORMS[norm](D), Attention(D, heads, qk_norm)
-        self.norm2, self.mlp = NORMS[norm](D), FFNS[ffn](D, ratio)
-        self.ls1, self.ls2 = (LayerScale(D, layer_scale) if layer_scale else nn.Identity() for _ in range(2))
+        self.norm1 = NORMS[norm](D)
+        self.attn = Attention(D, heads, qk_norm)
+        self.ls1 = LayerScale(D, layer_scale) if layer_scale else nn.Identity()
+        self.norm2 = NORMS[norm](D)
+        self.mlp = FFNS[ffn](D, ratio)
+        self.ls2 = LayerScale(D, layer_scale) if layer_scale else nn.Identity()
 
-    def forward(self, x, rope, kept=(None, None), read=None):
-        """x (B, N, D) -> the same
+    def attention_branch(self, x, rope):
+        return self.ls1(self.attn(self.norm1(x), rope))
 
-        kept  for each branch (rows that it is computed for, scale), or None: all      read  (B, N) bool -> these tokens alone, one after another (R, D)
-        """
-        first, second = kept
-        x = residual(x, lambda x: self.ls1(self.attn(self.norm1(x), rope)), first)
-        if read is not None:
-            x = x[read]                                                                 # (R, D)
-            if second:                                                                  # samples -> places of their tokens in this list
-                second = torch.isin(read.nonzero()[:, 0], second[0].to(x.device)).nonzero()[:, 0], second[1]
-        return residual(x, lambda x: self.ls2(self.mlp(self.norm2(x))), second)
+    def mlp_branch(self, x):
+        return self.ls2(self.mlp(self.norm2(x)))
+
+    def forward(self, x, rope, keep=(None, None)):
+        """x (B, N, D) -> the same. keep: for each branch (rows, scale), or None for all rows"""
+        x = residual(x, lambda kept: self.attention_branch(kept, rope), keep[0])
+        return residual(x, self.mlp_branch, keep[1])
 
 
-def residual(x, branch, kept):
-    """x + branch(x); with stochastic depth the branch runs on the kept rows only, scaled up so that its mean stays."""
-    if kept is None:
+def residual(x, branch, keep):
+    """x + branch(x). With stochastic depth, the branch is computed for the kept rows of the batch
+    only, and scaled so that its expectation is unchanged (DINOv2).
+
+    keep  (rows (n,), scale), or None for all rows; drawn by augment.kept_rows
+    """
+    if keep is None:
         return x + branch(x)
-    rows, scale = kept[0].to(x.device), kept[1]
+    rows, scale = keep
     return x.index_add(0, rows, branch(x[rows]).to(x.dtype), alpha=scale)
 
 
-class StochasticDepth:
-    """Which samples a residual branch is computed for: a fixed share of the whole batch (DINOv2), drawn anew per branch.
-
-    The draw follows from `key` = (seed, step, objective), block and branch alone and is made over the GLOBAL batch: any
-    number of processes or micro-batches, and any recomputation, keeps the same samples.
-    rate  share dropped      rows  the numbers of this process's samples among the `total` of the global batch
-    """
-    def __init__(self, rate, rows, total, *key):
-        self.keep, self.rows, self.total, self.key = max(int(total * (1 - rate)), 1), np.asarray(rows), total, key
-
-    def __call__(self, block):
-        """-> for attention and feed-forward of this block: (rows of this process's batch, scale)"""
-        return [self.draw(block, branch) for branch in range(2)]
-
-    def draw(self, block, branch):
-        kept = np.zeros(self.total, bool)
-        kept[np.random.default_rng((*self.key, block, branch)).permutation(self.total)[:self.keep]] = True
-        return torch.from_numpy(kept[self.rows].nonzero()[0]), self.total / self.keep
-
-
-# ---------------------------------------------------------------- the trunk
+# ---------------------------------------------------------------- trunk
 class PatchEmbed(nn.Module):
     def __init__(self, D, patch):
         super().__init__()
         self.proj = nn.Conv2d(3, D, patch, patch)
 
     def forward(self, img):
-        return self.proj(img)                            # (B, D, h, w)
+        return self.proj(img)                                                  # (B, D, h, w)
 
 
 class VisionTransformer(nn.Module):
-    """img (B, 3, h*P, w*P) -> class token (B, D), patches (B, h*w, D)"""
-    def __init__(self, D, depth, heads, patch, ratio=4.0, ffn="swiglu", norm="rmsnorm", qk_norm=True, layer_scale=None,
-                 latent_dim=64, rope_dtype=torch.float32):
+    """img (B, 3, h*P, w*P) -> class token (B, D), patches (B, N, D)"""
+    def __init__(self, D, depth, heads, patch, ratio=4.0, ffn="swiglu", norm="rmsnorm",
+                 qk_norm=True, layer_scale=None, latent_dim=64, rope_dtype=torch.float32):
         super().__init__()
         self.patch_embed = PatchEmbed(D, patch)
         self.cls_token = nn.Parameter(torch.empty(1, 1, D))
         self.mask_token = nn.Parameter(torch.empty(1, D))
         self.rope_embed = RoPE(D // heads, rope_dtype)
-        self.blocks = nn.ModuleList(Block(D, heads, ratio, ffn, norm, qk_norm, layer_scale) for _ in range(depth))
+        blocks = [Block(D, heads, ratio, ffn, norm, qk_norm, layer_scale) for _ in range(depth)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = NORMS[norm](D)
-        # all that the decoder, and later the DiT, ever see: D -> d, no bias, after the final norm. d = D needs none (released code)
-        self.feature_bottleneck = nn.Linear(D, latent_dim, bias=False) if latent_dim not in (None, D) else nn.Identity()
+        # D -> d, without bias, after the final norm: all that the decoder and the DiT see.
+        # d = D has no bottleneck (released code).
+        self.feature_bottleneck = nn.Identity()
+        if latent_dim not in (None, D):
+            self.feature_bottleneck = nn.Linear(D, latent_dim, bias=False)
         self.apply(init_linear)
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.zeros_(self.mask_token)
 
-    def layers(self, img, mask=None, drop=None, read=None):
-        """Yields the tokens (B, 1+N, D) after every block, before the final norm; after the last one (R, D) if `read`.
+    def layers(self, img, mask=None, keep=None):
+        """Yields the tokens (B, 1+N, D) after each block, before the final norm.
 
-        mask  (B, N) True = the patch is hidden (iBOT): its embedding is replaced by a learned token
-        drop  a StochasticDepth, or any function of a block's number that gives what its two branches keep
-        read  (B, 1+N) bool: of the last block's tokens only these
+        mask  (B, N) bool, True: the embedding of the patch is replaced by the mask token (iBOT)
+        keep  for each block, what its two branches keep (stochastic depth); None: everything
         """
-        x = self.patch_embed(img)                                                       # (B, D, h, w)
+        x = self.patch_embed(img)                                              # (B, D, h, w)
         h, w = x.shape[-2:]
-        x = x.flatten(2).transpose(1, 2)                                                # (B, N, D)
+        x = x.flatten(2).transpose(1, 2)                                       # (B, N, D)
         if mask is not None:
             x = torch.where(mask[..., None], self.mask_token, x)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)                    # (B, 1+N, D)   float32 under autocast too
+        # float32 under autocast too, because the class token is: so is the residual stream
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)       # (B, 1+N, D)
         rope = self.rope_embed(h, w, prefix=1)
         for i, block in enumerate(self.blocks):
-            x = block(x, rope, drop(i) if drop else (None, None), read if block is self.blocks[-1] else None)
+            x = block(x, rope, keep[i]) if keep else block(x, rope)
             yield x
 
-    def forward(self, img, mask=None, drop=None, read=None):
-        """-> class token (B, D), patches (B, N, D), after the final norm and before the bottleneck
-
-        read  (B, N) bool -> these patches alone, in order (R, D). Training reads few: the last feed-forward, which thinks about each token by
-              itself, and the norm are spared the others. A tenth of a nano step at 64 px; less the deeper a trunk is.
-        """
-        asked = None if read is None else F.pad(read, (1, 0), value=True)               # (B, 1+N)   class tokens always
-        for x in self.layers(img, mask, drop, asked):                                   # the last one; a list would hold them all
-            pass
+    def forward(self, img, mask=None, keep=None):
+        """-> class token (B, D), patches (B, N, D), after the final norm, before the bottleneck"""
+        for x in self.layers(img, mask, keep):
+            pass                                                               # keep the last only
         x = self.norm(x)
-        if read is None:
-            return x[:, 0], x[:, 1:]
-        place = asked.nonzero()[:, 1]                                                   # (B+R,)
-        return x[place == 0], x[place > 0]
+        return x[:, 0], x[:, 1:]
 
 
 def init_linear(m):
-    """trunc-normal 0.02, zero bias (released code); convolutions keep torch's default"""
+    """Truncated normal 0.02 and zero bias (released code). Convolutions keep PyTorch's default."""
     if isinstance(m, nn.Linear):
         nn.init.trunc_normal_(m.weight, std=0.02)
         if m.bias is not None:

@@ -1,0 +1,104 @@
+"""What each fast form of extras/fast.py gains: time of a training step with all of them, divided by
+the time with one of them in its textbook form; variants take turns.
+
+    python study/forms.py                 nano and S, in the precision of this machine
+    python study/forms.py --rounds 15     more rounds
+
+A form is kept if it gains 3 % on nano or on S. Prints a table and writes study/forms.json.
+"""
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import train
+from vtp_min import losses, vit
+from vtp_min.device import autocast, choose_precision
+from vtp_min.extras import fast
+from vtp_min.model import Student, Teacher
+from vtp_min.optim import param_groups
+
+# name: module or class, attribute. views are measured by study/speed.py
+FORMS = {"rms_norm": (vit, "rms_norm"), "rotate": (vit, "rotate"),
+         "attention": (vit, "attention"), "SwiGLU": (vit.SwiGLU, "forward"),
+         "cross_entropy": (losses, "cross_entropy"), "dino_loss": (losses, "dino_loss")}
+SIZES = {"nano": [], "S": "--size S --batch 4 --batch-ssl 4 --batch-rec 4".split()}
+
+
+class Step:
+    """A training step of train.py on one fixed batch of shapes"""
+
+    def __init__(self, flags, precision):
+        args = self.args = train.arguments(["--perceptual", "none", *flags])
+        args.warmup = 1
+        self.device = torch.device("cpu")
+        self.amp = autocast(self.device, precision)
+        torch.manual_seed(0)
+        model, head = train.build_model(args)
+        self.student = Student(model, head)
+        self.teacher = Teacher(self.student)
+        self.targets = losses.TeacherTargets(args.teacher, args.prototypes, self.device)
+        self.optimizer = torch.optim.AdamW(param_groups(self.student), lr=1e-5, fused=True)
+        self.scaler = torch.amp.GradScaler("cpu", enabled=False)
+        self.batch = train.train_batches(args, depth=len(model.trunk.blocks))[0]
+
+    def __call__(self):
+        self.optimizer.zero_grad()
+        train.compute_gradients(self.batch, 0.05, self.args, self.student, self.teacher, None,
+                                self.targets, self.amp, self.scaler, self.device)
+        self.optimizer.step()
+        self.teacher.update(self.student, 0.99)
+
+
+def measure(step, rounds):
+    """-> {variant: seconds of each round}; variants: all, plain, and each form's name"""
+    plain = {name: getattr(*where) for name, where in FORMS.items()}
+    undo = fast.install()
+    quick = {name: getattr(*where) for name, where in FORMS.items()}
+    variants = {"all": set(), "plain": set(FORMS)} | {name: {name} for name in FORMS}
+    seconds = {variant: [] for variant in variants}
+    for k in range(rounds + 1):                              # the first round warms up
+        for variant, textbook in variants.items():
+            for name, (place, attribute) in FORMS.items():
+                setattr(place, attribute, (plain if name in textbook else quick)[name])
+            start = time.perf_counter()
+            step()
+            if k:
+                seconds[variant].append(time.perf_counter() - start)
+    undo()
+    return seconds
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", default=str(ROOT / "study" / "forms.json"))
+    args = parser.parse_args()
+    precision = choose_precision(torch.device("cpu"))
+    found = {"precision": precision, "threads": torch.get_num_threads(),
+             "torch": torch.__version__, "rounds": args.rounds}
+    for size, flags in SIZES.items():
+        seconds = measure(Step(flags, precision), args.rounds)
+        median = {variant: statistics.median(times) for variant, times in seconds.items()}
+        found[size] = {"seconds": {k: [round(t, 4) for t in v] for k, v in seconds.items()},
+                       "gain": {k: round(v / median["all"], 3) for k, v in median.items()}}
+        print(f"{size}, {precision}, {torch.get_num_threads()} threads: a step takes "
+              f"{median['all']:.3f} s with all fast forms (median of {args.rounds})")
+        for variant in ("plain", *FORMS):
+            what = "all in textbook form" if variant == "plain" else f"{variant} in textbook form"
+            low, high = min(seconds[variant]), max(seconds[variant])
+            print(f"    {what:32} {found[size]['gain'][variant]:5.3f} x   "
+                  f"({low:.3f} to {high:.3f} s)", flush=True)
+    Path(args.out).write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

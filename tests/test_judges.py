@@ -1,0 +1,161 @@
+"""The networks that stand in for Inception: SqueezeNet and a classifier of the data."""
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from test_fid import GOLDEN, chw
+from test_image_sets import noise
+from vtp_min.augment import ASSETS
+from vtp_min.extras.judges import (Classifier, SqueezeNet, load_or_train_classifier,
+                                   load_squeezenet, train_classifier)
+from vtp_min.extras.weights import find
+
+
+# ---- SqueezeNet
+
+@pytest.fixture
+def squeezenet():
+    try:
+        find("squeezenet")
+    except FileNotFoundError as problem:
+        pytest.skip(str(problem))
+    return load_squeezenet()
+
+
+def random_squeezenet():
+    torch.manual_seed(0)
+    return SqueezeNet()
+
+
+def test_squeezenet_has_the_published_count_of_parameters_and_512_features_of_any_picture():
+    net = random_squeezenet()
+    # Iandola et al. 2016, Table 1, and its biases
+    assert sum(p.numel() for p in net.parameters()) == 1_248_424
+    img = torch.randint(256, (3, 3, 40, 70), dtype=torch.uint8)
+    assert net.grid(img).shape == (3, 512, 13, 13) and net(img).shape == (3, 512)
+    assert net.logits(img).shape == (3, 1000) and not net.training
+
+
+def test_features_of_a_picture_do_not_depend_on_its_neighbours():
+    net, img = random_squeezenet(), torch.randint(256, (5, 3, 64, 64), dtype=torch.uint8)
+    assert torch.allclose(net(img), torch.cat([net(x) for x in img.split(1)]), rtol=1e-5, atol=1e-6)
+
+
+def test_squeezenet_sees_blue_first_around_caffes_mean():
+    net = random_squeezenet()
+    mean = torch.tensor([123, 117, 104], dtype=torch.uint8)             # red, green, blue
+    mean = mean[:, None, None].expand(1, 3, 8, 8)
+    seen = []
+    net.conv1.register_forward_pre_hook(lambda layer, x: seen.append(x[0]))
+    net(mean), net(mean + torch.tensor([0, 0, 9], dtype=torch.uint8)[:, None, None])
+    assert seen[0].shape == (1, 3, 227, 227) and seen[0].abs().max() < 1e-4
+    assert torch.allclose(seen[1].mean((0, 2, 3)), torch.tensor([9., 0, 0]), atol=1e-4)
+
+
+def test_squeezenet_shrinks_pictures_as_pil_does():
+    net, seen = random_squeezenet(), []
+    net.conv1.register_forward_pre_hook(lambda layer, x: seen.append(x[0]))
+    img = noise(1, 300)[0]
+    net(torch.from_numpy(img).permute(2, 0, 1)[None])
+    pil = np.array(Image.fromarray(img).resize((227, 227), Image.BILINEAR))
+    pil = torch.from_numpy(pil).permute(2, 0, 1).flip(0)
+    pil = pil - torch.tensor([104., 117, 123])[:, None, None]
+    assert (seen[0][0] - pil).abs().max() < 1.01                        # PIL rounds twice
+
+
+def test_load_squeezenet_takes_half_precision_and_every_layer(tmp_path, monkeypatch):
+    monkeypatch.setattr("vtp_min.extras.judges.find", lambda name: tmp_path / f"{name}.npz")
+    weights = {k: v.numpy().astype(np.float16) for k, v in random_squeezenet().state_dict().items()}
+    np.savez(tmp_path / "squeezenet.npz", **weights)
+    loaded = load_squeezenet().conv10.weight
+    assert torch.equal(loaded, torch.from_numpy(weights["conv10.weight"]).float())
+    del weights["conv10.bias"]
+    np.savez(tmp_path / "squeezenet.npz", **weights)
+    with pytest.raises(RuntimeError, match="conv10.bias"):
+        load_squeezenet()
+
+
+def test_the_real_squeezenet_gives_the_features_it_gave(squeezenet):
+    x = squeezenet(chw(GOLDEN["images"][:1]))
+    known = torch.tensor([0.0812554, 2.204534, 41.73498, 0])
+    assert torch.allclose(x[0, :4], known, rtol=1e-4, atol=1e-5)
+
+
+def test_the_real_squeezenet_names_photographs(squeezenet):
+    """VTP_PHOTOS: a folder of ImageNet pictures, a folder a class, named by WordNet id"""
+    if "VTP_PHOTOS" not in os.environ:
+        pytest.skip("VTP_PHOTOS names no folder of ImageNet pictures")
+    files = sorted(Path(os.environ["VTP_PHOTOS"]).glob("n*/*"))
+    ids = (ASSETS / "imagenet_wnids.txt").read_text().split()
+    right = 0
+    for file in files:
+        with Image.open(file) as image:
+            logits = squeezenet.logits(chw(np.array(image.convert("RGB"))[None]))
+        right += logits.argmax().item() == ids.index(file.parent.name)
+    assert right / len(files) > 0.5                    # 59.5 % of 200 were right; chance is 0.1 %
+
+
+# ---- the classifier
+
+def stripes(n, seed):
+    """Two classes: horizontal and vertical stripes, in noise."""
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % 2
+    wave = (torch.arange(32) // 4 % 2 * 120.)
+    vertical = labels.bool()[:, None, None, None]
+    images = torch.where(vertical, wave[None, None, None, :], wave[None, None, :, None])
+    return (images + torch.rand(n, 3, 32, 32, generator=draw) * 100).to(torch.uint8), labels
+
+
+def test_the_classifier_learns_to_tell_horizontal_from_vertical_stripes():
+    model, accuracy = train_classifier(*stripes(64, 0), 2, *stripes(40, 1), steps=30, batch=16,
+                                       progress=False)
+    assert accuracy == 1
+    images, labels = stripes(4, 2)
+    features, logits = model(images)
+    assert features.shape == (4, 256) and logits.shape == (4, 2) and not model.training
+    assert torch.equal(features, model.features(images))
+    assert torch.equal(labels, model.predict(images))
+
+
+def trained(seed):
+    return train_classifier(*stripes(16, 0), 2, *stripes(4, 1), steps=3, batch=8, seed=seed,
+                            progress=False)[0]
+
+
+def test_the_same_seed_trains_the_same_classifier_and_leaves_the_callers_random_numbers_alone():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    one, two, other = trained(0), trained(0), trained(1)
+    assert torch.equal(one.head.weight, two.head.weight)
+    assert not torch.equal(one.head.weight, other.head.weight)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_classifier_reads_any_side_from_32_to_96():
+    model = Classifier(3).eval()
+    for side in (32, 48, 96):
+        images = torch.zeros(1, 3, side, side, dtype=torch.uint8)
+        assert model(images)[0].shape == (1, 256)
+
+
+def test_a_stored_classifier_is_trained_once_and_anew_for_other_images(tmp_path):
+    calls = []
+
+    def images():
+        calls.append(1)
+        return *stripes(16, 0), *stripes(8, 1)
+
+    def classifier_of(data):
+        return load_or_train_classifier(tmp_path / "judge.safetensors", {"data": data}, 2, images,
+                                        2, "cpu")
+    first, accuracy = classifier_of("stripes")
+    again, same = classifier_of("stripes")
+    assert len(calls) == 1 and accuracy == same
+    assert torch.equal(first.head.weight, again.head.weight)
+    classifier_of("bars")
+    assert len(calls) == 2

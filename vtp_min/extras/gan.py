@@ -1,0 +1,582 @@
+"""Stage 2 of VTP: fine-tune the pixel decoder with a GAN; the encoder is frozen.   VTP Sec. 3.2
+
+    loss = L1 + LPIPS + w_gan * weight * gan
+    weight = |gradient of L1 + LPIPS| / |gradient of gan|, both at the decoder's last layer: VQGAN
+
+GAN losses make the training of a ViT unstable (large gradients, Sec. 3.2); therefore they come in a
+second stage. The latents do not change in any bit, so a DiT that was trained on them stays valid.
+The paper publishes no more than this. PatchGAN, hinge losses and adaptive weight are those of VQGAN
+(Esser et al. 2021) and LDM (Rombach et al. 2022). Optimizer, learning rate, EMA, the units of L1
+and the start of the discriminator are those of RAE (Zheng et al. 2025), whose decoder is a ViT too.
+
+    VQGAN  CompVis/taming-transformers  configs/imagenet_vqgan.yaml
+                                        taming/modules/losses/vqperceptual.py
+    LDM    CompVis/latent-diffusion     configs/autoencoder/autoencoder_kl_*.yaml
+                                        ldm/modules/losses/contperceptual.py, ldm/modules/ema.py
+    RAE    bytetriper/RAE               configs/stage1/training/DINOv2-B_decXL.yaml
+                                        src/train_stage1.py
+
+    python train.py --stage 2 --init runs/vtp        writes the run folder runs/vtp-gan
+
+Data, seed, image size and patch are those of the run in --init, unless they are given.
+
+B images on this process    H, W their sides    h, w grid of the discriminator's logits
+"""
+import argparse
+import json
+import os
+from math import inf
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+
+from ..augment import STD
+from ..device import autocast, setup_device, tf32_of, to_fp32
+from ..dist import (all_reduce_mean, average_gradients, broadcast_parameters, print0, rank,
+                    world_size)
+from ..model import SMALL, VTPModel
+from ..optim import update_ema, warmup_cosine
+from ..rng import Stream, make_rng
+from ..run import Run, parse_settings
+from .perceptual import Perceptual
+
+# name: (default of pico, nano, micro, which is ours; default of S, B, L; source of the latter)
+FLAG_DEFAULTS = {
+    "steps": (600, 40_000, "RAE: 16 epochs of ImageNet in batches of 512"),
+    "batch": (64, 512, "RAE"),
+    "lr": (2e-4, 2e-4, "RAE; after the warm-up a cosine to 2e-5"),
+    "w_gan": (0.5, 0.5, "LDM; VQGAN 0.8, RAE 0.75"),
+}
+RECIPE = {   # the rest of the recipe: --set name=value
+    "clip_grad": (0.0, 0.0, "RAE: no clipping; largest gradient norm, 0: no clipping"),
+    "gan_start": (None, None, "RAE: half of the run; first step with the GAN loss"),
+    "ema_decoder": (0.99, 0.9978, "RAE (LDM, VQGAN: none); EMA decay; the average is saved"),
+    "max_bad": (0.1, 0.1, "ours; larger share of unreadable samples stops the run"),
+    "fast": (1, 1, "ours; 0: textbook forms in place of extras/fast.py"),
+}
+BETAS = (0.9, 0.95)              # AdamW of the decoder, without weight decay: RAE
+BETAS_DISC = (0.5, 0.9)          # AdamW of the discriminator: VQGAN
+LR_END = 2e-5                    # learning rate at the end of the cosine: RAE
+WARMUP = 1 / 16                  # fraction of the run: RAE, one epoch of 16
+GAN_START = 1 / 2                # fraction of the run without the GAN loss: RAE, 8 epochs of 16
+DISC_LEAD = 1 / 8                # the discriminator starts this fraction of the run before the GAN
+                                 # loss: RAE, after 6 epochs of 16
+
+
+# ---------------------------------------------------------------- the discriminator
+class Discriminator(nn.Module):
+    """PatchGAN: one logit for each of many overlapping squares of an image.   VQGAN, pix2pix
+
+    img (B, 3, H, W), ImageNet-normalised -> logits (B, 1, h, w), positive for real images.
+    GroupNorm (ours) in place of batch norm: a logit depends on one image only, so it is the same
+    for any number of processes and for real and reconstructed images in one batch. Three layers
+    (VQGAN) look at squares of 70 pixels, two layers at squares of 34 pixels.
+    """
+    def __init__(self, layers=3, channels=64):
+        super().__init__()
+        net = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        width = channels
+        for n in range(1, layers + 1):
+            before, width = width, channels * min(2 ** n, 8)
+            stride = 2 if n < layers else 1
+            net += [nn.Conv2d(before, width, 4, stride, padding=1, bias=False),
+                    nn.GroupNorm(32, width), nn.LeakyReLU(0.2)]
+        net.append(nn.Conv2d(width, 1, 4, padding=1))
+        self.net = nn.Sequential(*net)
+        for module in self.net:
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.02)      # VQGAN
+
+    def forward(self, img):
+        return self.net(img)
+
+
+def discriminator_for(side):
+    """side  of the images, in pixels. VQGAN's three layers; two below 128 pixels (ours), so that
+    the squares of the discriminator stay smaller than the image."""
+    layers = 3 if side >= 128 else 2
+    smallest = 3 * 2 ** layers
+    if side < smallest:
+        raise ValueError(f"--image {side} is too small for the discriminator: "
+                         f"wanted {smallest} px or more, or --w-gan 0")
+    return Discriminator(layers)
+
+
+# ---------------------------------------------------------------- the losses
+def hinge_d(real, fake):
+    """Hinge loss of the discriminator.   VQGAN, with its factor 1/2
+
+    real, fake  logits of real and reconstructed images, any shape. 0 if real >= 1 and fake <= -1;
+    1 if all logits are 0.
+    """
+    return (torch.relu(1 - real).mean() + torch.relu(1 + fake).mean()) / 2
+
+
+def hinge_g(fake):
+    """GAN loss of the decoder: its reconstructions should get large logits."""
+    return -fake.mean()
+
+
+def adaptive_weight(rec, other, parameter, scale=1.0, eps=1e-4, largest=1e4):
+    """|gradient of rec| / |gradient of other| at one parameter -> (), a constant.   VQGAN Eq. 7
+
+    rec, other  losses (), each the mean over the images of this process. The gradients are averaged
+                over processes, so all have the weight of the whole batch.
+    scale       loss scale of fp16: gradients are computed with it, so that they do not underflow
+    eps, largest  added to the denominator; upper limit of the weight. The defaults are VQGAN's.
+    """
+    norms = []
+    for loss in (rec, other):
+        grad = torch.autograd.grad(scale * loss, parameter, retain_graph=True)[0] / scale
+        norms.append(all_reduce_mean(grad).norm())
+    return (norms[0] / (norms[1] + eps)).clamp(0, largest)
+
+
+def pixel_losses(pixels, target, perceptual, data_range):
+    """L1 and LPIPS, each with weight 1 as in stage 1 and RAE -> two losses ()
+
+    pixels, target  (B, 3, H, W), ImageNet-normalised
+    perceptual  extras.perceptual.Perceptual, or None: LPIPS is 0
+    data_range  range of the pixels in the source: 1 for [0, 1] (RAE), 2 for [-1, 1] (LDM, VA-VAE).
+                Stage 1 takes L1 of ImageNet-normalised pixels, which is about 4.4 times
+                this value for range 1 and 2.2 times for range 2.
+    """
+    pixels = to_fp32(pixels)
+    target = to_fp32(target)
+    error = data_range * STD.to(pixels) * (pixels - target)
+    l1 = error.abs().mean()
+    lpips = perceptual(pixels, target) if perceptual else l1.new_zeros(())
+    return l1, lpips
+
+
+# ---------------------------------------------------------------- the moving average
+def ema_decay(step, decay):
+    """EMA warm-up: a lower decay during the first steps, 2/11, 3/12, ...   LDM's LitEma
+
+    LitEma increments its counter before it averages, so the first decay is 2/11, not 1/10.
+    """
+    updates = step + 1
+    return min(decay, (1 + updates) / (10 + updates))
+
+
+class EMA:
+    """Exponential moving average of some parameters, {name: parameter}"""
+    def __init__(self, parameters):
+        self.parameters = parameters
+        self.average = {name: p.detach().clone() for name, p in parameters.items()}
+
+    def update(self, decay):
+        update_ema(self.average.values(), self.parameters.values(), decay)
+
+    def swap(self):
+        """Exchange the values of the parameters and of their average"""
+        for p, average in zip(self.parameters.values(), self.average.values()):
+            p.data, average.data = average.data, p.data
+
+    def state_dict(self):
+        return self.average
+
+    def load_state_dict(self, state):
+        for name, average in self.average.items():
+            average.copy_(state[name])
+
+
+# ---------------------------------------------------------------- one step
+def decoder_gradients(img, model, reconstruct, disc, last_layer, args, pixel_loss, amp, scaler):
+    """Losses and gradients of the decoder.   VTP Sec. 3.2, VQGAN
+
+    img         (B, 3, H, W), ImageNet-normalised
+    disc        the discriminator, or None before the GAN loss starts
+    pixel_loss  (pixels, target) -> L1, LPIPS
+    -> pixels (B, 3, H, W), losses {name: ()}, diagnostics {name: ()}
+    """
+    with amp:
+        pixels, terms = reconstruct(model, img)
+    pixels = to_fp32(pixels)                                  # (B, 3, H, W)
+    l1, lpips = pixel_loss(pixels, img)
+    rec = l1 + lpips
+    loss = rec + sum(terms.values())
+    losses, diagnostics = {"l1": l1}, {}
+    if args.perceptual != "none":
+        losses["lpips"] = lpips
+    losses |= terms
+
+    if disc is not None:
+        disc.requires_grad_(False)                            # this loss trains the decoder only
+        with amp:
+            logits = disc(pixels)                             # (B, 1, h, w)
+        disc.requires_grad_(True)
+        g = hinge_g(to_fp32(logits))
+        weight = adaptive_weight(rec, g, last_layer, scaler.get_scale())
+        loss = loss + args.w_gan * weight * g
+        losses["gan"] = g
+        diagnostics["adaptive"] = weight
+
+    scaler.scale(loss).backward()
+    return pixels, {"loss": loss} | losses, diagnostics
+
+
+def discriminator_gradients(img, pixels, disc, amp, scaler):
+    """Loss and gradients of the discriminator on the images and their reconstructions
+
+    img, pixels  (B, 3, H, W)        -> loss (), diagnostics {name: ()}
+    """
+    with amp:
+        logits = disc(torch.cat([img, pixels.detach()]))      # (2B, 1, h, w)
+    real, fake = to_fp32(logits).chunk(2)
+    loss = hinge_d(real, fake)
+    scaler.scale(loss).backward()
+    right = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
+    return loss, {"d_real": real.mean(), "d_fake": fake.mean(), "right": right}
+
+
+def discriminator_warnings():
+    """-> check(step, logged values), which returns a warning for the log, or ""
+
+    It looks at `right`, the fraction of patches that the discriminator classifies correctly, once
+    the decoder has the GAN loss. Each warning is explained once. The thresholds are ours.
+    """
+    explained = set()
+
+    def check(step, values):
+        if "gan" not in values:
+            return ""
+        right = values["right"]
+        if right > 0.98:
+            kind = "discriminator always right"
+            advice = ("so its gradient tells the decoder little. Try a larger --w-gan, "
+                      "--set gan_start=0 (both start together) or a larger --batch.")
+        elif right < 0.52:
+            kind = "discriminator guesses"
+            advice = ("not clearly more often than by guessing: either reconstructions look real, "
+                      "or it has learned nothing and its gradient is noise. If images look worse "
+                      "than before, try a smaller --w-gan, a larger --batch or a longer run.")
+        else:
+            return ""
+        if kind not in explained:
+            explained.add(kind)
+            print0(f"\nwarning, step {step + 1}: the discriminator classifies {right:.0%} of the "
+                   f"patches correctly (50% is guessing), {advice}")
+        return kind
+
+    return check
+
+
+# ---------------------------------------------------------------- training
+def train_with_gan(args, model, reconstruct, last_layer, device, precision, clean_batches, prefetch,
+                   data_range=1):
+    """Train the parameters of the model that require gradients, on L1 + LPIPS + GAN -> exit status
+
+    args    out, fresh, data, seed, image, patch, steps, batch, lr, warmup, clip_grad, w_gan,
+            gan_start, ema_decoder, perceptual, workers, max_bad, log_every, save_every
+    model   on its device, in train or eval mode as it shall stay; model.save_pretrained(folder)
+            is called with the moving average in place of the trained parameters
+    reconstruct  (model, img (B, 3, H, W), ImageNet-normalised) -> pixels, the same shape and scale;
+            {name: further loss (), multiplied by its weight}. Its random numbers depend on seed,
+            step and rank, so a resumed run has the same ones.
+    last_layer   the parameter next to the pixels, for the adaptive weight
+    clean_batches, prefetch   the functions of data.py
+    data_range   units of L1, see pixel_losses
+    """
+    settings = vars(args) | {"precision": precision, "machine": str(device)}
+    warmup, gan_start, disc_start = schedule_of(args)
+
+    # ---- models, optimizers, data
+    torch.manual_seed(args.seed)
+    broadcast_parameters(model)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    ema = EMA(trained)
+    fused = device.type != "mps"
+    optimizer = torch.optim.AdamW(trained.values(), args.lr, BETAS, weight_decay=0.0, fused=fused)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    amp = autocast(device, precision)
+    state = {"model": model, "optimizer": optimizer, "scaler": scaler, "ema": ema}
+    disc = None
+    if args.w_gan:
+        disc = discriminator_for(args.image).to(device)
+        broadcast_parameters(disc)
+        optimizer_disc = torch.optim.AdamW(disc.parameters(), args.lr, BETAS_DISC,
+                                           weight_decay=0.0, fused=fused)
+        state |= {"disc": disc, "optimizer_disc": optimizer_disc}
+    perceptual = None
+    if args.perceptual != "none":
+        perceptual = Perceptual(args.perceptual).to(device)
+    data = clean_batches(args)
+
+    def pixel_loss(pixels, target):
+        return pixel_losses(pixels, target, perceptual, data_range)
+
+    def export(step):
+        ema.swap()
+        model.save_pretrained(args.out)
+        ema.swap()
+
+    # ---- the run, new or continued
+    run = Run(args.out, settings, args.fresh)
+    run.restore(state)
+    print_summary(args, trained, disc, data, gan_start, data_range, device, precision)
+    run.start(args, data.images_per_step, device, precision, export, check=discriminator_warnings())
+    batches = run.watch(prefetch(data, run.step, args.steps, args.workers))
+
+    for step in range(run.step, args.steps):
+        lr = warmup_cosine(step, args.lr, warmup, args.steps, LR_END)
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.zero_grad()
+        img = next(batches).to(device).image                  # (B, 3, H, W)
+        seed_noise(args.seed, step)
+
+        # 1. The decoder
+        use_gan = disc is not None and step >= gan_start
+        pixels, losses, diagnostics = decoder_gradients(
+            img, model, reconstruct, disc if use_gan else None, last_layer, args, pixel_loss, amp,
+            scaler)
+        average_gradients(model)
+        scaler.unscale_(optimizer)
+        grad_norm = clip_grad_norm_(trained.values(), args.clip_grad or inf)      # 0: no clipping
+        total_norm = grad_norm
+
+        # 2. The discriminator, on the same images
+        train_disc = disc is not None and step >= disc_start
+        if train_disc:
+            own_step = step - disc_start                      # its schedule starts with it: RAE
+            lr_disc = warmup_cosine(own_step, args.lr, warmup, args.steps, LR_END)
+            optimizer_disc.param_groups[0]["lr"] = lr_disc
+            optimizer_disc.zero_grad()
+            losses["disc"], more = discriminator_gradients(img, pixels, disc, amp, scaler)
+            average_gradients(disc)
+            scaler.unscale_(optimizer_disc)
+            grad_norm_disc = clip_grad_norm_(disc.parameters(), inf)
+            diagnostics |= more | {"grad_norm_disc": grad_norm_disc}
+            total_norm = grad_norm + grad_norm_disc
+
+        # 3. Both take their step, or neither
+        finite, stop = run.agree(losses, total_norm)
+        if finite:
+            scaler.step(optimizer)
+            if train_disc:
+                scaler.step(optimizer_disc)
+            ema.update(ema_decay(step, args.ema_decoder))
+        scaler.update()
+        diagnostics["perceptual"] = args.perceptual
+        run.after_step(step, losses, diagnostics, grad_norm, lr, state)
+        if stop:
+            break
+    status = run.finish()
+    print0(f"Next: python eval.py recon {args.out}")
+    return status
+
+
+def schedule_of(args):
+    """-> steps of warm-up, first step with the GAN loss, first step of the discriminator
+
+    They are computed and not among the stored settings, because --steps may change when a run
+    continues.
+    """
+    warmup, gan_start = args.warmup, args.gan_start
+    if warmup is None:
+        warmup = max(round(args.steps * WARMUP), 1)
+    if gan_start is None:
+        gan_start = round(args.steps * GAN_START)
+    lead = max(round(args.steps * DISC_LEAD), 1)
+    return warmup, gan_start, max(gan_start - lead, 0)
+
+
+def seed_noise(seed, step):
+    """Seed torch for the noise of the baselines, from (seed, step, rank)"""
+    rng = make_rng(Stream.DECODER, seed, step, rank())
+    torch.manual_seed(int(rng.integers(2 ** 63)))
+
+
+def print_summary(args, trained, disc, data, gan_start, data_range, device, precision):
+    units = {1: "[0, 1]", 2: "[-1, 1]"}[data_range]
+    lpips = "LPIPS"
+    if args.perceptual == "none":
+        lpips = "no LPIPS (--perceptual none)"
+    gan = "no GAN (--w-gan 0)"
+    parameters = f"{millions(trained.values())} trained parameters"
+    if disc is not None:
+        gan = f"GAN {args.w_gan:g} x adaptive weight from step {gan_start + 1} on"
+        parameters += f", discriminator {millions(disc.parameters())}"
+    print0(f"losses       L1 of pixels in {units}, {lpips}, {gan}   EMA {args.ema_decoder:g}")
+    print0(f"model        {parameters}")
+    print0(f"data         {data.source.spec}, {args.image} px   batch {args.batch} over "
+           f"{world_size()} process(es)")
+    print0(f"machine      {device}, {precision}{tf32_of(device)}, "
+           f"{torch.get_num_threads()} threads")
+
+
+def millions(parameters):
+    return f"{sum(p.numel() for p in parameters) / 1e6:.2f}M"
+
+
+# ---------------------------------------------------------------- stage 2
+def reconstruct(model, img):
+    """img (B, 3, H, W) -> pixels (B, 3, H, W), no further losses. The encoder gets no gradient."""
+    with torch.no_grad():
+        z = model.get_reconstruction_latents(img)             # (B, d, h, w)
+    return model.get_latents_decoded_images(z), {}
+
+
+def main(argv, clean_batches, prefetch):
+    """python train.py --stage 2 -> exit status. The run folder holds the whole model again."""
+    args = parse_arguments(argv)
+    device, precision = setup(args)
+    model = VTPModel.from_pretrained(args.init).to(device)
+    if not model.config.train_reconstruction:
+        raise ValueError(f"{args.init} was trained without a decoder (--w-rec 0): there is nothing "
+                         f"to fine-tune")
+    inherit_settings(args, model.config)
+    model.config.image_size = args.image
+    model.requires_grad_(False)
+    model.pixel_decoder.requires_grad_(True)
+    last_layer = model.pixel_decoder.proj_out.weight
+    return train_with_gan(args, model, reconstruct, last_layer, device, precision,
+                          clean_batches, prefetch)
+
+
+def setup(args):
+    """-> device, precision. On CPUs, the fast forms are installed."""
+    device, precision = setup_device(args)
+    if args.fast != 0 and device.type == "cpu":
+        from . import fast
+        fast.install()
+    return device, precision
+
+
+def inherit_settings(args, config):
+    """Flags that were not given: data and seed from stage 1's run.json, image size and patch from
+    its model, the rest from the tables"""
+    path = Path(args.init, "run.json")
+    stage1 = json.loads(path.read_text()) if path.exists() else {}
+    if args.data is None:
+        args.data = stage1.get("data")
+        args.val_data = args.val_data or stage1.get("val_data")
+    if not args.data:
+        raise ValueError(f"{args.init} does not say what it was trained on; give --data")
+    if args.seed is None:
+        args.seed = stage1.get("seed", 0)
+    args.image = args.image or config.image_size
+    args.patch = config.vision_patch_size
+    check_image(args)
+    fill_defaults(args, stage1.get("size"), FLAG_DEFAULTS | RECIPE)
+    print0(f"stage 2      of {args.init}, whose trunk, bottleneck and text tower are frozen; "
+           f"{args.data}, seed {args.seed}, {args.image} px, patch {args.patch}; "
+           f"written to {args.out}")
+
+
+def parse_arguments(argv):
+    """argv without the program's name -> Namespace. Flags to be inherited are None."""
+    p = new_parser("train.py --stage 2", __doc__, RECIPE)
+    p.add_argument("--stage", type=int, choices=[2], help="2: this program")
+    p.add_argument("--init", metavar="RUN",
+                   help="the run of stage 1, or the released weights, whose decoder is fine-tuned")
+    p.add_argument("--out", help="run folder; a checkpoint there is continued (default INIT-gan)")
+    p.add_argument("--data", help="as in stage 1 (default: that of --init)")
+    p.add_argument("--image", type=int, help="side of the images (default: that of --init)")
+    p.add_argument("--seed", type=int, help="same seed, same run (default: that of --init)")
+    add_common_flags(p, FLAG_DEFAULTS)
+    args = p.parse_args(argv)
+    if not args.init:
+        raise ValueError("--stage 2 continues a run of stage 1, or released weights: "
+                         "name its folder with --init RUN")
+    args.out = args.out or args.init.rstrip("/") + "-gan"
+    if Path(args.out).resolve() == Path(args.init).resolve():
+        raise ValueError(f"--out {args.out} is the run of stage 1 itself; take another folder, "
+                         f"so that both can be compared")
+    read_settings(args, RECIPE)
+    check_values(args)
+    return args
+
+
+# ---------------------------------------------------------------- flags, also of the baselines
+def new_parser(prog, description, recipe):
+    """recipe  {name: (pico to micro, S to L, source of the latter; meaning)}, for --set"""
+    lines = ["The rest of the recipe, changed with --set name=value:", "",
+             f"  {'name':<14} {'nano (ours)':<12} {'S, B, L':<8} source of the latter; meaning"]
+    for name, (small, large, source) in recipe.items():
+        lines.append(f"  {name:<14} {small!s:<12} {large!s:<8} {source}")
+    return argparse.ArgumentParser(prog=prog, description=description, epilog="\n".join(lines),
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_common_flags(p, defaults):
+    """The flags that stage 2 and the baselines have in common. Those in `defaults` are None if they
+    are not given, because their value depends on the size of the model."""
+    add_sized_flag(p, defaults, "--steps", int, "length of the run")
+    add_sized_flag(p, defaults, "--batch", int, "images per step over all processes")
+    add_sized_flag(p, defaults, "--lr", float, "peak learning rate")
+    add_sized_flag(p, defaults, "--w-gan", float,
+                   "weight of the GAN loss, times the adaptive weight; 0: no GAN")
+    p.add_argument("--warmup", type=int,
+                   help="steps of linear warm-up (default 1/16 of the run: RAE)")
+    p.add_argument("--perceptual", choices=["vgg", "alex", "squeeze", "none"], default="vgg",
+                   help="network of LPIPS, to be fetched first; none: L1 only (default vgg)")
+    p.add_argument("--val-data", help="validation data for eval.py, if --data has no val/ folder")
+    p.add_argument("--fresh", action="store_true", help="start over in --out")
+    p.add_argument("--workers", type=int, default=default_workers(),
+                   help="processes that prepare data (default %(default)s)")
+    p.add_argument("--device", help="cpu, cuda or mps (default: the best one present)")
+    p.add_argument("--precision", choices=["fp32", "bf16", "fp16", "fp64"],
+                   help="default: by device, and printed; fp64 is for proofs")
+    p.add_argument("--log-every", type=int, default=10,
+                   help="steps between lines of log.jsonl (default %(default)s)")
+    p.add_argument("--save-every", type=int, default=500,
+                   help="steps between checkpoints (default %(default)s)")
+    p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
+                   help="any value of the table below; repeatable")
+
+
+def add_sized_flag(p, defaults, flag, kind, text):
+    small, large, source = defaults[flag.strip("-").replace("-", "_")]
+    default = f"default {large:g}, {source}"
+    if small != large:
+        default += f"; pico, nano, micro {small:g}, ours"
+    p.add_argument(flag, type=kind, help=f"{text} ({default})")
+
+
+def default_workers():
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return 4 if cores > 4 else 0
+
+
+def read_settings(args, recipe):
+    """args.set, ["name=value", ...] -> attributes of args; None if not given"""
+    types = {name: large for name, (_, large, _) in recipe.items()}
+    found = parse_settings(args.set, types)
+    for name in recipe:
+        setattr(args, name, found.get(name))
+    del args.set
+
+
+def fill_defaults(args, size, defaults):
+    """Attributes of args that are None get the default for this size of model"""
+    for name, (small, large, _) in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, small if size in SMALL else large)
+
+
+def check_image(args):
+    if args.image % args.patch:
+        nearest = max(args.image // args.patch, 1) * args.patch
+        raise ValueError(f"--image {args.image} is no multiple of the patch, {args.patch}; "
+                         f"try --image {nearest}")
+
+
+def check_values(args):
+    """ValueError for a given value that is out of range"""
+    for name in ("image", "patch", "latent_dim", "steps", "batch", "log_every", "save_every"):
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: wanted 1 or more")
+    if args.w_gan is not None and not args.w_gan >= 0:
+        raise ValueError(f"--w-gan {args.w_gan}: wanted 0 or more")
+    if args.clip_grad is not None and not args.clip_grad >= 0:
+        raise ValueError(f"--set clip_grad={args.clip_grad}: wanted 0 or more")
+    if args.gan_start is not None and (type(args.gan_start) is not int or args.gan_start < 0):
+        raise ValueError(f"--set gan_start={args.gan_start}: wanted a step, 0 or more")
+    for name in ("ema_decoder", "max_bad"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"--set {name}={value}: wanted a number from 0 to 1")

@@ -1,0 +1,602 @@
+"""One HTML page about a run: settings, training curves, the model's output on validation images.
+
+    RUN/report.html     complete in one file: the images are inside, no scripts, no links
+    RUN/report/*.png    the same images as files, for slides
+
+The text and style of the page are in report.html beside this file; here is one function for each
+section. Everything is read from the run folder or computed on validation images. A section that
+this run cannot have (no decoder, no text tower, no samples) says why.
+
+n images    N = h*w patches    D width    H heads of c channels    d latent channels    E CLIP space
+"""
+import base64
+import html
+import io
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from PIL import Image
+
+from .. import vit
+from ..augment import denormalize, normalize
+from ..fid import psnr
+from ..model import VTPModel
+from ..probes import text_encoder, zero_shot_classifier
+from .grid import image_grid
+
+PAGE = Path(__file__).parent / "report.html"
+GALLERY = 256          # images that are encoded; neighbours and captions are searched among them
+BLUE, ORANGE, GREEN = "#2f5fd0", "#d9772b", "#2c9a58"
+# numbers of the log without a curve
+NOT_PLOTTED = {"step", "seconds", "weight_decay", "bad", "images_per_s", "gflops", "share_of_peak",
+               "data_wait"}
+OBJECTIVES = {"CLIP": ("w_clip", "batch"), "SSL": ("w_ssl", "batch_ssl"),
+              "AE": ("w_rec", "batch_rec")}      # name: flags of its weight and its batch size
+esc = html.escape
+
+
+@dataclass
+class EvalBatch:
+    """Validation images and their features"""
+    model: VTPModel
+    source: object               # from data.open_data
+    images: torch.Tensor         # (n, 3, S, S) uint8, center crops
+    labels: torch.Tensor         # (n,), -1 where unknown
+    captions: list
+    features: torch.Tensor       # (n, D) unit length: class token or mean patch
+    latents: torch.Tensor        # (n, d) mean latent of each image
+    uses_class_token: bool       # whether `features` are class tokens
+    order: list                  # the numbers 0..n-1 in random order, classes alternating
+
+    def first(self, count, count_if_large):
+        """The first images of `order`; `count_if_large` of them if their sides exceed 128 pixels
+
+        -> (k, 3, S, S) in [0, 1], and the same normalised, on the model's device
+        """
+        k = count if self.images.shape[-1] <= 128 else count_if_large
+        chosen = self.images[self.order[:k]]
+        return chosen / 255, normalize(chosen.to(device_of(self.model)))
+
+
+@torch.no_grad()
+def write_report(run, open_data, eval_batches, get_tokenizer, data=None, val_data=None,
+                 device=None, dit=None, seed=0):
+    """run folder -> Path of its report.html
+
+    open_data, eval_batches, get_tokenizer   functions of data.py and tokenizer.py
+    data, val_data  as in train.py; None: those of the run      device  None: cpu
+    dit             folder of dit.py train; None: RUN/dit
+    seed            chooses the validation images that are shown
+    ValueError if there are no weights or no validation images.
+    """
+    run = Path(run)
+    dit = Path(dit or run / "dit")
+    if not (run / "model.safetensors").exists():
+        raise ValueError(f"{run} holds no model.safetensors; wanted the folder of: "
+                         f"python train.py --out {run}")
+    settings = {}
+    if (run / "run.json").exists():
+        settings = json.loads((run / "run.json").read_text())
+    data = data or settings.get("data")
+    val_data = val_data or settings.get("val_data")
+    if not (data or val_data):
+        raise ValueError(f"{run} has no run.json that names its data; give the images to show: "
+                         f"--val-data DIR")
+    model = VTPModel.from_pretrained(run).to(device or "cpu")
+    source = open_data(val_data or data, "val", side=model.config.image_size, whole=bool(val_data))
+    batch = encode_images(model, settings, eval_batches, source, seed)
+    log = read_lines(run / "log.jsonl")
+    save = image_saver(run / "report")
+    page = Template(PAGE.read_text("utf-8")).substitute(
+        title=esc(title_of(settings, model)),
+        folder=esc(str(run)),
+        settings=settings_table(batch, settings, log),
+        metrics=metrics_table(run, dit),
+        curves=curves(save, settings, log),
+        reconstructions=reconstructions(save, batch),
+        patch_features=patch_features(save, batch),
+        attention=attention_maps(save, batch),
+        zero_shot=zero_shot(save, batch, get_tokenizer),
+        neighbours=neighbours(save, batch),
+        samples=samples(save, dit))
+    (run / "report.html").write_text(page, encoding="utf-8")
+    return run / "report.html"
+
+
+def encode_images(model, settings, eval_batches, source, seed):
+    """Up to GALLERY validation images through the trunk -> EvalBatch"""
+    c = model.config
+    clip_reads_it = c.train_clip and c.vision_clip_feat == "cls"
+    uses_class_token = settings.get("w_ssl", 0) > 0 or clip_reads_it
+    images, labels, captions, features, latents = [], [], [], [], []
+    for img, label, caption in eval_batches(source, c.image_size, 16, limit=GALLERY):
+        cls, patches = model.trunk(normalize(img.to(device_of(model))))     # (b, D), (b, N, D)
+        feature = cls if uses_class_token else patches.mean(1)
+        images.append(img)
+        labels.append(label)
+        captions += caption
+        features.append(F.normalize(feature, dim=-1).cpu())
+        latents.append(model.trunk.feature_bottleneck(patches).mean(1).cpu())
+    if len(captions) < 2:
+        raise ValueError(f"{source.spec} has {len(captions)} readable validation images, wanted at "
+                         f"least 2; name others with --val-data")
+    labels = torch.cat(labels)
+    return EvalBatch(model, source, torch.cat(images), labels, captions, torch.cat(features),
+                     torch.cat(latents), uses_class_token, alternating_order(labels, seed))
+
+
+def alternating_order(labels, seed):
+    """labels (n,) -> a random order of 0..n-1: one image of each class, then a second one, ..."""
+    rng = torch.Generator().manual_seed(seed)
+    shuffled = torch.randperm(len(labels), generator=rng).tolist()
+    seen = Counter()
+    turn = {}
+    for i in shuffled:
+        label = int(labels[i])
+        turn[i] = seen[label]                  # images of the same class before this one
+        seen[label] += 1
+    return sorted(shuffled, key=turn.get)
+
+
+# ---------------------------------------------------------------- computations
+def pca_rgb(x):
+    """The first three principal components over all patches of all images, as colours
+
+    x (n, h, w, C) -> (n, 3, h, w) in [0, 1], and the share of the variance that they explain.
+    Each component is scaled so that 2 % of the patches are clipped at either end; the sign is
+    fixed by making its largest coordinate positive.
+    """
+    flat = x.cpu().double().flatten(0, 2)                               # (n*h*w, C)
+    flat = flat - flat.mean(0)
+    variances, axes = torch.linalg.eigh(flat.T @ flat)                  # ascending
+    axes = axes[:, -3:].flip(1)                                         # (C, 3)
+    largest = axes.abs().argmax(0, keepdim=True)                        # (1, 3)
+    y = flat @ (axes * axes.gather(0, largest).sign())                  # (n*h*w, 3)
+    low, high = y.quantile(torch.tensor([0.02, 0.98]).to(y), dim=0)
+    y = ((y - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+    rgb = y.float().view(*x.shape[:3], 3).permute(0, 3, 1, 2)           # (n, 3, h, w)
+    share = variances[-3:].sum() / variances.sum().clamp_min(1e-12)
+    return rgb.cpu(), share.item()
+
+
+def class_attention(trunk, img):
+    """Attention weights of the class token in the last block, recomputed from the block's input,
+    because the trunk does not store them.
+
+    img (n, 3, S, S) -> (n, H, 1+N), the class token's weight on itself first; rows sum to 1
+    """
+    *_, x, _ = trunk.layers(img)                                        # (n, 1+N, D)
+    h, w = trunk.patch_embed(img).shape[-2:]
+    block = trunk.blocks[-1]
+    qkv = block.attn.qkv(block.norm1(x))                                # (n, 1+N, 3D)
+    qkv = qkv.unflatten(-1, (3, block.attn.heads, -1))                  # (n, 1+N, 3, H, c)
+    q, k, _ = qkv.permute(2, 0, 3, 1, 4)                                # each (n, H, 1+N, c)
+    rope = trunk.rope_embed(h, w, prefix=1)
+    q = vit.rotate(block.attn.q_norm(q), *rope)
+    k = vit.rotate(block.attn.k_norm(k), *rope)
+    logits = q[:, :, :1] @ k.mT / math.sqrt(q.shape[-1])                # (n, H, 1, 1+N)
+    return logits.softmax(-1).squeeze(2)
+
+
+def nearest_neighbours(x, k=5):
+    """x (n, C) -> (n, k) indices of the k nearest other rows by Euclidean distance (for unit
+    vectors this is the order of the cosine)"""
+    distance = torch.cdist(x, x).fill_diagonal_(math.inf)
+    return distance.topk(min(k, len(x) - 1), largest=False).indices
+
+
+# ---------------------------------------------------------------- settings and numbers
+def title_of(settings, model):
+    names = [name for name, (weight, _) in OBJECTIVES.items() if settings.get(weight, 0) > 0]
+    if names:
+        return f"{' + '.join(names)}, size {settings['size']}"
+    return f"VTP, {model.config.vision_depth} blocks of width {model.config.vision_embed_dim}"
+
+
+def settings_table(batch, settings, log):
+    """Model, data and, if known, the settings of the training -> HTML"""
+    c = batch.model.config
+    grid = c.image_size // c.vision_patch_size
+    d = batch.latents.shape[1]
+    compression = 3 * c.image_size ** 2 / (d * grid ** 2)
+    rows = {
+        "parameters": parameter_counts(batch.model),
+        "images": f"{c.image_size} x {c.image_size} pixels, "
+                  f"patches of {c.vision_patch_size} x {c.vision_patch_size}",
+        "latents": f"{d} x {grid} x {grid}: {compression:.3g} times fewer numbers than the image",
+        "shown here": f"{len(batch.images)} validation images of {batch.source.spec}",
+    }
+    if settings:
+        rows |= training_rows(settings, log)
+    cells = [f"<div><dt>{name}<dd>{esc(value)}</div>" for name, value in rows.items()]
+    return "<dl>" + "".join(cells) + "</dl>"
+
+
+def parameter_counts(model):
+    """-> for example 'trunk 1.50 M, text tower 6.99 M'"""
+    parts = {"trunk": "trunk", "decoder": "pixel_decoder",
+             "text tower": ("text", "token", "pos", "ln_final")}
+    counts = []
+    for part, starts in parts.items():
+        n = sum(p.numel() for name, p in model.named_parameters() if name.startswith(starts))
+        if n:
+            counts.append(f"{part} {n / 1e6:.2f} M")
+    return ", ".join(counts)
+
+
+def training_rows(settings, log):
+    weights = []
+    sizes = []
+    for name, (weight, size) in OBJECTIVES.items():
+        if settings.get(weight, 0) > 0:
+            weights.append(f"{name} {settings[weight]:g}")
+            sizes.append(f"{name} {settings[size]:,}")
+    machine = settings["machine"]
+    speed = [line["images_per_s"] for line in log if "images_per_s" in line]
+    if speed:
+        machine += f", {np.median(speed):,.0f} images per second"
+    step = log[-1]["step"] if log else 0
+    return {
+        "training data": settings["data"],
+        "steps": f"{step:,} of {settings['steps']:,}",
+        "weights of the losses": ", ".join(weights),
+        "images per step": ", ".join(sizes),
+        "machine": machine,
+        "learning rate, seed": f"{settings['lr']:g}, {settings['seed']}",
+    }
+
+
+def metrics_table(run, dit):
+    """The latest number of each name, from the run, its DiT and its samples -> HTML"""
+    latest = {}
+    for folder in (run, dit, dit / "samples"):
+        for line in read_lines(folder / "metrics.jsonl"):
+            latest[line["name"]] = line
+    if not latest:
+        return missing("Nothing has been measured yet; eval.py zeroshot, probe, recon and fid do "
+                       "that.")
+    rows = []
+    for name in sorted(latest, key=str.lower):
+        value = format_number(latest[name]["value"])
+        rows.append(f"<tr><td>{esc(name)}<td>{value}<td>{esc(latest[name]['protocol'])}")
+    return "<table><tr><th>metric<th>value<th>protocol" + "".join(rows) + "</table>"
+
+
+def format_number(value):
+    """Four digits, or a whole number with commas; 'nan' and 'inf' are strings in the log"""
+    if isinstance(value, str):
+        return esc(value)
+    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+
+
+# ---------------------------------------------------------------- training curves
+def curves(save, settings, log):
+    if not log:
+        return missing("There is no log.jsonl in this folder.")
+    known = curve_titles(settings)
+    logged = set()
+    for line in log:
+        logged |= {name for name, value in line.items() if is_number(value)}
+    logged -= NOT_PLOTTED
+    names = [name for name in known if name in logged] + sorted(logged - set(known))
+    image = save("curves", plot_curves(log, names, known), "training curves")
+    return (f"{image}<figcaption>B images per step, K prototypes. Half of the crops have no masked "
+            f"patches, so ibot starts at half of ln K. The number at the right is the last value."
+            f"</figcaption>")
+
+
+def is_number(value):
+    return not isinstance(value, str) or value in ("nan", "inf", "-inf")
+
+
+def curve_titles(settings):
+    """-> {name in the log: (title, value of the dashed line or None, its label)}"""
+    lnB = math.log(settings["batch"]) if "batch" in settings else None
+    lnK = math.log(settings["prototypes"]) if "prototypes" in settings else None
+    has_lnB = settings.get("clip_loss") == "clip"             # SigLIP has no such value
+    rec = "rec: L1" if settings.get("perceptual") == "none" else "rec: L1 + LPIPS"
+    return {
+        "clip": ("clip", lnB if has_lnB else None, "ln B"),
+        "dino": ("dino", lnK, "ln K"),
+        "ibot": ("ibot", lnK and lnK / 2, "½ ln K"),
+        "rec": (rec, None, ""),
+        "koleo": ("koleo", None, ""),
+        "teacher_entropy": ("teacher's entropy", lnK, "ln K"),
+        "feature_std": ("feature std", 0, "all equal"),
+        "loss": ("total loss", None, ""),
+        "lr": ("learning rate", None, ""),
+        "grad_norm": ("gradient norm", settings.get("clip_grad"), "clipped above"),
+        "logit_scale": ("logit scale of clip", None, ""),
+    }
+
+
+STYLE = {"font.size": 13, "axes.titlesize": 14, "axes.spines.top": False,
+         "axes.spines.right": False, "axes.edgecolor": "#9aa1ad", "axes.grid": True,
+         "grid.color": "#eceef2", "xtick.color": "#5b6372", "ytick.color": "#5b6372",
+         "figure.constrained_layout.h_pad": 0.1}
+
+
+def plot_curves(log, names, titles):
+    """One plot for each name, four in a row -> PIL.Image"""
+    rows = math.ceil(len(names) / 4)
+    with matplotlib.rc_context(STYLE):
+        fig = Figure(figsize=(13, 2.6 * rows), layout="constrained")
+        for place, name in enumerate(names, start=1):
+            points = [(line["step"], float(line[name])) for line in log if name in line]
+            title = titles.get(name, (name, None, ""))
+            plot_curve(fig.add_subplot(rows, 4, place), points, *title)
+        file = io.BytesIO()
+        fig.savefig(file, dpi=115)
+    return Image.open(file).convert("RGB")
+
+
+def plot_curve(ax, points, title, level, level_label):
+    """points [(step, value)]: pale the values, dark their running mean; level: a dashed line"""
+    x, y = np.array(points).T
+    window = max(1, len(y) // 10)
+    mean = np.convolve(y, np.ones(window) / window, "valid")
+    ax.plot(x, y, color=BLUE, alpha=0.3, lw=1.2)
+    ax.plot(x[window // 2:][:len(mean)], mean, color=BLUE, lw=2.2)
+    if level is not None:
+        ax.axhline(level, color=ORANGE, ls="--", lw=1.6)
+        ax.annotate(level_label, (1, level), (0, 3), ("axes fraction", "data"), "offset points",
+                    color=ORANGE, ha="right")
+    ax.set_title(title, loc="left", fontweight="bold")
+    ax.set_title(f"{y[-1]:.3g}", loc="right", color=BLUE)
+    ax.margins(0.02, 0.15)
+
+
+# ---------------------------------------------------------------- reconstruction and feature maps
+def reconstructions(save, batch):
+    model = batch.model
+    if not model.config.train_reconstruction:
+        return missing("This run has no reconstruction loss (--w-rec 0), hence no decoder.")
+    img, x = batch.first(8, 3)
+    z = model.get_reconstruction_latents(x)                              # (k, d, h, w)
+    out = denormalize(model.get_latents_decoded_images(z)).clamp(0, 1).cpu()
+    difference = (4 * (img - out).abs()).clamp(0, 1)
+    rows = {"image": img, "reconstruction": out, "difference x 4": difference}
+    caption = f"Mean PSNR of these {len(img)} images: {psnr(img, out).mean():.1f} dB."
+    return figure(save, "reconstructions", rows, caption, side=max(128, model.config.image_size))
+
+
+def patch_features(save, batch):
+    model = batch.model
+    c = model.config
+    img, x = batch.first(8, 6)
+    h = c.image_size // c.vision_patch_size
+    patches = model.trunk(x)[1].unflatten(1, (h, -1))                    # (k, h, w, D)
+    colours, share = pca_rgb(patches)
+    rows = {"image": img, f"features, {patches.shape[-1]}-d": resize(colours, c.image_size)}
+    caption = f"The colours explain {share:.0%} of the variance of the features"
+    if not c.train_reconstruction:
+        caption += "; the latents of this run are untrained (--w-rec 0) and are left out."
+        return figure(save, "features", rows, caption)
+    colours, share = pca_rgb(model.trunk.feature_bottleneck(patches))    # of (k, h, w, d)
+    rows[f"latents, {batch.latents.shape[1]}-d"] = resize(colours, c.image_size)
+    return figure(save, "features", rows, f"{caption}, and {share:.0%} of that of the latents.")
+
+
+def attention_maps(save, batch):
+    c = batch.model.config
+    img, x = batch.first(8, 6)
+    heads = class_attention(batch.model.trunk, x)[:, :, 1:].cpu()        # (k, H, N) on the patches
+    maps = torch.cat([heads.mean(1, keepdim=True), heads[:, :4]], 1)     # (k, 1 + 4, N)
+    maps = maps / maps.amax(-1, keepdim=True)
+    maps = maps.unflatten(2, (c.image_size // c.vision_patch_size, -1))  # (k, 1 + 4, h, w)
+    maps = resize(maps, c.image_size)
+    gray = img.mean(1, keepdim=True)
+    rows = {"image": img}
+    for i in range(maps.shape[1]):
+        heat = matplotlib.colormaps["inferno"](maps[:, i].numpy())[..., :3]      # (k, S, S, 3)
+        heat = torch.from_numpy(heat).permute(0, 3, 1, 2)
+        name = f"head {i}" if i else "mean of all heads"
+        rows[name] = (0.35 * gray + 0.65 * heat).float()
+    caption = ""
+    if not batch.uses_class_token:
+        caption = "No loss reads the class token in this run, so its attention is untrained."
+    return figure(save, "attention", rows, caption)
+
+
+# ---------------------------------------------------------------- zero-shot classification
+def zero_shot(save, batch, get_tokenizer):
+    model = batch.model
+    if not model.config.train_clip:
+        return missing("This run has no CLIP loss (--w-clip 0), hence no text tower.")
+    names, truth, templates, caption = candidates(batch)
+    encode = text_encoder(model, device_of(model), get_tokenizer)
+    W = zero_shot_classifier(encode, names, templates)                   # (E, C)
+    img, x = batch.first(6, 6)
+    features = model.get_clip_image_feature(x, normalize=True)           # (k, E)
+    probabilities = (100 * features @ W).softmax(-1).cpu()               # (k, C)
+    shown = 5 if batch.source.classes else 3                             # captions are long
+    correct = 0
+    cards = []
+    for i, picture in enumerate(resize(img, 128)):
+        true_name = truth[batch.order[i]]
+        best = probabilities[i].topk(min(shown, len(names)))
+        answers = [names[j] for j in best.indices]
+        correct += answers[0] == true_name
+        image = save(f"zero-shot-{i + 1}", Image.fromarray(to_uint8(picture)), true_name)
+        cards.append(f"<div class=card>{image}<div><b>{esc(true_name)}</b>"
+                     f"{bars(answers, best.values.tolist(), true_name)}</div></div>")
+    return (f"<div class=cards>{''.join(cards)}</div><figcaption>{correct} of {len(img)} are "
+            f"correct. {esc(caption)}</figcaption>")
+
+
+def candidates(batch):
+    """-> texts to choose from, the true text of each image, prompt templates, a caption"""
+    names = batch.source.classes
+    if not names:
+        names = sorted(set(batch.captions))
+        caption = (f"These images have no classes, so the {len(names)} captions of the validation "
+                   f"images are the answers to choose from.")
+        return names, batch.captions, ["{}"], caption
+    truth = [names[i] if i >= 0 else "" for i in batch.labels]
+    templates = batch.source.templates
+    templates = templates[::max(1, len(templates) // 8)]                 # about 8 are enough here
+    prompt = templates[0].replace("{}", names[0])
+    caption = f"{len(names)} class names in {len(templates)} prompts each, such as “{prompt}”."
+    return names, truth, templates, caption
+
+
+def bars(answers, probabilities, true_name):
+    """A bar for each answer; the correct one has its own colour -> HTML"""
+    rows = []
+    for answer, p in zip(answers, probabilities):
+        mark = " class=correct" if answer == true_name else ""
+        rows.append(f"<li{mark}><i style='width:{p:.1%}'></i>"
+                    f"<span>{esc(answer)}</span><span>{p:.0%}</span>")
+    return f"<ol>{''.join(rows)}</ol>"
+
+
+# ---------------------------------------------------------------- nearest neighbours, samples
+def neighbours(save, batch):
+    feature = "class token" if batch.uses_class_token else "mean patch"
+    spaces = {f"by {feature}": nearest_neighbours(batch.features)}
+    if batch.model.config.train_reconstruction:
+        spaces["by mean latent"] = nearest_neighbours(batch.latents)
+    has_classes = batch.source.classes and bool((batch.labels >= 0).all())
+    same_class = batch.labels[:, None] == batch.labels                   # (n, n)
+    tiles = resize(batch.images / 255, default_side(batch.images))
+    gap = torch.ones_like(tiles[0, :, :, ::4])                           # a quarter of an image
+    queries = batch.order[:4]
+    rows = []
+    for i in queries:
+        row = [tiles[i]]
+        for near in spaces.values():
+            row.append(gap)
+            for j in near[i]:
+                in_class = has_classes and same_class[i, j]
+                row.append(add_frame(tiles[j]) if in_class else tiles[j])
+        rows.append(row)
+    caption = f"Searched among {len(tiles)} images; cosine for features, Euclidean for latents."
+    labels = [""] * len(queries)
+    if has_classes:
+        caption += neighbour_accuracy(same_class, spaces)
+        labels = [batch.source.classes[batch.labels[i]] for i in queries]
+    header = ["image"]
+    for name in spaces:
+        header += ["", name]
+    k = min(5, len(tiles) - 1)
+    widths = "1fr" + f" .25fr {k}fr" * len(spaces)
+    return image_figure(save, "neighbours", rows, labels, caption, header, widths)
+
+
+def neighbour_accuracy(same_class, spaces):
+    """same_class (n, n) bool, spaces {name: (n, k) neighbours} -> a sentence"""
+    n = len(same_class)
+    chance = (same_class.sum() - n) / (n ** 2 - n)
+    shares = []
+    for name, near in spaces.items():
+        shares.append(f"{name} {same_class.gather(1, near).float().mean():.0%}")
+    return (f" A green frame: the same class. Share of such neighbours over all images: "
+            f"{', '.join(shares)}, by chance {chance:.0%}.")
+
+
+def samples(save, dit):
+    folder = dit / "samples"
+    if not (folder / "labels.json").exists():
+        return missing(f"There are no samples in {folder} yet; dit.py latents, train and sample, "
+                       f"in this order, make them.")
+    info = json.loads((folder / "labels.json").read_text())
+    rows = {}
+    for label in sorted(set(info["labels"]))[:8]:
+        numbers = [j for j, other in enumerate(info["labels"]) if other == label]
+        images = [read_png(folder / "png" / f"{j:06d}.png") for j in numbers[:6]]
+        rows[info["classes"][label]] = torch.stack(images)
+    return figure(save, "samples", rows, info["protocol"])
+
+
+def read_png(path):
+    """-> (3, H, W) in [0, 1]"""
+    pixels = np.array(Image.open(path).convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1) / 255
+
+
+# ---------------------------------------------------------------- figures
+def missing(reason):
+    return f"<p class=missing>{esc(reason)}</p>"
+
+
+def image_saver(folder):
+    """-> save(name, image, alt): writes folder/name.png, and returns an <img> that contains it"""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def save(name, image, alt):
+        image.save(folder / f"{name}.png", optimize=True)
+        code = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
+        return f'<img alt="{esc(alt)}" src="data:image/png;base64,{code}">'
+
+    return save
+
+
+def figure(save, name, rows, caption="", side=None):
+    """rows  {label: images (n, 3, S, S) in [0, 1]} -> HTML: one image, a label beside each row
+
+    side  of each image on the page; None: default_side
+    """
+    largest = max(rows.values(), key=lambda images: images.shape[-1])
+    side = side or default_side(largest)
+    tiles = [list(resize(images, side)) for images in rows.values()]
+    return image_figure(save, name, tiles, list(rows), caption)
+
+
+def image_figure(save, name, rows, labels, caption, header=(), widths=""):
+    """rows  lists of (3, h, w) in [0, 1] -> HTML; header: words above columns of these widths"""
+    arrays = [[to_uint8(tile) for tile in row] for row in rows]
+    image = save(name, image_grid(arrays), name)
+    top = ""
+    if header:
+        words = "".join(f"<span>{word}</span>" for word in header)
+        top = f"<div class=header style='grid-template-columns:{widths}'>{words}</div>"
+    left = "".join(f"<span>{esc(label)}</span>" for label in labels)
+    return (f"<figure><div class=rows>{top}<div class=labels>{left}</div>{image}</div>"
+            f"<figcaption>{esc(caption)}</figcaption></figure>")
+
+
+def default_side(images):
+    return 128 if images.shape[-1] <= 128 else 96
+
+
+def resize(x, side):
+    """x (n, C, S, S) in [0, 1] -> larger ones are shrunk to `side`; smaller ones are enlarged by a
+    whole factor, without smoothing, up to `side`"""
+    if x.shape[-1] > side:
+        x = F.interpolate(x, size=(side, side), mode="bicubic", antialias=True)
+        return x.clamp(0, 1)
+    return F.interpolate(x, scale_factor=side // x.shape[-1], mode="nearest")
+
+
+def add_frame(x):
+    """(3, h, w) -> the same with a green frame"""
+    edge = max(2, x.shape[-1] // 32)
+    green = torch.tensor(matplotlib.colors.to_rgb(GREEN))
+    framed = green[:, None, None].expand_as(x).clone()
+    framed[:, edge:-edge, edge:-edge] = x[:, edge:-edge, edge:-edge]
+    return framed
+
+
+def to_uint8(x):
+    """(3, h, w) in [0, 1] -> (h, w, 3) uint8 array"""
+    return (x * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+
+
+def device_of(model):
+    return next(model.parameters()).device
+
+
+def read_lines(path):
+    """A .jsonl file -> list of dicts; [] if there is none"""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
