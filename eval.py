@@ -28,7 +28,7 @@ from data import eval_batches, map_in_workers, open_data
 from tokenizer import get_tokenizer
 from vtp_min.augment import denormalize, normalize
 from vtp_min.device import autocast, set_tf32, tf32_of, warn_if_emulated
-from vtp_min.dist import (all_gather_ragged, cleanup, init_distributed, print0, rank, world_size)
+from vtp_min.dist import all_gather_ragged, cleanup, init_distributed, print0, rank, world_size
 from vtp_min.fid import Moments, frechet_distance, psnr, ssim
 from vtp_min.model import load_model
 from vtp_min.probes import (knn, linear_probe, probe_features, text_encoder, zero_shot,
@@ -133,7 +133,7 @@ def probe(args, device):
     C = len(val.classes)
     for kind, words in (("latent", "mean of the {}-d patch latents"),
                         ("full", "class token ++ mean patch, last layer, {}-d")):
-        if kind not in a:                                  # a baseline has latents alone
+        if kind not in a:                                  # a baseline has only latents
             continue
         data = a[kind], a["labels"], b[kind], b["labels"], C
         protocol = (f"{words.format(a[kind].shape[1])}; {len(a['labels'])} train, "
@@ -208,7 +208,7 @@ def load_lpips(args, side, device):
     from vtp_min.extras import weights
     from vtp_min.extras.perceptual import Perceptual
     weights.heads(args.perceptual)                         # checks that they are the published ones
-    lpips = Perceptual(args.perceptual).to(device)
+    lpips = Perceptual(args.perceptual).to(device)         # fails if its weights are missing
     if side < 32:
         raise ValueError(f"images of {side} px are too small for LPIPS; take 32 or more, or "
                          f"--perceptual none")
@@ -347,13 +347,13 @@ def arguments():
         return commands.arguments(sys.argv[1:])
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, function in COMMANDS.items():
         lines = [f"  {key:14} {default!s:9} {text}"
                  for users, key, default, text in SETTINGS if name in users.split()]
-        p = commands.add_parser(name, description=inspect.getdoc(function),
-                                epilog="\n".join(["settings for --set:", *lines]),
-                                formatter_class=plain)
+        p = subparsers.add_parser(name, description=inspect.getdoc(function),
+                                  epilog="\n".join(["settings for --set:", *lines]),
+                                  formatter_class=plain)
         for users, *row in FLAGS:
             if name in users.split():
                 add_flag(p, *row)
@@ -396,12 +396,12 @@ def main():
     try:
         device = init_distributed(args.device)
         set_tf32(device, False)              # PyTorch's default, which VTP's evaluation keeps
+        if device.type == "cpu" and getattr(args, "fast", True):
+            from vtp_min.extras import fast
+            restore_plain_forms = fast.install()
         if args.command in EXTRA_COMMANDS:
             from vtp_min.extras import commands
             return commands.run(args, device, open_data, eval_batches, get_tokenizer)
-        if device.type == "cpu" and args.fast:
-            from vtp_min.extras import fast
-            restore_plain_forms = fast.install()
         warn_if_emulated(device, getattr(args, "precision", "fp32"))
         args.out = output_folder(args)
         COMMANDS[args.command](args, device)

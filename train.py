@@ -36,50 +36,106 @@ from vtp_min.run import Run, parse_settings
 from vtp_min.text import TextBlock
 from vtp_min.vit import Block
 
-# name: (default of pico, nano, micro, which is ours; default of S, B, L; source of the latter)
-FLAG_DEFAULTS = {
-    "image": (36, 256, "paper Sec. 4.2"),
-    "patch": (9, 16, "paper: f16"),
-    "latent_dim": (64, 64, "paper: d64"),
-    "steps": (480, 67_000, "paper Sec. 4.5: 1.1 billion samples in batches of 16k"),
-    "batch": (48, 16_384, "paper Sec. 4.1: B_clip = 16k"),
-    "batch_ssl": (16, 4_096, "paper Sec. 4.1: B_ssl = 4k"),
-    "batch_rec": (48, 2_048, "paper Sec. 4.1: B_rec = 2k"),
-    "lr": (5e-4, 5e-4, "OpenCLIP"),
-}
-RECIPE = {   # the rest of the recipe: --set name=value
-    "clip_loss": ("clip", "clip", "paper; siglip: each pair by itself"),
-    "w_koleo": (0.1, 0.1, "DINOv2; weight within ssl"),
-    "locals": (2, 8, "DINOv2; local crops per image"),
-    "local_image": (None, None, "DINOv2: 96/224 of --image, in whole patches"),
-    "prototypes": (256, 65_536, "DINOv2's default recipe; K of the DINO head"),
-    "head_hidden": (256, 2_048, "DINOv2; width of the head's MLP"),
-    "head_bottleneck": (64, 256, "DINOv2's default recipe; dimension of the head's unit sphere"),
-    "teacher": ("sinkhorn", "sinkhorn", "DINOv2 ViT-L/g, DINOv3; centering: DINO"),
-    "teacher_temp": (0.04, 0.07, "DINOv2; in a short run 0.07 leaves the teacher near ln K"),
-    "teacher_temp_start": (0.04, 0.04, "DINOv2's default recipe"),
-    "teacher_temp_warmup": (0.3, 0.3, "DINOv2's default recipe; fraction of the run"),
-    "ema": (0.98, 0.994, "DINOv2's ViT-L recipe; rises to 1; short runs need a faster teacher"),
-    "freeze_last_layer": (0.01, 0.01, "DINOv2's default recipe; fraction of the run, minus a step"),
-    "drop_ssl": (0.0, 0.3, "DINOv2's default recipe; stochastic depth of DINO and iBOT"),
-    "drop_clip": (0.0, 0.0, "OpenCLIP has none; stochastic depth of CLIP"),
-    "drop_rec": (0.0, 0.0, "ours; other than drop_clip costs a forward pass more"),
-    "beta1": (0.9, 0.9, "OpenCLIP's AdamW for ViTs"),
-    "beta2": (0.98, 0.98, "OpenCLIP's AdamW for ViTs"),
-    "eps": (1e-6, 1e-6, "OpenCLIP's AdamW for ViTs"),
-    "weight_decay": (0.04, 0.04, "DINOv2's ViT-L recipe, at the first step"),
-    "weight_decay_end": (0.2, 0.2, "DINOv2's ViT-L recipe and OpenCLIP, at the last step"),
-    "clip_grad": (3.0, 3.0, "DINOv2, there for each module"),
-    "layer_decay": (1.0, 1.0, "OpenCLIP: none; DINOv2's ViT-L recipe 0.9"),
-    "patch_lr": (1.0, 1.0, "OpenCLIP: none; DINOv2 0.2, factor for the patch embedding"),
-    "decoder": (None, None, "paper: the size of the trunk; any other --size"),
-    "light_decoder": (False, False, "paper Sec. 4.1: 4 ViT-L layers, for fast experiments"),
-    "heads_after_bottleneck": (False, False, "released code; true: CLIP and DINO read d channels"),
-    "max_bad": (0.1, 0.1, "ours; larger share of unreadable samples stops the run"),
-    "fast": (1, 1, "ours; 0: textbook forms in place of extras/fast.py"),
-}
+# ---------------------------------------------------------------- the method
+def compute_gradients(batch, temp, args, student, teacher, lpips, targets, amp, scaler, device):
+    """Losses and gradients of one step.   VTP Sec. 3.2 to 3.6
+
+    batch.image (B, 3, H, W), batch.text (B, T)    image-text pairs, for CLIP
+    batch.rec (Br,)                                the images among them to be reconstructed
+    batch.crops (2, Bs, 3, H, W), batch.locals (V, Bs, 3, h, w)    global and local crops
+    batch.mask (2, Bs, N), batch.mask_index (M,)   patches of global crops hidden from the student
+    batch.keep                                     stochastic depth, drawn for this step
+    temp                                           temperature of the teacher's targets
+
+    -> terms, diagnostics: {name: ()}. Gradients are added to the student's parameters. The
+    gradient of a sum is the sum of gradients, so backward is called for each of the two parts,
+    and the memory of the first is free before the second needs its own.
+    """
+    batch = batch.to(device)
+    terms, diagnostics = {}, {}
+
+    # 1. Self-supervision: DINO and iBOT with targets from the teacher, KoLeo        Sec. 3.3
+    if args.w_ssl:
+        with amp:
+            # The teacher sees whole crops; mask_index selects the patches whose logits it returns.
+            t_cls_logits, t_patch_logits = teacher(batch.crops, batch.mask_index)
+            # One pass, as in DINOv2: DINO reads class tokens of masked crops, iBOT masked patches.
+            s_cls, s_patch, class_tokens = student.views(
+                batch.crops, batch.locals, batch.mask, batch.mask_index, batch.keep)
+        t_cls, t_patch = targets(t_cls_logits, t_patch_logits, temp)     # probabilities
+        ssl = {"dino": losses.dino_loss(s_cls, t_cls),
+               "ibot": losses.ibot_loss(s_patch, t_patch, batch.mask_weight, batch.n_crops)}
+        if args.w_koleo:
+            ssl["koleo"] = losses.koleo_loss(class_tokens[0]) + losses.koleo_loss(class_tokens[1])
+        scaler.scale(losses.total_loss(ssl, args)).backward()
+        terms |= detach(ssl)
+        diagnostics["teacher_entropy"] = losses.entropy(t_cls)
+        diagnostics["feature_std"] = losses.feature_std(class_tokens[0])
+        del t_cls_logits, t_patch_logits, t_cls, t_patch, s_cls, s_patch, class_tokens, ssl
+
+    # 2. CLIP and reconstruction, on one view of the image                      Sec. 3.2, 3.4
+    if args.w_clip or args.w_rec:
+        joint = {}
+        with amp:
+            cls, patches = student.encode(batch.image, batch.keep["clip"])   # (B, D), (B, N, D)
+            if args.w_clip:
+                img, txt = student.embed_image(cls, patches), student.embed_text(batch.text)
+            if args.w_rec:
+                pixels = student.decode(rec_patches(batch, patches, student))    # (Br, 3, H, W)
+        if args.w_clip:
+            scale, bias = student.model.logit_scale.exp(), student.model.logit_bias
+            joint["clip"] = losses.contrastive_loss(args.clip_loss, img, txt, scale, bias)
+            diagnostics["logit_scale"] = scale.detach()
+        if args.w_rec:
+            joint["rec"] = losses.rec_loss(pixels, batch.image[batch.rec], lpips)
+        scaler.scale(losses.total_loss(joint, args)).backward()
+        terms |= detach(joint)
+
+    terms = {"loss": losses.total_loss(terms, args)} | terms
+    return terms, diagnostics
 
 
+def train(args, run, batches, gradients, student, teacher, targets, optimizer, scaler, state):
+    """gradients  (batch, temp) -> terms, diagnostics: compute_gradients, or its cached form"""
+    for step in range(run.step, args.steps):
+        lr, last_layer_lr, weight_decay, temp, momentum = schedule(step, args)
+        set_lr(optimizer, lr, last_layer_lr, weight_decay)
+        optimizer.zero_grad()
+        terms, diagnostics = gradients(next(batches), temp)
+        average_gradients(student)                       # over processes
+        scaler.unscale_(optimizer)
+        grad_norm = clip_grad_norm_(student.parameters(), args.clip_grad)
+        finite, stop = run.agree(terms, grad_norm)       # equal on all processes
+        if finite:
+            scaler.step(optimizer)
+            student.clamp_logit_scale()
+            if teacher:
+                teacher.update(student, momentum)        # moving average of the weights
+                targets.step()
+        scaler.update()
+        diagnostics["weight_decay"] = weight_decay
+        run.after_step(step, terms, diagnostics, grad_norm, lr, state)       # logs, saves
+        if stop:                                         # a signal: saved, so the run can continue
+            break
+
+
+def detach(terms):
+    return {name: term.detach() for name, term in terms.items()}
+
+
+def schedule(step, args):
+    """-> lr, lr of the DINO head's last layer, weight decay, teacher temperature and momentum"""
+    lr = warmup_cosine(step, args.lr, args.warmup, args.steps)
+    # minus one step (ours), so that a short run does not freeze anything
+    frozen = step < args.freeze_last_layer * args.steps - 1
+    last_layer_lr = 0.0 if frozen else lr
+    weight_decay = cosine(step, args.weight_decay, args.weight_decay_end, args.steps)
+    temp = linear(step, args.teacher_temp_start, args.teacher_temp,
+                  args.teacher_temp_warmup * args.steps)
+    momentum = cosine(step, args.ema, 1.0, args.steps)           # DINO: rises to 1
+    return lr, last_layer_lr, weight_decay, temp, momentum
+
+# ---------------------------------------------------------------- setup
 def main(args):
     """Stage 1 -> exit status"""
     device, precision = setup_device(args)
@@ -87,7 +143,8 @@ def main(args):
         from vtp_min.extras import fast
         fast.install(free_memory=args.size not in SMALL)
     settings = vars(args) | {"precision": precision, "machine": f"{device}{tf32_of(device)}"}
-    if args.warmup is None:                     # not in settings: it changes with --steps
+    if args.warmup is None:
+        # after `settings` was copied: a run may continue with more --steps, which changes this
         args.warmup = max(args.steps // 10, 1)
 
     torch.manual_seed(args.seed)
@@ -106,8 +163,11 @@ def main(args):
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     gradients = compute_gradients
     if args.micro:
-        from vtp_min.extras.gradcache import check_micro, compute_gradients_cached as gradients
-        check_micro(args)
+        from vtp_min.extras import gradcache
+        gradients = gradcache.compute_gradients_cached
+    gradients = partial(gradients, args=args, student=student, teacher=teacher, lpips=lpips,
+                        targets=targets, amp=autocast(device, precision), scaler=scaler,
+                        device=device)
 
     data = train_batches(args, depth=len(model.trunk.blocks))
     run = Run(args.out, settings, args.fresh)
@@ -123,100 +183,13 @@ def main(args):
               flops=count_flops(args, model, first), check=collapse_check(args))
     wrap_blocks(args, student, teacher)
     batches = run.watch(batches)
-    train(args, run, batches, gradients, student, teacher, lpips, targets, optimizer, scaler,
-          autocast(device, precision), device, state)
+    train(args, run, batches, gradients, student, teacher, targets, optimizer, scaler, state)
     status = run.finish()
-    print0(f"Next: python eval.py report {args.out}")
+    if status == 0:
+        print0(f"Next: python eval.py report {args.out}")
     return status
 
 
-def compute_gradients(batch, temp, args, student, teacher, lpips, targets, amp, scaler, device):
-    """Losses and gradients of one step, in two backward passes.   VTP Sec. 3.2 to 3.5
-
-    batch  data.Batch      temp  temperature of the teacher's targets
-    -> terms, diagnostics: {name: ()}. Gradients are added to the student's parameters.
-    """
-    batch = batch.to(device)
-    terms, diagnostics = {}, {}
-
-    # 1. Self-supervision on crops: DINO + iBOT + KoLeo                      Sec. 3.3
-    if args.w_ssl:
-        with amp:
-            t_cls, t_patch = teacher(batch.crops, batch.mask_index)        # logits, no mask
-            s_cls, s_patch, features = student.views(
-                batch.crops, batch.locals, batch.mask, batch.mask_index, batch.keep)
-        t_cls, t_patch = targets(t_cls, t_patch, temp)                     # probabilities
-        ssl = {"dino": losses.dino_loss(s_cls, t_cls),
-               "ibot": losses.ibot_loss(s_patch, t_patch, batch.mask_weight, batch.n_crops)}
-        if args.w_koleo:
-            ssl["koleo"] = losses.koleo_loss(features[0]) + losses.koleo_loss(features[1])
-        # this frees the memory of part 1 before part 2 needs its own
-        scaler.scale(losses.total_loss(ssl, args)).backward()
-        terms |= detach(ssl)
-        diagnostics["teacher_entropy"] = losses.entropy(t_cls)
-        diagnostics["feature_std"] = losses.feature_std(features[0])
-
-    # 2. CLIP and reconstruction, on one view of the image                   Sec. 3.2, 3.4
-    if args.w_clip or args.w_rec:
-        joint = {}
-        with amp:
-            cls, patches = student.encode(batch.image, batch.keep["clip"])   # (B, D), (B, N, D)
-            if args.w_clip:
-                img, txt = student.embed_image(cls, patches), student.embed_text(batch.text)
-            if args.w_rec:
-                pixels = student.decode(rec_patches(batch, patches, student))
-        if args.w_clip:
-            scale, bias = student.model.logit_scale.exp(), student.model.logit_bias
-            joint["clip"] = losses.contrastive_loss(args.clip_loss, img, txt, scale, bias)
-            diagnostics["logit_scale"] = scale.detach()
-        if args.w_rec:
-            joint["rec"] = losses.rec_loss(pixels, batch.image[batch.rec], lpips)
-        scaler.scale(losses.total_loss(joint, args)).backward()
-        terms |= detach(joint)
-    return {"loss": losses.total_loss(terms, args)} | terms, diagnostics
-
-
-def train(args, run, batches, gradients, student, teacher, lpips, targets, optimizer, scaler, amp,
-          device, state):
-    """The training loop. gradients: compute_gradients, or its version with gradient caching"""
-    for step in range(run.step, args.steps):
-        lr, last_layer_lr, weight_decay, temp, momentum = schedule(step, args)
-        set_lr(optimizer, lr, last_layer_lr, weight_decay)
-        optimizer.zero_grad()
-        terms, diagnostics = gradients(next(batches), temp, args, student, teacher, lpips,
-                                       targets, amp, scaler, device)
-        average_gradients(student)                       # over processes
-        scaler.unscale_(optimizer)
-        grad_norm = clip_grad_norm_(student.parameters(), args.clip_grad)
-        finite, stop = run.agree(terms, grad_norm)      # equal on all processes
-        if finite:
-            scaler.step(optimizer)
-            student.clamp_logit_scale()
-            if teacher:
-                teacher.update(student, momentum)
-                targets.step()
-        scaler.update()
-        diagnostics |= {"weight_decay": weight_decay, "perceptual": args.perceptual}
-        run.after_step(step, terms, diagnostics, grad_norm, lr, state)      # logs, saves
-        if stop:
-            break
-
-
-def detach(terms):
-    return {name: term.detach() for name, term in terms.items()}
-
-
-def schedule(step, args):
-    """-> lr, lr of the DINO head's last layer, weight decay, teacher temperature and momentum"""
-    lr = warmup_cosine(step, args.lr, args.warmup, args.steps)
-    frozen = step < args.freeze_last_layer * args.steps - 1
-    weight_decay = cosine(step, args.weight_decay, args.weight_decay_end, args.steps)
-    temp = linear(step, args.teacher_temp_start, args.teacher_temp,
-                  args.teacher_temp_warmup * args.steps)
-    momentum = cosine(step, args.ema, 1.0, args.steps)           # DINO: rises to 1
-    return lr, 0.0 if frozen else lr, weight_decay, temp, momentum
-
-# ---------------------------------------------------------------- setup
 def build_model(args):
     """-> VTPModel, and a DINOHead or None"""
     config = VTPConfig.of_size(
@@ -240,7 +213,10 @@ def train_batches(args, depth):
         image=args.image, local_image=args.local_image, n_local=args.locals, patch=args.patch,
         rank=rank(), world_size=world_size(), drop_clip=args.drop_clip, drop_rec=args.drop_rec,
         drop_ssl=args.drop_ssl, depth=depth)
-    # opened last, when all sizes are checked: thousands of tars take their time
+    if args.micro:
+        from vtp_min.extras.gradcache import check_micro
+        check_micro(args)
+    # opened last, after all sizes are checked: indexing thousands of tars takes time
     data.source = open_data(args.data, "train", args.seed, side=args.image)
     return data
 
@@ -248,15 +224,15 @@ def train_batches(args, depth):
 def wrap_blocks(args, student, teacher):
     """--compile and --recompute, for each transformer block"""
     if args.compile:
-        # each size of crop, with and without gradient, is a recompilation; above the limit of 8
-        # PyTorch falls back to eager mode
+        # each size of crop, with and without gradient, needs a recompilation; above the default
+        # limit of 8 PyTorch falls back to eager mode
         torch._dynamo.config.recompile_limit = 64
     for module in [*student.modules(), *(teacher.modules() if teacher else ())]:
         if not isinstance(module, (Block, TextBlock)):
             continue
         if args.compile:
             module.forward = torch.compile(module.forward)
-        if args.recompute:                      # outside: torch.compile skips code that calls it
+        if args.recompute:          # outside of the compiled code, which cannot contain it
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)
 
 
@@ -303,16 +279,60 @@ def print_summary(args, model, head, data, device, precision):
 
 
 # ---------------------------------------------------------------- flags
+# name: (default of pico, nano, micro, which is ours; default of S, B, L; source of the latter)
+FLAG_DEFAULTS = {
+    "image": (36, 256, "paper Sec. 4.2"),
+    "patch": (9, 16, "paper: f16"),
+    "latent_dim": (64, 64, "paper: d64"),
+    "steps": (480, 67_000, "paper Sec. 4.5: 1.1 billion samples in batches of 16k"),
+    "batch": (48, 16_384, "paper Sec. 4.1: B_clip = 16k"),
+    "batch_ssl": (16, 4_096, "paper Sec. 4.1: B_ssl = 4k"),
+    "batch_rec": (48, 2_048, "paper Sec. 4.1: B_rec = 2k"),
+    "lr": (5e-4, 5e-4, "OpenCLIP"),
+}
+RECIPE = {   # the rest of the recipe: --set name=value
+    "clip_loss": ("clip", "clip", "paper; siglip: each pair by itself"),
+    "w_koleo": (0.1, 0.1, "DINOv2; weight within ssl"),
+    "locals": (2, 8, "DINOv2; local crops per image"),
+    "local_image": (None, None, "DINOv2: 96/224 of --image, in whole patches"),
+    "prototypes": (256, 65_536, "DINOv2's default recipe; K of the DINO head"),
+    "head_hidden": (256, 2_048, "DINOv2; width of the head's MLP"),
+    "head_bottleneck": (64, 256, "DINOv2's default recipe; dimension of the head's unit sphere"),
+    "teacher": ("sinkhorn", "sinkhorn", "DINOv2 ViT-L/g, DINOv3; centering: DINO"),
+    "teacher_temp": (0.04, 0.07, "DINOv2; 0.07 keeps the teacher of a short run uniform"),
+    "teacher_temp_start": (0.04, 0.04, "DINOv2's default recipe"),
+    "teacher_temp_warmup": (0.3, 0.3, "DINOv2's default recipe; fraction of the run"),
+    "ema": (0.98, 0.994, "DINOv2's ViT-L recipe; rises to 1; short runs need a faster teacher"),
+    "freeze_last_layer": (0.01, 0.01, "DINOv2's default recipe; fraction of the run, minus a step"),
+    "drop_ssl": (0.0, 0.3, "DINOv2's default recipe; stochastic depth of DINO and iBOT"),
+    "drop_clip": (0.0, 0.0, "OpenCLIP has none; stochastic depth of CLIP"),
+    "drop_rec": (0.0, 0.0, "ours; if it differs from drop_clip, images are encoded twice"),
+    "beta1": (0.9, 0.9, "OpenCLIP's AdamW for ViTs"),
+    "beta2": (0.98, 0.98, "OpenCLIP's AdamW for ViTs"),
+    "eps": (1e-6, 1e-6, "OpenCLIP's AdamW for ViTs"),
+    "weight_decay": (0.04, 0.04, "DINOv2's ViT-L recipe, at the first step"),
+    "weight_decay_end": (0.2, 0.2, "DINOv2's ViT-L recipe and OpenCLIP, at the last step"),
+    "clip_grad": (3.0, 3.0, "DINOv2, which clips each module separately; we clip all together"),
+    "layer_decay": (1.0, 1.0, "OpenCLIP: none; DINOv2's ViT-L recipe 0.9"),
+    "patch_lr": (1.0, 1.0, "OpenCLIP: none; DINOv2 0.2, factor for the patch embedding"),
+    "decoder": (None, None, "paper: the size of the trunk; any other --size"),
+    "light_decoder": (False, False, "paper Sec. 4.1: 4 ViT-L layers, for fast experiments"),
+    "heads_after_bottleneck": (False, False, "released code; true: CLIP and DINO read d channels"),
+    "max_bad": (0.1, 0.1, "ours; larger share of unreadable samples stops the run"),
+    "fast": (1, 1, "ours; 0: textbook forms in place of extras/fast.py"),
+}
+
+
 def parser():
-    p = argparse.ArgumentParser(description=__doc__, epilog=recipe_help(),
+    p = argparse.ArgumentParser(description=__doc__, epilog=recipe_help(), allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def flag(name, type, text, default=None, **more):
         key = name.strip("-").replace("-", "_")
         if key in FLAG_DEFAULTS:
             small, large, source = FLAG_DEFAULTS[key]
-            text += f" (default {large}: {source}; nano {small}, ours)"
-        elif default is not None:
+            text += f" (default {small} for nano, ours; {large} for S, B, L: {source})"
+        elif default not in (None, []):
             text += f" (default {default})"
         p.add_argument(name, type=type, default=default, help=text, **more)
 
@@ -398,17 +418,24 @@ def check_arguments(args):
     """ValueError for values that cannot work. Batch sizes are checked by TrainBatches. Sets the
     default of local_image, which follows from --image and --patch."""
     for name in ("image", "patch", "latent_dim", "steps", "batch", "batch_ssl", "batch_rec",
-                 "prototypes", "log_every", "save_every"):
+                 "log_every", "save_every"):
         value = getattr(args, name)
         if value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: wanted 1 or more")
+    for name in ("prototypes", "head_hidden", "head_bottleneck"):
+        value = getattr(args, name)
+        if value < 1:
+            raise ValueError(f"--set {name}={value}: wanted 1 or more")
+    if args.locals < 0:
+        raise ValueError(f"--set locals={args.locals}: wanted 0 or more")
     if args.image % args.patch:
         side = max(args.image // args.patch, 1) * args.patch
         raise ValueError(f"--image {args.image} is no multiple of --patch {args.patch}; "
                          f"try --image {side}")
     if args.local_image is None:
         args.local_image = max(round(args.image * 96 / 224 / args.patch), 1) * args.patch
-    if args.local_image % args.patch:
+    side = args.local_image
+    if type(side) is not int or side < 1 or side % args.patch:
         raise ValueError(f"--set local_image={args.local_image} is no multiple of --patch "
                          f"{args.patch}")
     if args.batch_ssl == 1 and args.w_ssl and args.w_koleo:

@@ -806,9 +806,9 @@ def test_views_are_the_head_s_logits_of_class_tokens_and_masked_patches():
 
 def test_the_head_reads_the_full_width_or_after_the_bottleneck():
     x = torch.randn(5, 32)
-    assert head_input(tiny(), x) is x
+    assert head_input(tiny().trunk, tiny().config, x) is x
     model = tiny(vision_bottleneck_ae_only=False)
-    assert torch.equal(head_input(model, x), model.trunk.feature_bottleneck(x))
+    assert torch.equal(head_input(model.trunk, model.config, x), model.trunk.feature_bottleneck(x))
     student, teacher = student_and_teacher(vision_bottleneck_ae_only=False)
     batch = make_batch()
     assert views(student, batch)[0].shape == (5, 2, 20)

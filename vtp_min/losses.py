@@ -1,16 +1,19 @@
-"""The losses of VTP, one function a term: tensors in, a scalar out. No model, no config.
+"""The losses of VTP, one function per term, and the teacher's targets. No model here.
 
+    total_loss                their weighted sum                               VTP Sec. 3.5
     clip_loss, siglip_loss    CLIP: a caption belongs to its image             VTP Sec. 3.4
     dino_loss                 self-distillation: two crops of an image agree   VTP Sec. 3.3
     ibot_loss                 masked image modelling                           VTP Sec. 3.3
     koleo_loss                features of different images are apart           DINOv2
     rec_loss                  reconstruction: L1 + LPIPS                       VTP Sec. 3.2
-    sinkhorn, centered_softmax, update_center    the teacher's logits -> targets
+    TeacherTargets            the teacher's logits -> targets, by sinkhorn or centered_softmax
+    entropy, feature_std      diagnostics of collapse
 
 Losses that compare images gather features from all ranks. Each rank returns the loss of its own
 rows; the mean over ranks, which average_gradients takes, is the loss of one process that holds the
-whole batch. All are computed in float32 whatever autocast surrounds them, in float64 if given
-float64. extras/fast.py holds faster forms of cross_entropy and dino_loss.
+whole batch. All are computed in float32 (float64 if given float64) whatever autocast surrounds
+them: to_fp32 casts what a loss is given, full_precision keeps its matrix products from being
+rounded. On a CPU, extras/fast.py replaces cross_entropy and dino_loss by faster forms at run time.
 
 B rows on this rank    (all) rows of all ranks    E CLIP space    K prototypes    V local crops
 M masked patches on this rank
@@ -141,7 +144,9 @@ def sinkhorn(logits, temp, iterations=3):
 @torch.no_grad()
 @full_precision()
 def centered_softmax(logits, center, temp):
-    """softmax((logits - center) / temp): sharpened, and no prototype wins everywhere.   DINO Eq. 1
+    """softmax((logits - center) / temp).   DINO Eq. 1
+
+    The low temperature sharpens; the center stops one prototype from winning for all images.
 
     logits (..., K), center (K,)
     """

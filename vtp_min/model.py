@@ -4,6 +4,9 @@
     pixels -- trunk +-- DINO head ----> logits (., K) <- dino, ibot -> logits of the EMA teacher
                     '-- bottleneck --> z (B, d, h, w) -- pixel decoder --> pixels   <- rec
 
+By default both heads read the D channels before the bottleneck (released code); only the decoder
+reads the d latent channels.
+
 VTPModel            what is published: the parameters and methods of the released checkpoints
 Student, Teacher    what training adds: the DINO head; the moving average that gives the targets
 
@@ -124,7 +127,7 @@ class VTPModel(nn.Module):
     def get_reconstruction_latents(self, image):
         """image (B, 3, H, W) -> latents (B, d, h, w): all that the decoder and the DiT see"""
         h, w = (side // self.config.vision_patch_size for side in image.shape[-2:])
-        cls, patches = self.trunk(image)
+        _, patches = self.trunk(image)
         return self.to_latents(patches, h, w)
 
     def to_latents(self, patches, h, w):
@@ -244,8 +247,7 @@ class VTPModel(nn.Module):
 
 
 def load_model(folder):
-    """A run of train.py, whatever it trained, or released weights -> VTPModel, or an LDM for the
-    baselines ldm and vavae"""
+    """A run folder or released weights -> VTPModel; for the baselines ldm and vavae an LDM"""
     path = Path(folder, "config.json")
     if path.exists():
         found = read_json(path)
@@ -257,8 +259,9 @@ def load_model(folder):
 
 # ---------------------------------------------------------------- training
 class DINOHead(nn.Module):
-    """Token -> logits of K prototypes: an MLP, then cosine similarity to each prototype.   DINO
+    """Token -> logits of K prototypes.   DINO
 
+    An MLP, then the cosine to each prototype times the gain of the prototype.
     One head serves class tokens (DINO) and patches (iBOT), as in the released code. The defaults
     are DINOv2's.
     """
@@ -267,7 +270,8 @@ class DINOHead(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden),
                                  nn.GELU(), nn.Linear(hidden, bottleneck))
         self.mlp.apply(init_linear)
-        # weight normalisation: a direction and a length for each prototype
+        # Weight normalisation, with the names and the initialisation that nn.utils.weight_norm
+        # gives in DINOv2: a direction and a gain for each prototype.
         directions = nn.Linear(bottleneck, K, bias=False).weight         # PyTorch's init, as DINOv2
         self.last_layer = nn.Module()
         self.last_layer.weight_v = nn.Parameter(directions.detach().clone())
@@ -306,7 +310,8 @@ class Student(nn.Module):
     def embed_text(self, text):
         """text (B, T) -> (B, E), unit length, float32"""
         x = self.model.get_clip_text_feature(text, normalize=False)
-        return F.normalize(to_fp32(x), dim=-1)   # in bfloat16 lengths would be 0.999 to 1.0015
+        # in bfloat16 the lengths would differ from 1 by up to 0.0015
+        return F.normalize(to_fp32(x), dim=-1)
 
     def decode(self, patches):
         """patches (B, N, D) of square images -> pixels (B, 3, H, W)"""
@@ -314,7 +319,7 @@ class Student(nn.Module):
         return self.model.pixel_decoder(self.model.to_latents(patches, side, side))
 
     def clamp_logit_scale(self):
-        """At most ln 100: CLIP, OpenCLIP"""
+        """Keep it between 0 and ln 100, as OpenCLIP"""
         if self.model.config.train_clip:
             with torch.no_grad():
                 self.model.logit_scale.clamp_(0, math.log(100))
@@ -337,7 +342,7 @@ class Student(nn.Module):
             local_cls, _ = trunk(locals.flatten(0, 1), keep=keep["local"])
             cls = torch.cat([cls, local_cls])                            # ((2+V) B, D)
         # one call of the head, because normalising K prototypes takes time
-        logits = self.dino_head(head_input(self.model, torch.cat([cls, masked])))
+        logits = self.dino_head(head_input(trunk, self.model.config, torch.cat([cls, masked])))
         cls_logits, patch_logits = logits.split([len(cls), len(masked)])
         return cls_logits.unflatten(0, (2 + V, -1)), patch_logits, features
 
@@ -377,7 +382,7 @@ class Teacher(nn.Module):
         patches (M, K)"""
         cls, patches = self.trunk(crops.flatten(0, 1))
         masked = patches.flatten(0, 1)[mask_index]                       # (M, D)
-        logits = self.dino_head(head_input(self, torch.cat([cls, masked])))
+        logits = self.dino_head(head_input(self.trunk, self.config, torch.cat([cls, masked])))
         cls_logits, patch_logits = logits.split([len(cls), len(masked)])
         return cls_logits.unflatten(0, (2, -1)), patch_logits
 
@@ -390,8 +395,8 @@ class Teacher(nn.Module):
             update_ema(self.proj.parameters(), model.visual_proj.parameters(), momentum)
 
 
-def head_input(model, tokens):
+def head_input(trunk, config, tokens):
     """Tokens (n, D) as the DINO head reads them: of full width (released code), or (n, d)"""
-    if model.config.vision_bottleneck_ae_only:
+    if config.vision_bottleneck_ae_only:
         return tokens
-    return model.trunk.feature_bottleneck(tokens)
+    return trunk.feature_bottleneck(tokens)

@@ -34,7 +34,7 @@ def param_groups(student, layer_decay=1.0, patch_lr=1.0):
     OpenCLIP and DINOv2. The class token, the mask token and the gains of the DINO head do decay, as
     in DINOv2. The last layer of the DINO head can be frozen at the start, so it has its own group.
 
-    layer_decay  factor on the learning rate for each block above a parameter of the trunk
+    layer_decay  factor on the learning rate from each block of the trunk to the one below
                  (DINOv2: 0.9)
     patch_lr     factor for the patch embedding (DINOv2: 0.2)
     """
@@ -42,7 +42,7 @@ def param_groups(student, layer_decay=1.0, patch_lr=1.0):
     for name, p in student.named_parameters():
         decay = p.ndim > 1 and "positional" not in name
         last = "last_layer" in name
-        factor = layer_decay ** blocks_above(name, len(student.model.trunk.blocks))
+        factor = layer_decay ** decay_power(name, len(student.model.trunk.blocks))
         if "patch_embed" in name:
             factor *= patch_lr
         groups.setdefault((decay, last, factor), []).append(p)
@@ -50,8 +50,9 @@ def param_groups(student, layer_decay=1.0, patch_lr=1.0):
             for (decay, last, factor), params in groups.items()]
 
 
-def blocks_above(name, depth):
-    """Blocks of the trunk above this parameter; the embedding counts as a block below the first"""
+def decay_power(name, depth):
+    """Exponent of layer_decay: 1 for the last block of the trunk, depth for the first, depth + 1
+    for the embedding and its tokens, 0 outside of the trunk"""
     part, *rest = name.removeprefix("model.trunk.").split(".")
     if part == "blocks":
         return depth - int(rest[0])

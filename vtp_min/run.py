@@ -40,7 +40,7 @@ from .dist import (all_reduce_max, all_reduce_mean, all_reduce_sum, print0, rank
 MUTABLE_FLAGS = {"steps", "workers", "device", "log_every", "save_every", "micro", "recompute",
                  "compile", "max_bad", "out", "fresh", "val_data", "machine", "fast"}
 # fields of a log line that may differ between equal runs
-TIMING = {"seconds", "images_per_s", "gflops", "share_of_peak", "data_wait"}
+TIMING = {"images_per_s", "gflops", "share_of_peak", "data_wait"}
 FILES = ("last.pt", "previous.pt", "log.jsonl", "metrics.jsonl", "run.json", "config.json",
          "model.safetensors")
 EXIT_RESUME = 75       # exit status after a signal: EX_TEMPFAIL of sysexits, "try again"
@@ -92,8 +92,7 @@ class Run:
                         raise ValueError("a checksum is wrong")
                 return torch.load(path, map_location="cpu", weights_only=True)
             except Exception as problem:
-                print0(f"{path} is damaged ({type(problem).__name__}: {problem}); "
-                       f"trying the one before")
+                print0(f"{path} is damaged ({type(problem).__name__}: {problem}) and ignored")
                 self.last_is_damaged = True
         if found:
             raise ValueError(f"no checkpoint in {self.folder} can be read; restore a readable "
@@ -148,15 +147,15 @@ class Run:
         self.peak = peak_flops(device, precision) if flops else None
         self._check_equal_steps()
         self._catch_signals()
-        if rank() == 0 and 0 < self.step >= args.steps:
+        if rank() == 0 and self.step >= args.steps:
             export(self.step)              # the run was complete, but perhaps stopped before this
         self.bar = ProgressBar(total=args.steps, initial=self.step, desc=Path(sys.argv[0]).stem,
                                unit="step", disable=rank() > 0, dynamic_ncols=True)
         self._reset_clock()
 
     def _check_equal_steps(self):
-        ends = torch.tensor([self.step, -self.step], dtype=torch.float64)
-        last, first = all_reduce_max(ends.float().to(self.device)).tolist()
+        ends = torch.tensor([self.step, -self.step], dtype=torch.float32, device=self.device)
+        last, first = all_reduce_max(ends).tolist()
         if last != -first:
             raise ValueError(f"processes found checkpoints of different steps in {self.folder}, "
                              f"from {-first:.0f} to {last:.0f}: --out must lie in a folder that "

@@ -5,8 +5,8 @@
 
 The file reads top-down: norms, position embedding (RoPE), attention, feed-forward (SwiGLU), block
 with stochastic depth, trunk. The pixel decoder is built from the same blocks. Attribute names are
-the official ones, so that the released weights load. extras/fast.py holds faster forms of
-rms_norm, rotate, attention and SwiGLU.
+the official ones, so that the released weights load. On a CPU, extras/fast.py replaces rms_norm,
+rotate, attention and SwiGLU.forward by faster forms at run time (--set fast=0: it does not).
 
 B images    N = h*w patches    D width    H heads of c = D/H channels    d latent channels
 """
@@ -48,7 +48,7 @@ class RoPE(nn.Module):
     """Axial rotary position embedding: pairs of channels are rotated by an angle proportional to y
     (the first c/4 pairs) or to x (the others).
 
-    Coordinates run over (-1, 1) for any grid, so a local crop of 6x6 patches spans the same angles
+    Coordinates run over (-1, 1) for any grid, so a local crop of 7x7 patches spans the same angles
     as a global one. dtype bfloat16 rounds after every operation, as in the training of the
     released models; float32 is ours.
     """
@@ -119,6 +119,7 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                   # each (B, H, N, c)
         q = rotate(self.q_norm(q), *rope)
         k = rotate(self.k_norm(k), *rope)
+        # under autocast v is bfloat16, while QKNorm's weight has made q and k float32
         x = attention(q.to(v.dtype), k.to(v.dtype), v)                         # (B, H, N, c)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
@@ -186,20 +187,21 @@ class Block(nn.Module):
 
     def forward(self, x, rope, keep=(None, None)):
         """x (B, N, D) -> the same. keep: for each branch (rows, scale), or None for all rows"""
-        x = residual(x, lambda kept: self.attention_branch(kept, rope), keep[0])
+        x = residual(x, self.attention_branch, keep[0], rope)
         return residual(x, self.mlp_branch, keep[1])
 
 
-def residual(x, branch, keep):
-    """x + branch(x). With stochastic depth, the branch is computed for the kept rows of the batch
-    only, and scaled so that its expectation is unchanged (DINOv2).
+def residual(x, branch, keep, *more):
+    """x + branch(x, *more). With stochastic depth, the branch is computed for the kept rows of the
+    batch only, and scaled so that its expectation is unchanged (DINOv2).
 
     keep  (rows (n,), scale), or None for all rows; drawn by augment.kept_rows
     """
     if keep is None:
-        return x + branch(x)
+        return x + branch(x, *more)
     rows, scale = keep
-    return x.index_add(0, rows, branch(x[rows]).to(x.dtype), alpha=scale)
+    # index_add adds row i of the branch to row rows[i] of x; the other rows stay as they are
+    return x.index_add(0, rows, branch(x[rows], *more).to(x.dtype), alpha=scale)
 
 
 # ---------------------------------------------------------------- trunk
@@ -244,7 +246,8 @@ class VisionTransformer(nn.Module):
         x = x.flatten(2).transpose(1, 2)                                       # (B, N, D)
         if mask is not None:
             x = torch.where(mask[..., None], self.mask_token, x)
-        # float32 under autocast too, because the class token is: so is the residual stream
+        # Under autocast the patches are bfloat16 and the class token is float32. torch.cat returns
+        # float32, so the residual stream stays float32.
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)       # (B, 1+N, D)
         rope = self.rope_embed(h, w, prefix=1)
         for i, block in enumerate(self.blocks):

@@ -2,8 +2,8 @@
 
     train.py --micro M      M images at a time on each process
 
-CLIP and KoLeo compare all images of the batch, so their gradient is not a sum over micro-batches.
-But it is one given the features of all images:
+CLIP and KoLeo compare all images of the batch, so the gradients of micro-batches cannot simply be
+added. They can if the gradient with respect to each image's features is computed first:
 
     1. Compute the features of all micro-batches, without a graph, and the teacher's targets.
     2. Compute the losses that compare images, and their gradients with respect to the features.
@@ -162,8 +162,8 @@ def teacher_embeddings(teacher, micro):
     cls, patches = teacher.trunk(micro.crops.flatten(0, 1))
     masked = patches.flatten(0, 1)[micro.mask_index]
     embed = teacher.dino_head.embed
-    return {"cls": embed(head_input(teacher, cls)).unflatten(0, (2, -1)),
-            "patch": embed(head_input(teacher, masked))}
+    return {"cls": embed(head_input(teacher.trunk, teacher.config, cls)).unflatten(0, (2, -1)),
+            "patch": embed(head_input(teacher.trunk, teacher.config, masked))}
 
 
 def teacher_logits(teacher, embeddings, amp):
@@ -265,13 +265,18 @@ def micro_batch(batch, n, k):
     keep = {}
     for name, blocks in batch.keep.items():
         rows = keep_size(batch, name)
-        keep[name] = blocks and [tuple(split_keep(*pair, rows, n, k) for pair in block)
-                                 for block in blocks]
+        keep[name] = None
+        if blocks is not None:
+            keep[name] = [split_block(block, rows, n, k) for block in blocks]
     return replace(batch, **part, keep=keep)
 
 
+def split_block(block, size, n, k):
+    return tuple(split_keep(rows, scale, size, n, k) for rows, scale in block)
+
+
 def keep_size(batch, name):
-    """Rows per crop that stochastic depth `name` counts"""
+    """Number of images per crop in the batch that keep[name] indexes"""
     if name == "clip":
         return len(batch.image) if batch.image is not None else 0
     if name == "rec":
