@@ -100,10 +100,10 @@ def train(args, run, batches, gradients, student, teacher, targets, optimizer, s
     for step in range(run.step, args.steps):
         lr, last_layer_lr, weight_decay, temp, momentum = schedule(step, args)
         set_lr(optimizer, lr, last_layer_lr, weight_decay)
-        optimizer.zero_grad()
+        optimizer.zero_grad()                            # gradients become None
         terms, diagnostics = gradients(next(batches), temp)
         average_gradients(student)                       # over processes
-        scaler.unscale_(optimizer)
+        scaler.unscale_(optimizer)                       # before clipping: the true gradients
         grad_norm = clip_grad_norm_(student.parameters(), args.clip_grad)
         finite, stop = run.agree(terms, grad_norm)       # equal on all processes
         if finite:
@@ -130,9 +130,11 @@ def schedule(step, args):
     frozen = step < args.freeze_last_layer * args.steps - 1
     last_layer_lr = 0.0 if frozen else lr
     weight_decay = cosine(step, args.weight_decay, args.weight_decay_end, args.steps)
+    # sharp targets at first, softer ones when the teacher is better
     temp = linear(step, args.teacher_temp_start, args.teacher_temp,
                   args.teacher_temp_warmup * args.steps)
-    momentum = cosine(step, args.ema, 1.0, args.steps)           # DINO: rises to 1
+    # rises to 1, so that the teacher stops moving (DINO)
+    momentum = cosine(step, args.ema, 1.0, args.steps)
     return lr, last_layer_lr, weight_decay, temp, momentum
 
 # ---------------------------------------------------------------- setup
@@ -147,19 +149,22 @@ def main(args):
         # after `settings` was copied: a run may continue with more --steps, which changes this
         args.warmup = max(args.steps // 10, 1)
 
+    # models
     torch.manual_seed(args.seed)
     model, head = build_model(args)
     student = Student(model, head).to(device)
-    broadcast_parameters(student)
+    broadcast_parameters(student)               # before the teacher, which is a copy
     teacher = Teacher(student).to(device) if args.w_ssl else None
     targets = losses.TeacherTargets(args.teacher, args.prototypes, device)
     lpips = None
     if args.w_rec and args.perceptual != "none":
         from vtp_min.extras.perceptual import Perceptual
         lpips = Perceptual(args.perceptual).to(device)
+    # the teacher gets no gradients, so the optimizer knows the student only
     groups = param_groups(student, args.layer_decay, args.patch_lr)
     optimizer = torch.optim.AdamW(groups, betas=(args.beta1, args.beta2), eps=args.eps,
                                   fused=device.type != "mps")
+    # fp16 gradients underflow unless the loss is scaled up; bf16 and fp32 need no scaling
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     gradients = compute_gradients
     if args.micro:
@@ -169,6 +174,7 @@ def main(args):
                         targets=targets, amp=autocast(device, precision), scaler=scaler,
                         device=device)
 
+    # data, and the run folder: all that a checkpoint must hold is in `state`
     data = train_batches(args, depth=len(model.trunk.blocks))
     run = Run(args.out, settings, args.fresh)
     state = {"student": student, "optimizer": optimizer, "scaler": scaler, "targets": targets}
@@ -177,7 +183,7 @@ def main(args):
     run.restore(state)
     print_summary(args, model, head, data, device, precision)
     batches = prefetch(data, run.step, args.steps, args.workers)
-    first, batches = peek(batches)
+    first, batches = peek(batches)              # FLOPs follow from the shapes of a batch
     run.start(args, data.images_per_step, device, precision,
               export=lambda step: model.save_pretrained(args.out),
               flops=count_flops(args, model, first), check=collapse_check(args))
@@ -195,8 +201,9 @@ def build_model(args):
     config = VTPConfig.of_size(
         args.size, args.image, args.patch, args.latent_dim, clip=args.w_clip > 0,
         rec=args.w_rec > 0, light_decoder=args.light_decoder, decoder=args.decoder)
+    # released code: CLIP and DINO heads read the full width, not the d latent channels
     config.vision_bottleneck_ae_only = not args.heads_after_bottleneck
-    if args.clip_loss == "siglip":              # SigLIP's initial scale and bias
+    if args.clip_loss == "siglip":              # SigLIP starts at scale 10 and bias -10
         config.init_logit_scale, config.init_logit_bias = math.log(10), -10.0
     model = VTPModel(config)
     if not args.w_ssl:

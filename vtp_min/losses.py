@@ -48,11 +48,13 @@ def clip_loss(img, txt, scale, bias=None):
     scale     () exp of the learned log-temperature      bias  () added to all logits, or None
     """
     img, txt = to_fp32(img), to_fp32(txt)
+    # this rank's images against the captions of all ranks, and the other way round
     logits_per_image = scale * img @ gather(txt).T               # (B, all)
     logits_per_text = scale * txt @ gather(img).T                # (B, all)
     if bias is not None:
         logits_per_image = logits_per_image + bias
         logits_per_text = logits_per_text + bias
+    # the caption of image i is row rank * B + i of the gathered captions
     labels = torch.arange(len(img), device=img.device) + rank() * len(img)
     image_loss = F.cross_entropy(logits_per_image, labels)
     text_loss = F.cross_entropy(logits_per_text, labels)
@@ -70,6 +72,7 @@ def siglip_loss(img, txt, scale, bias):
     row = torch.arange(len(img), device=img.device)
     sign = torch.full_like(logits, -1.0)
     sign[row, row + rank() * len(img)] = 1.0                     # 1 for the image's own caption
+    # -log sigmoid(sign * logit), summed over captions and averaged over images
     return F.softplus(-sign * logits).sum() / len(img)
 
 
@@ -87,6 +90,7 @@ def dino_loss(student, teacher, tau=0.1):
     teacher  (2, B, K) probabilities of the global crops
     """
     teacher = to_fp32(teacher)
+    # a crop is never compared with itself, which would be trivial
     pairs = [(t, s) for t in range(2) for s in range(len(student)) if s != t]
     return sum(cross_entropy(student[s], teacher[t], tau).mean() for t, s in pairs) / len(pairs)
 
@@ -111,7 +115,7 @@ def koleo_loss(x):
     """
     x = F.normalize(to_fp32(x), dim=-1, eps=1e-8)
     all_features = gather(x)                                     # (all, D)
-    with torch.no_grad():
+    with torch.no_grad():                                        # the choice has no gradient
         similarity = x @ all_features.T                          # (B, all)
         row = torch.arange(len(x), device=x.device)
         similarity[row, row + rank() * len(x)] = -1              # not its own neighbour

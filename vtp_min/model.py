@@ -45,6 +45,7 @@ class VTPModel(nn.Module):
             c.vision_ffn_layer, c.vision_norm_layer, c.vision_use_qk_norm, c.vision_init_values,
             latent_dim=d, rope_dtype=rope)
         self.feature_dim = D if c.vision_bottleneck_ae_only else d     # input of both heads
+        # the parts that a config leaves out have no parameters in the files
         if c.train_reconstruction:
             self.pixel_decoder = PixelDecoder(
                 d, c.decoder_embed_dim, c.decoder_depth, c.decoder_num_heads, c.decoder_ffn_layer,
@@ -165,6 +166,7 @@ class VTPModel(nn.Module):
         if T > longest:
             raise ValueError(f"texts are {T} tokens long, wanted at most {longest}; "
                              f"get_tokenizer(context_length={longest}) cuts them")
+        # a text may be shorter than the context: the tower is causal
         x = self.token_embedding(text) + self.positional_embedding[:T]   # (B, T, W)
         x = self.ln_final(self.text_transformer(x))
         x = pool(x, text, self.config.text_pool_type)                    # (B, W)
@@ -224,7 +226,7 @@ class VTPModel(nn.Module):
         config = {"model_type": "vtp", "architectures": ["VTPModel"], "dtype": dtype}
         tensors = self.state_dict()
         for name in tensors:
-            if name.endswith("periods"):
+            if name.endswith("periods"):         # RoPE's buffer, bfloat16 in official files
                 tensors[name] = tensors[name].bfloat16()
         write_model(folder, config | asdict(self.config), tensors)
 
@@ -335,10 +337,12 @@ class Student(nn.Module):
            features: class tokens of the global crops before the head (2, B, D)
         """
         trunk, V = self.model.trunk, len(locals)
+        # both global crops of all images are one batch: first all first crops, then all second
         cls, patches = trunk(crops.flatten(0, 1), mask.flatten(0, 1), keep["ssl"])
         masked = patches.flatten(0, 1)[mask_index]                       # (M, D)
         features = cls.unflatten(0, (2, -1))                             # (2, B, D)
         if V:
+            # local crops are smaller, so they need a forward pass of their own; no mask
             local_cls, _ = trunk(locals.flatten(0, 1), keep=keep["local"])
             cls = torch.cat([cls, local_cls])                            # ((2+V) B, D)
         # one call of the head, because normalising K prototypes takes time
@@ -370,6 +374,7 @@ class Teacher(nn.Module):
         # no loss reads the projection; the released code averages it too
         self.proj = copy.deepcopy(model.visual_proj) if model.config.train_clip else None
         self.config = model.config
+        # it learns by the moving average alone
         self.requires_grad_(False)
         self.eval()
 

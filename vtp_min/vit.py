@@ -75,6 +75,7 @@ class RoPE(nn.Module):
             periods = self.compute_periods(dtype, device)
         y = (torch.arange(h, device=device, dtype=dtype) + 0.5) / h            # in (0, 1)
         x = (torch.arange(w, device=device, dtype=dtype) + 0.5) / w
+        # rows of the image vary slowest, as in the flattened patches
         grid = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1)            # (h, w, 2)
         grid = 2 * grid.flatten(0, 1) - 1                                      # (N, 2) in (-1, 1)
         angle = 2 * torch.pi * grid[:, :, None] / periods                      # (N, 2, c/4)
@@ -130,7 +131,7 @@ class SwiGLU(nn.Module):
     `align`, so that it has about as many parameters."""
     def __init__(self, D, ratio, align):
         super().__init__()
-        hidden = int(int(D * ratio) * 2 / 3)
+        hidden = int(int(D * ratio) * 2 / 3)     # three matrices in place of two
         hidden = (hidden + align - 1) // align * align
         self.w1 = nn.Linear(D, hidden)
         self.w2 = nn.Linear(D, hidden)
@@ -179,6 +180,8 @@ class Block(nn.Module):
         self.mlp = FFNS[ffn](D, ratio)
         self.ls2 = LayerScale(D, layer_scale) if layer_scale else nn.Identity()
 
+    # A branch is everything that is added to the residual stream at once, so that stochastic
+    # depth can leave it out.
     def attention_branch(self, x, rope):
         return self.ls1(self.attn(self.norm1(x), rope))
 
@@ -226,8 +229,8 @@ class VisionTransformer(nn.Module):
         blocks = [Block(D, heads, ratio, ffn, norm, qk_norm, layer_scale) for _ in range(depth)]
         self.blocks = nn.ModuleList(blocks)
         self.norm = NORMS[norm](D)
-        # D -> d, without bias, after the final norm: all that the decoder and the DiT see.
-        # d = D has no bottleneck (released code).
+        # The bottleneck: D -> d, without bias, after the final norm. Its output is all that the
+        # decoder and the DiT see. d = D has no bottleneck (released code).
         self.feature_bottleneck = nn.Identity()
         if latent_dim not in (None, D):
             self.feature_bottleneck = nn.Linear(D, latent_dim, bias=False)
