@@ -1,14 +1,20 @@
-"""Images and captions, and how they become batches.
+"""Data loading: images with captions, and how they become batches.
 
-    sources       open_data(spec) -> Shapes (built in) | Folder (class folders) | Shards (tars)
-    training      TrainBatches(...)[step] -> Batch: this process's share of one step
+    sources       open_data(spec) -> Shapes (built in) | Folder (class folders) | Shards (tar files)
+    training      TrainBatches(...)[step] -> Batch: this process's part of one training step
     evaluation    eval_batches(source): every image once, in order
-    python data.py --data SPEC    a contact sheet of images, crops, masks and captions
+    python data.py --data SPEC    writes a contact sheet of images, crops, masks and captions
 
-The step number is the only state: a batch follows from the seed, the step and the batch sizes, not
-from workers, processes or earlier steps. VTP Sec. 3.6 draws the images for self-supervision and
-reconstruction at random; here they are every k-th row of a batch that is in random order.
-Unreadable images are reported, counted and replaced. Nothing that a data set holds is executed.
+A batch depends only on the seed, the step number and the batch sizes. It does not depend on the
+number of processes, on the data workers or on earlier steps, so a run can resume at any step.
+VTP Sec. 3.6 samples the images for self-supervision and reconstruction at random from the batch;
+here they are every k-th row of it, because the order of the rows is already random.
+Unreadable images are reported, counted and replaced. Nothing in a data set is ever executed.
+
+b images of this process for CLIP and reconstruction    Br of them are reconstructed
+Bs images of this process for self-supervision          V local crops per image
+N patches of a global crop    M masked patches in all global crops of this process
+T tokens of the longest caption
 """
 import argparse
 import os
@@ -35,35 +41,44 @@ from vtp_min.device import move_to
 from vtp_min.dist import print0, printable, rank, rank_slice, world_size
 from vtp_min.rng import Stream, make_rng, permutation
 
-MAX_STORED_PERMUTATION = 2 ** 21       # 16 MB per worker and epoch; VTP's 277M would be 2.2 GB
-VIEWS_AT_ONCE = 128                    # then the images that they were cut from are freed
+# A stored permutation of this length takes 16 MB per worker and epoch. The paper's 277M samples
+# would take 2.2 GB, so longer permutations are computed one index at a time.
+MAX_STORED_PERMUTATION = 2 ** 21
+# Crops are computed in groups of about this size; then the images that they came from are freed.
+VIEWS_AT_ONCE = 128
 
 
 # ---------------------------------------------------------------- sources
 def open_data(spec=None, split="train", seed=0, side=64, whole=False):
-    """What the user typed after --data -> a source. ValueError if there is nothing to open.
+    """Open the data set named by --data -> a source. ValueError if it cannot be used.
 
     spec    None, 'shapes' or 'shapes:objects=1-3,size=0.3-0.6'   built-in images (shapes.draw)
-            a folder with train/ and val/, or of class folders    captions from class names
+            a folder with train/ and val/, or with class folders  captions from class names
             'pairs-{000000..000003}.tar', a glob, or one tar      KEY.jpg with KEY.txt or KEY.json
     split   'train' or 'val'
-    seed    of the training shapes          side  of the shapes, in pixels
-    whole   spec was named for this split alone (--val-data): without splits, all of it is used
+    seed    seed of the training shapes; other sources ignore it
+    side    side of the shapes in pixels; other sources ignore it
+    whole   True if spec was given for this split only (--val-data). A data set without train/ and
+            val/ folders is then used completely.
 
-    A source has
-    len                     number of images, per epoch if it is endless
-    load(index, rng)        -> PIL RGB image, caption, label (-1: unknown); any exception if it
-                            cannot be read. rng, a numpy Generator, chooses words of the caption
-    name(index)             for messages, printable
-    spec, endless           what the user typed; whether any index from 0 on can be loaded
-    classes, templates      names in the order of the labels, prompts with {} for a name; or None
+    Every source has these members:
+    len(source)             number of images; for an endless source, the number per epoch
+    load(index, rng)        -> PIL RGB image, caption, label (-1 if unknown). rng is a numpy
+                            Generator that chooses the caption template. Any exception means that
+                            the image cannot be read.
+    name(index)             printable name of an image for messages
+    spec                    the string given to --data
+    endless                 True if load accepts every index from 0 on
+    classes                 class names in the order of the labels, or None
+    templates               captions in which {} stands for the class name, or None
     """
     spec = str(spec or "shapes")
     if split not in ("train", "val"):
-        raise ValueError(f"split is {split!r}, but a source has 'train' and 'val'")
+        raise ValueError(f"split is {split!r}, but it must be 'train' or 'val'")
     if spec.partition(":")[0] == "shapes":
         return Shapes(spec, split, seed, side)
     is_pattern = any(c in spec for c in "{*?[")
+    # a folder may also be called x.tar or x[1]
     if (is_pattern or spec.endswith(".tar")) and not os.path.isdir(spec):
         from vtp_min.extras.shards import Shards
         return Shards(spec, split, whole, map_in_workers)
@@ -71,35 +86,39 @@ def open_data(spec=None, split="train", seed=0, side=64, whole=False):
 
 
 class Shapes:
-    """The built-in images. Validation is set 0, training is set seed + 1: they differ.
+    """The built-in images. Validation uses data set 0 and training uses data set seed + 1, so the
+    two have no image in common.
 
-    Training images are drawn 15 % larger than `side`: clip_view keeps at least 0.9 of each side, so
-    it never enlarges, and its images are as sharp as those of validation, drawn at `side`.
+    Training images are drawn 15 % larger than `side`. clip_view crops to no less than 0.9 of each
+    side, so it never enlarges an image, and training images are as sharp as validation images.
     """
     classes = list(shapes.KINDS)
     templates = [shapes.noun_phrase(color, "{}") for color in shapes.COLORS]      # "a red {}"
 
     def __init__(self, spec, split, seed, side):
         self.spec, self.endless = spec, split == "train"
-        self.set = seed + 1 if self.endless else 0
+        self.draw_seed = seed + 1 if self.endless else 0
         self.side = round(1.15 * side) if self.endless else side
         self.settings = {}
-        for item in filter(None, spec.partition(":")[2].split(",")):
+        options = spec.partition(":")[2]                 # "objects=1-3,size=0.3-0.6"
+        for item in filter(None, options.split(",")):
             name, _, value = item.partition("=")
-            low, _, high = value.partition("-")
+            low, _, high = value.partition("-")          # "objects=1" means 1 to 1
             try:
                 number = {"objects": int, "size": float}[name.strip()]
                 self.settings[name.strip()] = number(low), number(high or low)
             except (KeyError, ValueError):
-                raise ValueError(f"{spec!r}: no setting {item!r}; shapes has objects and size, "
-                                 f"for example shapes:objects=1-3,size=0.3-0.6") from None
-        self.load(0)                   # raises for settings that cannot be drawn
+                raise ValueError(f"{spec!r}: {item!r} is not a valid setting; shapes has "
+                                 f"objects and size, for example "
+                                 f"shapes:objects=1-3,size=0.3-0.6") from None
+        self.load(0)                   # a setting out of range raises here, not during training
 
     def __len__(self):
+        # endless data needs a length, too: eval_batches on training images reads this many
         return 50_000 if self.endless else 10_000
 
     def load(self, index, rng=None):
-        image, caption, label = shapes.draw(index, self.side, self.set, **self.settings)
+        image, caption, label = shapes.draw(index, self.side, self.draw_seed, **self.settings)
         return Image.fromarray(image), caption, label
 
     def name(self, index):
@@ -109,26 +128,28 @@ class Shapes:
 class Folder:
     """Class folders: DIR/train/CLASS/x.jpg and DIR/val/CLASS/y.jpg, or DIR/CLASS/x.jpg.
 
-    Labels number the class folders in sorted order. A class is named by DIR/classnames.txt (lines
-    of folder<TAB>name), else, if the folder is a WordNet id of ImageNet, as in OpenCLIP, else by
-    its folder. Names that begin with a dot are ignored.
+    A label is the position of the class folder in sorted order. The name of a class is taken from
+    DIR/classnames.txt (lines of folder<TAB>name). Without an entry there, it is OpenCLIP's name if
+    the folder is a WordNet id of ImageNet, else the name of the folder with spaces for underscores.
+    Files and folders whose names begin with a dot are ignored.
     """
     endless = False
-    WANTED = "wanted DIR/train/CLASS/x.jpg and DIR/val/CLASS/y.jpg, or DIR/CLASS/x.jpg"
+    LAYOUTS = "expected DIR/train/CLASS/x.jpg and DIR/val/CLASS/y.jpg, or DIR/CLASS/x.jpg"
 
     def __init__(self, spec, split, whole):
         from vtp_min.extras.images import SUFFIXES, is_image
         self.spec = spec
         base = Path(spec)
-        self.root = self.split_folder(base, split, whole)
-        # of both splits, so that labels agree even if a class is missing in one
-        parts = [self.root] if self.root == base else [base / "train", base / "val"]
+        self.root = self.find_split(base, split, whole)
+        # the classes of both splits, so that labels agree even if one split lacks a class
+        splits = [self.root] if self.root == base else [base / "train", base / "val"]
         folders = set()
-        for part in filter(Path.is_dir, parts):
-            folders |= {e.name for e in os.scandir(part) if e.is_dir() and e.name[0] != "."}
-        folders = sorted(folders, key=os.fsencode)
+        for directory in filter(Path.is_dir, splits):
+            folders |= {e.name for e in os.scandir(directory) if e.is_dir() and e.name[0] != "."}
+        folders = sorted(folders, key=os.fsencode)       # by bytes: the same order in any locale
 
         files, labels = [], []
+        # image files beside the class folders have no label
         ignored = [e.name for e in os.scandir(self.root) if not e.is_dir() and is_image(e.name)]
         for label, folder in enumerate(folders):
             for file in files_below(self.root, folder):
@@ -139,12 +160,14 @@ class Folder:
                     ignored.append(file)
         if not files:
             raise ValueError(f"{self.root} holds no class folders with images "
-                             f"({' '.join(SUFFIXES)}); {self.WANTED}")
-        self.files, self.labels = np.array(files), np.array(labels)   # shared with forked workers
+                             f"({' '.join(SUFFIXES)}); {self.LAYOUTS}")
+        # Forked workers share the memory of an array. A list of strings would be copied into each
+        # worker over time, because reading a Python object changes its reference count.
+        self.files, self.labels = np.array(files), np.array(labels)
 
         if ignored:
-            print0(f"{printable(self.root)}: {len(ignored)} files are ignored because of their "
-                   f"suffix or because they are in no class folder ({printable(ignored[0])}, ...)")
+            print0(f"{printable(self.root)}: {len(ignored)} files are ignored, because they have "
+                   f"no image suffix or are not in a class folder ({printable(ignored[0])}, ...)")
         empty = sorted(set(range(len(folders))) - set(labels))
         if empty:
             print0(f"{printable(self.root)}: {len(empty)} of {len(folders)} classes have no image "
@@ -152,18 +175,20 @@ class Folder:
         self.classes = class_names(base, folders)
         self.templates = (ASSETS / "imagenet_templates.txt").read_text("utf-8").splitlines()
 
-    def split_folder(self, base, split, whole):
-        """-> the folder with the class folders of this split"""
+    def find_split(self, base, split, whole):
+        """-> the folder that contains the class folders of this split"""
         if not base.is_dir():
-            raise ValueError(f"no folder {self.spec}; {self.WANTED} (a tar is named *.tar; without "
-                             f"--data the built-in shapes are used)")
+            raise ValueError(f"there is no folder {self.spec}; {self.LAYOUTS} (the name of a tar "
+                             f"file must end in .tar; without --data the built-in shapes are used)")
         if (base / split).is_dir():
             return base / split
         if split == "train" and (base / "val").is_dir():
-            raise ValueError(f"{self.spec} has no train/ folder; to train on its val/, type --data "
-                             f"{base / 'val'}")
+            raise ValueError(f"{self.spec} has no train/ folder; to train on its val/ folder, type "
+                             f"--data {base / 'val'}")
+        # a folder without splits holds training images, unless --val-data names it
         if split == "val" and ((base / "train").is_dir() or not whole):
-            raise ValueError(f"{self.spec} has no val/ folder; name another folder with --val-data")
+            raise ValueError(f"{self.spec} has no val/ folder; give another data set with "
+                             f"--val-data")
         return base
 
     def __len__(self):
@@ -174,8 +199,8 @@ class Folder:
 
     def load(self, index, rng):
         from vtp_min.extras.images import read_image
-        if not self.path(index).is_file():
-            raise FileNotFoundError("not a file, or a broken link")   # opening a pipe would block
+        if not self.path(index).is_file():                            # opening a pipe would block
+            raise FileNotFoundError("not a file, or a broken link")
         label = int(self.labels[index])
         template = self.templates[rng.integers(len(self.templates))]
         return read_image(self.path(index)), template.format(self.classes[label]), label
@@ -185,26 +210,28 @@ class Folder:
 
 
 def files_below(root, folder):
-    """Paths, relative to root, of the files in root/folder and its subfolders, sorted. Links to
-    folders are not followed."""
-    for here, folders, files in os.walk(os.path.join(root, folder)):
+    """Yield the paths of all files in root/folder and its subfolders, relative to root and sorted.
+    Symbolic links to folders are not followed."""
+    for directory, folders, files in os.walk(os.path.join(root, folder)):
+        # os.walk visits the folders that remain in this list, in its order
         folders[:] = sorted((f for f in folders if f[0] != "."), key=os.fsencode)
-        here = os.path.relpath(here, root)
+        directory = os.path.relpath(directory, root)
         for file in sorted(files, key=os.fsencode):
             if file[0] != ".":
-                yield f"{here}/{file}"
+                yield f"{directory}/{file}"
 
 
 def class_names(base, folders):
-    """Names of the classes in these folders, see Folder"""
+    """-> the class name of each folder; class Folder describes where they come from"""
     wnids = (ASSETS / "imagenet_wnids.txt").read_text("utf-8").splitlines()
     imagenet = (ASSETS / "imagenet_classnames.txt").read_text("utf-8").splitlines()
     names = dict(zip(wnids, imagenet, strict=True))
-    for path in (base.parent / "classnames.txt", base / "classnames.txt"):    # base may be DIR/val
+    # base may be DIR/val, so DIR/classnames.txt is read too; the file in base takes precedence
+    for path in (base.parent / "classnames.txt", base / "classnames.txt"):
         if path.exists():
             lines = path.read_text("utf-8-sig", "replace").splitlines()
             names |= dict(line.split("\t", 1) for line in lines if "\t" in line)
-    # decoded in the same way in any locale
+    # os.scandir decodes names by the locale; as UTF-8 they give the same captions in any locale
     folders = [os.fsencode(folder).decode("utf-8", "replace") for folder in folders]
     return [names.get(folder, folder.replace("_", " ")) for folder in folders]
 
@@ -212,39 +239,41 @@ def class_names(base, folders):
 # ---------------------------------------------------------------- training batches
 @dataclass
 class Batch:
-    """This process's share of one step. Parts of an objective that is off are None.
+    """This process's part of one training step. Fields of an objective that is off are None.
 
-    b images for CLIP and reconstruction, Br of them reconstructed; Bs images for self-supervision,
-    with 2 global and V local crops each; N patches of a global crop, M masked ones in all crops.
+    Row numbers count the rows of the global batch, over all processes.
     """
     captions: list                      # b strings
-    bad: list                           # names of unreadable samples, which others replaced
-    image: torch.Tensor = None          # (b, 3, H, W) uint8
-    rows_image: torch.Tensor = None     # (b,) their rows in the global batch
-    text: torch.Tensor = None           # (b, T) ids; T is the length of the longest caption
-    rec: torch.Tensor = None            # (Br,) which of the b images are reconstructed
-    crops: torch.Tensor = None          # (2, Bs, 3, H, W) uint8
-    locals: torch.Tensor = None         # (V, Bs, 3, h, w) uint8
-    rows_ssl: torch.Tensor = None       # (Bs,) their rows in the global batch
-    n_crops: int = 0                    # 2 Bs
-    mask: torch.Tensor = None           # (2, Bs, N) bool, True: hidden from the student
+    bad: list                           # names of unreadable samples, which have been replaced
+    image: torch.Tensor = None          # (b, 3, H, W) uint8, for CLIP and reconstruction
+    rows_image: torch.Tensor = None     # (b,) row numbers of these images
+    text: torch.Tensor = None           # (b, T) token ids
+    rec: torch.Tensor = None            # (Br,) positions among the b images, ascending
+    crops: torch.Tensor = None          # (2, Bs, 3, H, W) uint8, two global crops of each image
+    locals: torch.Tensor = None         # (V, Bs, 3, h, w) uint8, V local crops of each image
+    rows_ssl: torch.Tensor = None       # (Bs,) row numbers of the images that were cropped
+    n_crops: int = 0                    # 2 Bs; ibot_loss divides by it
+    mask: torch.Tensor = None           # (2, Bs, N) bool, True: the student gets the mask token
     mask_index: torch.Tensor = None     # (M,) positions of the masked patches in mask.flatten()
-    mask_weight: torch.Tensor = None    # (M,) 1 / masked patches of the same crop
+    mask_weight: torch.Tensor = None    # (M,) 1 / number of masked patches of the same crop
     keep: dict = field(default_factory=dict)      # see TrainBatches.stochastic_depth
 
     def to(self, device):
-        """-> the Batch on a device; pixels become ImageNet-normalised floats, rows_* stay"""
+        """Copy the tensors to a device -> Batch. Images are ImageNet-normalised and become
+        floating point; rows_image and rows_ssl stay on the CPU."""
         moved = {"keep": map_rows(self.keep, lambda rows: move_to(rows, device))}
         for name, value in vars(self).items():
             if torch.is_tensor(value) and not name.startswith("rows"):
                 moved[name] = move_to(value, device)
+        # after the copy: uint8 takes a quarter of the bandwidth of float32
         for name in ("image", "crops", "locals"):
             if name in moved:
                 moved[name] = augment.normalize(moved[name]).to(torch.get_default_dtype())
         return replace(self, **moved)
 
-    # A worker process sends each tensor through a shared file of its own. L has 144 small ones in
-    # `keep`, so these are sent as arrays.
+    # A worker process sends each tensor through a shared-memory file of its own. `keep` of size L
+    # has 144 small ones (24 blocks, 2 branches, 3 forward passes), so they are sent as numpy
+    # arrays, which are part of the message.
     def __getstate__(self):
         return vars(self) | {"keep": map_rows(self.keep, torch.Tensor.numpy)}
 
@@ -254,43 +283,43 @@ class Batch:
 
 
 def map_rows(keep, function):
-    """Apply a function to all rows of Batch.keep"""
+    """Apply a function to all index tensors in Batch.keep -> dict of the same structure"""
     def convert(pairs):
         return tuple((function(rows), scale) for rows, scale in pairs)
 
     out = dict(keep)
     for name, blocks in keep.items():
-        if blocks:
+        if blocks:                                       # None at rate 0
             out[name] = [convert(pairs) for pairs in blocks]
     return out
 
 
 @dataclass
 class TrainBatches:
-    """TrainBatches(...)[step] -> Batch. ValueError for sizes that do not fit together.
+    """TrainBatches(...)[step] -> Batch. ValueError if the sizes do not fit together.
 
     Only rows that an active objective uses are loaded. Each row has its own random numbers, so
-    turning an objective off changes nothing for the others.
+    turning one objective off does not change the data of the others.
     """
     source: Any
-    tokenizer: Any                      # list of strings -> (n, 77) ids, 0 pads; None without clip
+    tokenizer: Any                      # list of strings -> (n, 77) ids, 0 is padding; or None
     seed: int
     batch: int                          # B = B_clip, over all processes
-    batch_ssl: int
-    batch_rec: int
-    clip: bool                          # which objectives are on
+    batch_ssl: int                      # B_ssl, over all processes
+    batch_rec: int                      # B_rec, over all processes
+    clip: bool                          # True: the objective is on
     ssl: bool
     rec: bool
     image: int                          # H = W
     local_image: int                    # h = w
     n_local: int                        # V
-    patch: int
-    rank: int = 0
+    patch: int                          # side of a patch
+    rank: int = 0                       # number of this process, 0 .. world_size - 1
     world_size: int = 1
-    drop_clip: float = 0.0              # rates of stochastic depth
+    drop_clip: float = 0.0              # stochastic depth: share of images that skip a branch
     drop_rec: float = 0.0
     drop_ssl: float = 0.0
-    depth: int = 0                      # blocks of the trunk
+    depth: int = 0                      # number of blocks of the trunk
 
     def __post_init__(self):
         check_multiple("--image", self.image, self.patch, "the side of a patch")
@@ -309,21 +338,23 @@ class TrainBatches:
         reasons = [f"{flag} {n}" for flag, n in subsets.items()]
         if self.world_size > 1:
             reasons.append(f"{self.world_size} processes")
+        # a subset takes every (B / size)-th row, and all processes have equally many rows of it
         unit = lcm(self.world_size, *subsets.values())
-        check_multiple("--batch", self.batch, unit, f"as {' and '.join(reasons)} require")
+        check_multiple("--batch", self.batch, unit, f"as required by {' and '.join(reasons)}")
 
     @property
     def images_per_step(self):
-        """Images that one step reads, over all processes"""
+        """Number of images that one step reads, over all processes"""
         sizes = [(self.batch, self.clip), (self.batch_ssl, self.ssl), (self.batch_rec, self.rec)]
-        rows = set()
+        rows = set()                                     # a row of two subsets is loaded once
         for size, is_on in sizes:
             if is_on:
                 rows |= set(range(0, self.batch, self.batch // size))
         return len(rows)
 
     def rank_rows(self, size):
-        """This process's rows of a subset of the batch: every (B / size)-th -> range"""
+        """Row numbers of a subset of `size` images that belong to this process: every (B / size)-th
+        row of its part of the batch -> range"""
         first = self.rank * self.batch // self.world_size
         last = (self.rank + 1) * self.batch // self.world_size
         return range(first, last, self.batch // size)
@@ -331,118 +362,133 @@ class TrainBatches:
     def __getitem__(self, step):
         rec_rows = self.rank_rows(self.batch_rec) if self.rec else range(0)
         ssl_rows = self.rank_rows(self.batch_ssl) if self.ssl else range(0)
+        # CLIP and reconstruction share one view; without CLIP only B_rec images need it
         image_rows = self.rank_rows(self.batch) if self.clip else rec_rows
         out = Batch(captions=[], bad=[], keep=self.stochastic_depth(step))
         images, views = self.load_rows(step, image_rows, ssl_rows, out)
         if image_rows:
-            out.image = torch.from_numpy(np.stack(images))
+            out.image = torch.from_numpy(np.stack(images))            # (b, 3, H, W)
             out.rows_image = torch.tensor(image_rows)
         if self.clip:
-            text = self.tokenizer(out.captions)
-            # a causal tower needs no padding beyond the longest caption
+            text = self.tokenizer(out.captions)                       # (b, 77)
+            # the text tower is causal and is read at the end token, so it needs no padding
+            # beyond the longest caption
             longest = int((text != 0).any(0).nonzero().max()) + 1
-            out.text = text[:, :longest]
+            out.text = text[:, :longest]                              # (b, T)
         if self.rec:
+            # (Br,) positions of the reconstructed images in out.image
             out.rec = torch.tensor([image_rows.index(row) for row in rec_rows])
         if self.ssl:
             self.add_views(step, ssl_rows, views, out)
         return out
 
     def load_rows(self, step, image_rows, ssl_rows, out):
-        """-> clip_view of each image row; of each ssl row two global crops, then V local ones"""
+        """-> clip_view of each image row, a list; global crop 1, global crop 2 and V local crops
+        of each ssl row, one list. Captions and unreadable names are appended to `out`."""
         images, views, jobs = [], [], []
         for row in sorted({*image_rows, *ssl_rows}):
             image, caption = self.load_sample(step, row, out.bad)
-            image = np.array(image)                                   # once for all views
+            image = np.array(image)                                   # converted once for all views
             if row in image_rows:
                 rng = make_rng(Stream.CLIP_VIEW, self.seed, step, row)
                 images.append(augment.clip_view(rng, image, self.image))
                 out.captions.append(caption)
             if row in ssl_rows:
+                # one generator for all crops of a row: ssl_views draws in the order of the jobs
                 rng = make_rng(Stream.CROPS, self.seed, step, row)
                 jobs.append((rng, image, self.image, VIEWS["global 1"]))
                 jobs.append((rng, image, self.image, VIEWS["global 2"]))
                 jobs += [(rng, image, self.local_image, VIEWS["local"])] * self.n_local
             if len(jobs) >= VIEWS_AT_ONCE:
                 views += augment.ssl_views(jobs)
-                jobs = []
+                jobs = []                                             # frees the images
         return images, views + augment.ssl_views(jobs)
 
     def add_views(self, step, ssl_rows, views, out):
+        """Add the crops and their masks to `out`.   VTP Sec. 3.3"""
         Bs, V, side = len(ssl_rows), self.n_local, self.local_image
         out.rows_ssl, out.n_crops = torch.tensor(ssl_rows), 2 * Bs
+        # views is ordered by image, a batch by crop: all first crops, then all second crops
         crops = views[0::2 + V] + views[1::2 + V]
         out.crops = torch.from_numpy(np.stack(crops)).unflatten(0, (2, Bs))
         out.locals = torch.empty(V, Bs, 3, side, side, dtype=torch.uint8)
         for v in range(V):
             out.locals[v] = torch.from_numpy(np.stack(views[2 + v::2 + V]))
 
-        numbers = self.crop_numbers(ssl_rows, self.batch_ssl, 2)
-        grid = self.image // self.patch
-        mask = augment.batch_masks(self.seed, step, 2 * self.batch_ssl, grid, grid, numbers)
-        out.mask = torch.from_numpy(mask).unflatten(0, (2, Bs))
+        indices = self.crop_indices(ssl_rows, self.batch_ssl, 2)
+        grid = self.image // self.patch                               # patches per side
+        mask = augment.batch_masks(self.seed, step, 2 * self.batch_ssl, grid, grid, indices)
+        out.mask = torch.from_numpy(mask).unflatten(0, (2, Bs))       # (2, Bs, N)
         out.mask_index, out.mask_weight = augment.mask_index_and_weight(out.mask)
 
-    def crop_numbers(self, rows, size, crops=1):
-        """Numbers of these rows' crops within a subset of `size` rows: all first crops, then all
-        second ones, ... -> (crops * rows,) array"""
-        numbers = np.array(rows) // (self.batch // size)
-        return (numbers + size * np.arange(crops)[:, None]).ravel()
+    def crop_indices(self, rows, size, crops=1):
+        """-> (crops * len(rows),) array: positions of the crops of these rows among all crops of
+        the global batch
+
+        size   number of images of the subset, over all processes      crops  per image
+        The order is that of DINOv2: the first crops of all images, then the second crops, ...
+        """
+        image_indices = np.array(rows) // (self.batch // size)        # positions in the subset
+        return (image_indices + size * np.arange(crops)[:, None]).ravel()
 
     def stochastic_depth(self, step):
-        """-> {name: augment.kept_rows, or None at rate 0}
+        """-> {name: kept rows of each block (augment.kept_rows), or None at rate 0}
 
-        clip   for the forward pass of Batch.image, whatever it serves
-        rec    only if reconstruction has another rate than CLIP, and so a forward pass of its own
-        ssl, local    for global and local crops
+        image  for the forward pass of Batch.image, which serves CLIP, reconstruction or both
+        rec    only if reconstruction has another rate than CLIP; it then has its own forward pass
+        ssl    for the global crops      local  for the local crops
         """
         def draw(rate, size, objective, crops=1):
-            rows = self.crop_numbers(self.rank_rows(size), size, crops)
+            rows = self.crop_indices(self.rank_rows(size), size, crops)
             key = self.seed, step, objective
             return augment.kept_rows(rate, self.depth, rows, crops * size, *key)
 
-        keep = dict.fromkeys(("clip", "ssl", "local"))
+        # 0 to 3 number the forward passes, so that each has its own random numbers
+        keep = dict.fromkeys(("image", "ssl", "local"))
         if self.clip:
-            keep["clip"] = draw(self.drop_clip, self.batch, 0)
+            keep["image"] = draw(self.drop_clip, self.batch, 0)
             if self.rec and self.drop_rec != self.drop_clip:
                 keep["rec"] = draw(self.drop_rec, self.batch_rec, 1)
         elif self.rec:
-            keep["clip"] = draw(self.drop_rec, self.batch_rec, 0)
+            keep["image"] = draw(self.drop_rec, self.batch_rec, 0)
         if self.ssl:
             keep["ssl"] = draw(self.drop_ssl, self.batch_ssl, 2, crops=2)
             keep["local"] = draw(self.drop_ssl, self.batch_ssl, 3, crops=self.n_local)
         return keep
 
     def load_sample(self, step, row, bad):
-        """-> image, caption. An unreadable sample joins `bad`; a random one replaces it."""
-        place = step * self.batch + row
+        """-> image, caption. If the sample is unreadable, its name is appended to `bad` and a
+        random other sample replaces it."""
+        position = step * self.batch + row                            # since the start of training
         if self.source.endless:
-            index = place
+            index = position
         else:
-            epoch, k = divmod(place, len(self.source))
+            epoch, k = divmod(position, len(self.source))
             index = epoch_index(self.seed, epoch, len(self.source), k)
+        # a hundred failures in a row mean that the data set is gone, not that files are damaged
         for attempt in range(100):
             try:
                 rng = make_rng(Stream.SAMPLE, self.seed, step, row)
                 image, caption, _ = self.source.load(index, rng)
                 return image, caption
-            except MemoryError:                                       # not the sample's fault
+            except MemoryError:                                       # not a fault of the sample
                 raise
-            except Exception as problem:                              # decoders raise anything
-                bad.append(unreadable(self.source, index, problem))
+            except Exception as error:                                # decoders raise many types
+                bad.append(unreadable_message(self.source, index, error))
+            # the replacement does not depend on the number of processes or workers
             rng = make_rng(Stream.REPLACEMENT, self.seed, step, row, attempt)
             index = int(rng.integers(len(self.source)))
-        raise ValueError(f"100 samples in a row could not be read, the last one is {bad[-1]}; does "
-                         f"{self.source.spec} still exist?")
+        raise ValueError(f"100 samples in a row could not be read; the last one was {bad[-1]}. "
+                         f"Check that {self.source.spec} still exists")
 
 
-def unreadable(source, index, problem):
-    """-> one line for logs"""
-    return printable(f"{source.name(index)} ({type(problem).__name__}: {problem})")
+def unreadable_message(source, index, error):
+    """-> the name of a sample and why it cannot be read, one line for logs"""
+    return printable(f"{source.name(index)} ({type(error).__name__}: {error})")
 
 
 def epoch_index(seed, epoch, n, k):
-    """The k-th of n samples in the order of this epoch"""
+    """-> index of the k-th of n samples in the random order of this epoch"""
     if n > MAX_STORED_PERMUTATION:
         from vtp_min.extras.shards import feistel_permutation
         return feistel_permutation(seed, epoch, n, k)
@@ -450,18 +496,19 @@ def epoch_index(seed, epoch, n, k):
 
 
 def check_multiple(flag, n, unit, reason):
+    """ValueError unless n is a positive multiple of unit. The message names the nearest one."""
     if n % unit or n < unit:
-        raise ValueError(f"{flag} {n} is no multiple of {unit}, {reason}; try {flag} "
+        raise ValueError(f"{flag} {n} is not a multiple of {unit}, {reason}; try {flag} "
                          f"{round_to_multiple(n, unit)}")
 
 
 def round_to_multiple(n, unit):
-    """The positive multiple of `unit` that is closest to n"""
+    """-> the positive multiple of unit that is closest to n"""
     return max(1, round(n / unit)) * unit
 
 
 def clean_batches(args):
-    """TrainBatches of clip_view without captions, for stage 2 and the baselines"""
+    """TrainBatches that hold only clip_view and no captions, for stage 2 and the baselines"""
     source = open_data(args.data, "train", args.seed, side=args.image)
     return TrainBatches(
         source, None, args.seed, batch=args.batch, batch_ssl=args.batch, batch_rec=args.batch,
@@ -471,72 +518,81 @@ def clean_batches(args):
 
 # ---------------------------------------------------------------- worker processes
 def prefetch(batches, start, stop, workers=0):
-    """batches[start], ..., batches[stop - 1], computed ahead by worker processes -> iterator"""
+    """Iterator over batches[start], ..., batches[stop - 1]. Worker processes compute them ahead of
+    time; with workers=0 this process computes each one when it is requested."""
     return map_in_workers(batches.__getitem__, range(start, stop), workers)
 
 
 def map_in_workers(function, items, workers):
-    """map(function, items), in order, on `workers` processes of one torch thread each.
+    """map(function, items), in order, on `workers` processes with one torch thread each.
 
-    The random state of the caller is not changed.
+    The random state of the caller does not change.
     """
     start_worker = partial(init_worker, augment.ssl_views)
+    # With batch_size=None, DataLoader calls collate_fn on single items, in the worker. Without a
+    # generator of its own it would draw a seed from torch's global generator.
     return iter(DataLoader(items, batch_size=None, collate_fn=function, num_workers=workers,
                            worker_init_fn=start_worker, generator=torch.Generator()))
 
 
 def init_worker(ssl_views, worker):
-    """Workers ignore signals to the process group: the main process answers them, and may need
-    another batch to finish its step. After SIGTERM they live for 30 seconds."""
-    augment.ssl_views = ssl_views              # a spawned worker has not run fast.install()
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    """Set up a worker process. It ignores signals that are sent to the whole process group,
+    because the main process handles them and may need another batch to finish its step.
+
+    ssl_views  the function that the main process uses      worker  number of the worker, not used
+    """
+    # a spawned worker imports the plain form anew and has not run extras.fast.install()
+    augment.ssl_views = ssl_views
+    for number in (signal.SIGINT, signal.SIGUSR1):                # Ctrl-C, job schedulers
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))    # exit after 30 seconds
     signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
 
 
 # ---------------------------------------------------------------- evaluation batches
 def eval_batches(source, side, batch, limit=None, crop="adm", workers=0, seed=0):
-    """This process's share of all images, each once, in the source's order.
+    """This process's part of all images, each image once, in the order of the source.
 
-    limit   over all processes; the images are evenly spaced, so that each class occurs
+    limit   number of images over all processes, or None for all; the chosen images are evenly
+            spaced, so that all classes occur although the source is sorted by class
     crop    a key of augment.EVAL_CROPS
     Yields images (b, 3, side, side) uint8, labels (b,), captions. Unreadable images are reported
-    and skipped: their batch is smaller. ValueError if they are more than half of a share.
+    and skipped, which makes their batch smaller. ValueError if more than half are unreadable.
     """
     if crop not in EVAL_CROPS or batch < 1 or (limit is not None and limit < 1):
-        raise ValueError(f"crop={crop!r}, batch={batch}, limit={limit}: wanted a crop of "
-                         f"{', '.join(EVAL_CROPS)}, a batch and a limit of 1 or more")
+        raise ValueError(f"found crop={crop!r}, batch={batch}, limit={limit}; crop must be one of "
+                         f"{', '.join(EVAL_CROPS)}, batch and limit must be 1 or more")
     n = min(limit or len(source), len(source))
     indices = [k * len(source) // n for k in rank_slice(n)]
     chunks = [indices[k:k + batch] for k in range(0, len(indices), batch)]
-    where = f" on rank {rank()}" if world_size() > 1 else ""
-    lost = 0
-    load = partial(eval_batch, source, side, EVAL_CROPS[crop], seed)
+    on_rank = f" on rank {rank()}" if world_size() > 1 else ""
+    n_unreadable = 0
+    load = partial(load_eval_batch, source, side, EVAL_CROPS[crop], seed)
     for images, labels, captions, bad in map_in_workers(load, chunks, workers):
         for name in bad:
-            print(f"skipped{where}: {name}", flush=True)
-        lost += len(bad)
-        if 2 * lost > len(indices):
-            raise ValueError(f"more than half of the {len(indices)} images of {source.spec}{where} "
-                             f"could not be read, the last one is {bad[-1]}")
-        if captions:
+            print(f"skipped{on_rank}: {name}", flush=True)
+        n_unreadable += len(bad)
+        # a result on less than half of the images would be misleading
+        if 2 * n_unreadable > len(indices):
+            raise ValueError(f"more than half of the {len(indices)} images of {source.spec}"
+                             f"{on_rank} could not be read; the last one was {bad[-1]}")
+        if captions:                                     # else the whole batch was unreadable
             yield images, labels, captions
-    if lost:
-        print(f"{lost} of {len(indices)} images of {printable(source.spec)}{where} could not be "
-              f"read and are skipped", flush=True)
+    if n_unreadable:
+        print(f"{n_unreadable} of {len(indices)} images of {printable(source.spec)}{on_rank} could "
+              f"not be read and were skipped", flush=True)
 
 
-def eval_batch(source, side, crop, seed, indices):
+def load_eval_batch(source, side, crop, seed, indices):
     """-> images (b, 3, side, side) uint8 or None, labels (b,), captions, unreadable names"""
     images, labels, captions, bad = [], [], [], []
     for index in indices:
         try:
             image, caption, label = source.load(index, make_rng(Stream.EVAL, seed, index))
-        except MemoryError:
+        except MemoryError:                              # not a fault of the image
             raise
-        except Exception as problem:
-            bad.append(unreadable(source, index, problem))
+        except Exception as error:
+            bad.append(unreadable_message(source, index, error))
         else:
             images.append(augment.to_chw(crop(image, side)))
             labels.append(label)
@@ -547,26 +603,28 @@ def eval_batch(source, side, crop, seed, indices):
 
 # ---------------------------------------------------------------- contact sheet
 def image_sheet(batch, patch, zoom):
-    """A Batch -> PIL image. A row per sample: clip_view, both global crops with masked patches in
-    gray, the local crops; below them the caption."""
+    """A Batch -> PIL image with one row per sample: clip_view, both global crops with the masked
+    patches in gray, the local crops, and the caption below them."""
     b, _, side, _ = batch.image.shape
-    grid, line = side // patch, 32 // zoom                        # line: height of a caption
+    grid, caption_height = side // patch, 32 // zoom              # before zooming
     masked = batch.mask.view(2, b, 1, grid, grid)
     masked = masked.repeat_interleave(patch, -1).repeat_interleave(patch, -2)     # (2, b, 1, H, W)
     tiles = [batch.image, *torch.where(masked, 128, batch.crops), *batch.locals]
+    # a white border of 2 pixels; local crops are filled up to the height of the others
     tiles = [F.pad(tile, [2, 2, 2, side + 2 - tile.shape[-1]], value=255) for tile in tiles]
-    rows = F.pad(torch.cat(tiles, -1), [0, 0, 0, line], value=255)
+    rows = F.pad(torch.cat(tiles, -1), [0, 0, 0, caption_height], value=255)
     sheet = torch.cat([*rows], -2).repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
     sheet = Image.fromarray(sheet.permute(1, 2, 0).numpy())
     draw = ImageDraw.Draw(sheet)
     for row, caption in enumerate(batch.captions):
-        y = ((row + 1) * (side + 4 + line) - line) * zoom
+        y = ((row + 1) * (side + 4 + caption_height) - caption_height) * zoom
+        # about 6 pixels per letter
         draw.text((2 * zoom, y), textwrap.fill(caption, sheet.width // 6, max_lines=2), "black")
     return sheet
 
 
 def show(args):
-    """Print what a source holds and how fast it is read; write the contact sheet"""
+    """Print the contents and the reading speed of a source, and write the contact sheet"""
     source = open_data(args.data, args.split, args.seed, args.image, whole=True)
     batches = TrainBatches(
         source, None, args.seed, args.rows, args.rows, args.rows, clip=False, ssl=True, rec=True,
@@ -574,8 +632,8 @@ def show(args):
     size = "endless" if source.endless else f"{len(source):,} samples"
     print(f"{printable(source.spec)}, {args.split}: {size}")
     if source.classes:
-        more = ", ..." if len(source.classes) > 12 else ""
-        print(f"{len(source.classes)} classes: {', '.join(source.classes[:12])}{more}")
+        ellipsis = ", ..." if len(source.classes) > 12 else ""
+        print(f"{len(source.classes)} classes: {', '.join(source.classes[:12])}{ellipsis}")
 
     n_steps, bad = max(1, 64 // args.rows), []
     start = time.perf_counter()
@@ -584,45 +642,52 @@ def show(args):
     n_samples = n_steps * args.rows
     ms = 1000 * (time.perf_counter() - start) / n_samples
     if bad:
+        # a file that was drawn twice is printed once
         print(f"{len(bad)} of {n_samples + len(bad)} samples could not be read and were replaced:",
               *dict.fromkeys(bad), sep="\n    ")
-    print(f"{ms:.1f} ms a sample in one process: reading, clip_view, 2 global crops of "
-          f"{args.image}, {args.locals} local crops of {args.local_image}")
+    print(f"{ms:.1f} ms per sample in one process, for reading, clip_view, 2 global crops of "
+          f"{args.image} pixels and {args.locals} local crops of {args.local_image} pixels")
 
     batch = batches[0]
     print("captions:", *(printable(c)[:200] for c in batch.captions), sep="\n    ")
+    # small images are enlarged to a side of about 160 pixels
     image_sheet(batch, args.patch, zoom=max(1, 160 // args.image)).save(args.out)
-    print(f"wrote {args.out}: clip_view, global crops 1 and 2 with masked patches in gray, "
+    print(f"wrote {args.out}: clip_view, global crops 1 and 2 with the masked patches in gray, "
           f"local crops")
 
 
 def main():
     p = argparse.ArgumentParser(
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Show a data set as training sees it: size, captions, speed, and a contact "
-                    "sheet of views, crops and masks. Tars are indexed once, in $VTP_CACHE or "
-                    "~/.cache/vtp_min; nothing is written beside them.")
+        description="Print the size, the captions and the reading speed of a data set, and write a "
+                    "contact sheet of the views, crops and masks that training uses. Tar files are "
+                    "indexed once; the indices are kept in $VTP_CACHE or ~/.cache/vtp_min, and "
+                    "nothing is written beside the tar files.")
     p.add_argument("--data", default="shapes",
                    help="shapes, shapes:objects=1,size=0.6-0.9, a folder (DIR/train/CLASS/x.jpg or "
-                        "DIR/CLASS/x.jpg), or tars of image-caption pairs, in quotes: "
+                        "DIR/CLASS/x.jpg), or tar files of image-caption pairs, in quotes: "
                         "'pairs-{000000..000003}.tar', 'pairs-*.tar'")
     p.add_argument("--split", choices=["train", "val"], default="train", help="part of --data")
     p.add_argument("--image", type=int, default=36,
-                   help="side of clip_view and the global crops; the released models have 256")
+                   help="side of clip_view and the global crops in pixels; the released models "
+                        "have 256")
     p.add_argument("--local-image", type=int, default=18,
-                   help="side of the local crops; DINOv2 has 96 with global crops of 224")
-    p.add_argument("--locals", type=int, default=2, help="local crops per image; DINOv2 has 8")
+                   help="side of the local crops in pixels; DINOv2 has 96 with global crops of 224")
+    p.add_argument("--locals", type=int, default=2,
+                   help="number of local crops per image; DINOv2 has 8")
     p.add_argument("--patch", type=int, default=9,
-                   help="side of a patch, the unit of masks; the paper has 16")
-    p.add_argument("--rows", type=int, default=8, help="samples on the sheet")
-    p.add_argument("--seed", type=int, default=0, help="of order, crops and masks")
-    p.add_argument("--out", default="sheet.png", help="file of the contact sheet")
+                   help="side of a patch in pixels; masks hide whole patches; the paper has 16")
+    p.add_argument("--rows", type=int, default=8, help="number of samples on the sheet")
+    p.add_argument("--seed", type=int, default=0,
+                   help="seed of the order of the samples, the crops and the masks")
+    p.add_argument("--out", default="sheet.png", help="file for the contact sheet")
     args = p.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")     # a terminal with LANG=C lacks letters
+    # a terminal with LANG=C cannot encode all letters of a caption
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         show(args)
-    except ValueError as problem:
-        raise SystemExit(f"data.py: {problem}")
+    except ValueError as error:
+        raise SystemExit(f"data.py: {error}")
 
 
 if __name__ == "__main__":

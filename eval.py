@@ -1,21 +1,21 @@
-"""Evaluate a run: print numbers with their protocols, and append them to metrics.jsonl.
+"""Evaluate a model. Each number is printed with its protocol (which images, crop, precision, ...)
+and appended to metrics.jsonl.
 
-    python eval.py zeroshot RUN       accuracy of class names as captions
-    python eval.py probe RUN          accuracy of linear probes and kNN, on latents and full width
-    python eval.py recon RUN          PSNR, SSIM, LPIPS, rFID of reconstructions
+    python eval.py zeroshot RUN       zero-shot classification, with class names as captions
+    python eval.py probe RUN          linear probe and kNN, on latents and on full-width features
+    python eval.py recon RUN          PSNR, SSIM, LPIPS and rFID of reconstructions
     python eval.py fid SAMPLES        Frechet distance of generated images to real ones
 
     python eval.py check WEIGHTS      try released weights, or a run, on a few images of yours
-    python eval.py cost               parameters and GFLOPs of any size and part
+    python eval.py cost               parameters and GFLOPs of each part, for any model size
     python eval.py report RUN         one page with curves, images and all numbers
     python eval.py fetch              download external weights (VGG for LPIPS, Inception for FID)
 
 The last four are in vtp_min/extras/commands.py. `python eval.py COMMAND --help` lists the flags.
 RUN is a folder of train.py, or released weights. Data and image size default to those of the run.
-With torchrun the processes share the images: the numbers are those of one process up to rounding.
+Under torchrun each process evaluates a part of the images; the numbers are those of one process,
+up to rounding.
 """
-import argparse
-import inspect
 import json
 import sys
 from collections import defaultdict
@@ -30,33 +30,40 @@ from vtp_min.augment import denormalize, normalize
 from vtp_min.device import autocast, set_tf32, tf32_of, warn_if_emulated
 from vtp_min.dist import all_gather_ragged, cleanup, init_distributed, print0, rank, world_size
 from vtp_min.fid import Moments, frechet_distance, psnr, ssim
+from vtp_min.flags import parse_subcommands
 from vtp_min.model import load_model
 from vtp_min.probes import (knn, linear_probe, probe_features, text_encoder, zero_shot,
                             zero_shot_classifier)
-from vtp_min.run import ProgressBar, parse_settings, record_metric
+from vtp_min.run import ProgressBar, record_metric
 
 
 # ---------------------------------------------------------------- model and images
 def settings_of(run):
-    """The flags of the training run; {} for released weights"""
-    path = Path(run or ".", "run.json")
-    return json.loads(path.read_text()) if run and path.exists() else {}
+    """-> the settings of a training run, from its run.json; {} for released weights or no run"""
+    if run and Path(run, "run.json").exists():
+        return json.loads(Path(run, "run.json").read_text())
+    return {}
 
 
-def open_source(args, settings, split, side):
-    """The images of --data or --val-data, else of the run's own"""
+def open_source(args, split, side):
+    """-> source of the images of --data or --val-data; the default is the data of the run
+
+    split  'train' or 'val'      side  of the built-in shapes, in pixels
+    """
+    settings = settings_of(args.run)
     data = args.data or settings.get("data")
     val_data = args.val_data or settings.get("val_data")
     seed = settings.get("seed", 0)
     if split == "val" and val_data:
         return open_data(val_data, "val", seed, side, whole=True)
-    if not data:
-        raise ValueError(f"{args.run} does not say what it was trained on; give --data")
+    if not data:                                           # released weights
+        raise ValueError(f"{args.run} does not say which data it was trained on; give --data")
     return open_data(data, split, seed, side)
 
 
-def open_labelled(args, settings, split, side):
-    source = open_source(args, settings, split, side)
+def open_labelled(args, split, side):
+    """As open_source, for a command that needs classes. ValueError if the source has none."""
+    source = open_source(args, split, side)
     if not source.classes:
         raise ValueError(f"{source.spec} has no class labels; give --val-data (and --data for a "
                          f"probe) a folder of class folders")
@@ -64,84 +71,98 @@ def open_labelled(args, settings, split, side):
 
 
 def eval_loader(args, side, source, limit, crop="adm"):
-    """-> batches (images uint8, labels, captions) of this process's slice, with a progress bar"""
+    """-> iterator over this process's part of the images, with a progress bar
+
+    limit  number of images over all processes, None: all      crop  a key of augment.EVAL_CROPS
+    A batch is images (b, 3, side, side) uint8, labels (b,), captions.
+    """
     n = min(limit or len(source), len(source))
     if n < world_size():
-        raise ValueError(f"{n} images of {source.spec} for {world_size()} processes: each needs "
-                         f"one; start fewer")
+        raise ValueError(f"{source.spec} gives {n} images to {world_size()} processes, but each "
+                         f"process needs at least one; start fewer processes")
     batches = eval_batches(source, side, args.batch, limit, crop, args.workers)
-    n_batches = -(-n // (args.batch * world_size()))
+    n_batches = -(-n // (args.batch * world_size()))       # rounded up
     return ProgressBar(batches, "reading", total=n_batches, leave=False, disable=rank() > 0)
 
 
 @torch.no_grad()
-def encode(args, model, device, source, side, limit, crop, features):
-    """-> {name: (n, F)} of features(model, images), and "labels": (n,), over all processes, in the
-    order of the source"""
-    found = defaultdict(list)
+def encode(args, model, device, source, side, limit, crop, feature_fn):
+    """Compute features of a source. The arguments after `device` are those of eval_loader.
+
+    feature_fn  (model, normalised images) -> {name: (b, F)}
+    -> {name: (n, F)} and "labels": (n,), for the images of all processes, in the source's order
+    """
+    parts = defaultdict(list)
     for images, labels, _ in eval_loader(args, side, source, limit, crop):
         with autocast(device, args.precision):
-            batch = features(model, normalize(images.to(device)))
+            batch = feature_fn(model, normalize(images.to(device)))
         for name, x in batch.items():
-            found[name].append(x.float())
-        found["labels"].append(labels.to(device))
-    return {name: all_gather_ragged(torch.cat(x)) for name, x in found.items()}
+            parts[name].append(x.float())                  # classifiers are fitted in float32
+        parts["labels"].append(labels.to(device))
+    # each process has read one contiguous part, so rank order is the source's order
+    return {name: all_gather_ragged(torch.cat(x)) for name, x in parts.items()}
 
 
 # ---------------------------------------------------------------- zeroshot, probe
 @torch.no_grad()
 def zeroshot(args, device):
-    """Zero-shot classification, top-1 and top-5, with the released code's protocol: prompt
-    templates, images resized to a square, logits 100 x cosine"""
-    model, settings = load_model(args.run).to(device), settings_of(args.run)
+    """Zero-shot classification, top-1 and top-5, with the protocol of the released code: prompt
+    templates, images resized to a square without cropping, logits 100 x cosine similarity"""
+    model = load_model(args.run).to(device)
     if not model.config.train_clip:
-        raise ValueError(f"{args.run} was trained without captions (--w-clip 0): it has no text "
-                         f"tower")
+        raise ValueError(f"{args.run} was trained without captions (--w-clip 0), so it has no text "
+                         f"tower; zero-shot classification needs one")
     side = model.config.image_size
-    source = open_labelled(args, settings, "val", side)
-    names, templates = source.classes, source.templates
+    source = open_labelled(args, "val", side)
+    names = source.classes
+    # the text features of the class names are the weights of a linear classifier
     with autocast(device, args.precision):
         encode_text = text_encoder(model, device, get_tokenizer)
-        classifier = zero_shot_classifier(encode_text, names, templates)                # (E, C)
+        classifier = zero_shot_classifier(encode_text, names, source.templates)         # (E, C)
+    # "squash" changes the aspect ratio, but keeps the whole image
     x = encode(args, model, device, source, side, args.limit, "squash", probe_features)
-    C, distinct = len(names), ""
-    if len(set(names)) < C:                  # ImageNet: missile and sunglasses are there twice
+    C = len(names)
+    distinct = ""
+    if len(set(names)) < C:      # two of ImageNet's names, missile and sunglasses, occur twice
         distinct = f" ({len(set(names))} distinct names)"
-    protocol = (f"{len(x['labels'])} pictures of {source.spec} val, {C} classes{distinct} x "
-                f"{len(templates)} templates, squashed to {side} px, "
+    protocol = (f"{len(x['labels'])} images of {source.spec} val, {C} classes{distinct} x "
+                f"{len(source.templates)} templates, resized to {side}x{side} px, "
                 f"{args.precision}{tf32_of(device)}, chance {1 / C:.3f}")
     for k, value in zero_shot(x["clip"], classifier, x["labels"]).items():
         record_metric(args.out, f"zero-shot {k}", value, protocol)
 
 
 def probe(args, device):
-    """Linear probe and kNN on frozen features: latents (the paper's figures) and full width; its
-    headline 85.7 is on class tokens of several layers (--protocol official)"""
-    model, settings = load_model(args.run).to(device), settings_of(args.run)
+    """Linear probe and kNN on frozen features: on the latents, as in the figures of the paper, and
+    on the full width. The paper's best number, 85.7, uses class tokens of several layers
+    (--protocol official)"""
+    model = load_model(args.run).to(device)
     side = model.config.image_size
-    train = open_labelled(args, settings, "train", side)
-    val = open_labelled(args, settings, "val", side)
+    train = open_labelled(args, "train", side)
+    val = open_labelled(args, "val", side)
     if train.classes != val.classes:
-        raise ValueError(f"{train.spec} and {val.spec} differ in their classes "
-                         f"({len(train.classes)} and {len(val.classes)}); a probe needs the same")
-    features_of = partial(encode, args, model, device)
+        raise ValueError(f"{train.spec} has {len(train.classes)} classes and {val.spec} has "
+                         f"{len(val.classes)}, or their names differ; a probe needs equal classes")
+    encode_source = partial(encode, args, model, device)
     if args.protocol == "official":
         from vtp_min.extras.probe_official import run_probe
-        return run_probe(args, model, train, val, device, features_of, map_in_workers)
-    a = features_of(train, side, args.train_limit or 10_000, "adm", probe_features)
-    b = features_of(val, side, args.limit, "adm", probe_features)
+        return run_probe(args, model, train, val, device, encode_source, map_in_workers)
+    # the default of --train-limit depends on the protocol, so the parser leaves it None
+    train_x = encode_source(train, side, args.train_limit or 10_000, "adm", probe_features)
+    val_x = encode_source(val, side, args.limit, "adm", probe_features)
     C = len(val.classes)
-    for kind, words in (("latent", "mean of the {}-d patch latents"),
-                        ("full", "class token ++ mean patch, last layer, {}-d")):
-        if kind not in a:                                  # a baseline has only latents
+    for kind, description in (("latent", "mean of the {}-d patch latents"),
+                              ("full", "class token ++ mean patch, last layer, {}-d")):
+        if kind not in train_x:                            # LDM has no trunk: latents only
             continue
-        data = a[kind], a["labels"], b[kind], b["labels"], C
-        protocol = (f"{words.format(a[kind].shape[1])}; {len(a['labels'])} train, "
-                    f"{len(b['labels'])} val pictures of {val.spec}, ADM crop {side} px, "
+        data = train_x[kind], train_x["labels"], val_x[kind], val_x["labels"], C
+        description = description.format(train_x[kind].shape[1])
+        protocol = (f"{description}; {len(train_x['labels'])} train, {len(val_x['labels'])} val "
+                    f"images of {val.spec}, ADM crop {side} px, "
                     f"{args.precision}{tf32_of(device)}, chance {1 / C:.3f}")
-        found = linear_probe(*data, seed=args.seed)
-        record_metric(args.out, f"linear probe {kind}", found["accuracy"],
-                      f"{protocol}; logistic regression by L-BFGS, L2 {found['l2']:g} chosen on a "
+        result = linear_probe(*data, seed=args.seed)
+        record_metric(args.out, f"linear probe {kind}", result["accuracy"],
+                      f"{protocol}; logistic regression by L-BFGS, L2 {result['l2']:g} chosen on a "
                       f"tenth of train (seed {args.seed})")
         record_metric(args.out, f"kNN {kind}", knn(*data), f"{protocol}; k 20, temperature 0.07")
 
@@ -149,44 +170,47 @@ def probe(args, device):
 # ---------------------------------------------------------------- recon
 @torch.no_grad()
 def recon(args, device):
-    """Reconstructions of validation images: PSNR, SSIM, LPIPS of each image, and rFID: the Frechet
-    distance of all reconstructions to the ADM crops"""
-    model, settings = load_model(args.run).to(device), settings_of(args.run)
+    """Reconstruct validation images. PSNR, SSIM and LPIPS compare each image with its
+    reconstruction; rFID is the Frechet distance between all images and all reconstructions"""
+    model = load_model(args.run).to(device)
     if not model.config.train_reconstruction:
-        raise ValueError(f"{args.run} was trained without a decoder (--w-rec 0)")
+        raise ValueError(f"{args.run} was trained without a decoder (--w-rec 0), so it cannot "
+                         f"reconstruct images")
     side = model.config.image_size
-    source = open_source(args, settings, "val", side)
-    lpips = load_lpips(args, side, device)
+    source = open_source(args, "val", side)
+    lpips = load_lpips(args, side, device)                 # fails before images are read
     n = min(args.limit, len(source))
-    net, name, words = rfid_features(args, settings, n, side, device)
-    real, generated, values = Moments(), Moments(), defaultdict(list)
+    net, name, description = rfid_features(args, n, side, device)
+    real, generated = Moments(), Moments()                 # sums over images: features are not kept
+    values = defaultdict(list)                             # {name: [(b,), ...]}
     for images, _, _ in eval_loader(args, side, source, args.limit):
         target, output = reconstruct(args, model, images.to(device))     # (B, 3, S, S) in [0, 1]
         values["PSNR"].append(psnr(target, output))
         values["SSIM"].append(ssim(target, output))
-        if lpips:
+        if lpips:                                          # its inputs are in [-1, 1]
             values["LPIPS"].append(lpips.lpips(2 * target - 1, 2 * output - 1).flatten())
         if net:
-            # Truncated to uint8, as the released code does for its PNGs. After the round trip
+            # Truncated to uint8, as the released code does for its PNG files. After the round trip
             # through floats, a fifth of the values of the originals become 1 lower.
             real.add(net((255 * target).byte()))
             generated.add(net((255 * output).byte()))
+    # Averaged over images, not over batches, so that the batch size changes no number.
     values = {key: all_gather_ragged(torch.cat(x)).cpu().double() for key, x in values.items()}
-    how = "encoder and decoder fp32 (official: encoder bf16)"
+    precision = "encoder and decoder fp32 (official: encoder bf16)"
     if args.precision == "bf16":
-        how = "encoder bf16, decoder fp32 (official)"
-    if hasattr(model, "sample_latents"):
-        how += ", latents are the mean of the posterior (LDM and VA-VAE evaluate a sample)"
-    protocol = (f"{len(values['PSNR'])} pictures of {source.spec} val, ADM crop {side} px, "
-                f"{how}{tf32_of(device)}")
+        precision = "encoder bf16, decoder fp32 (official)"
+    if hasattr(model, "sample_latents"):                   # the encoder returns a Gaussian
+        precision += ", latents are the mean of the posterior (LDM and VA-VAE evaluate a sample)"
+    protocol = (f"{len(values['PSNR'])} images of {source.spec} val, ADM crop {side} px, "
+                f"{precision}{tf32_of(device)}")
     for key, x in values.items():
         version = f", {args.perceptual}, v0.1" if key == "LPIPS" else ""
-        record_metric(args.out, key, x.mean().item(), f"{protocol}, mean over pictures{version}")
+        record_metric(args.out, key, x.mean().item(), f"{protocol}, mean over images{version}")
     if not lpips:
         print0("LPIPS is not measured (--perceptual none)")
     if net:
         distance = frechet_distance(*generated.result(), *real.result())
-        record_metric(args.out, name, distance, f"{protocol}; {words}")
+        record_metric(args.out, name, distance, f"{protocol}; {description}")
 
 
 def reconstruct(args, model, images):
@@ -194,53 +218,59 @@ def reconstruct(args, model, images):
     target = normalize(images)
     with autocast(images.device, args.precision):
         z = model.get_reconstruction_latents(target)                     # (B, d, h, w)
+    # the decoder runs in float32, outside autocast, as in the released code
     output = model.get_latents_decoded_images(z.float())
     if output.shape != target.shape:
-        raise ValueError(f"{args.run} decodes {target.shape[-1]} px to {output.shape[-1]} px (the "
-                         f"official decoder always makes 16 per latent), so there is no original "
-                         f"to compare with; eval.py check shows them")
+        raise ValueError(f"{args.run} decodes images of {target.shape[-1]} px to "
+                         f"{output.shape[-1]} px (the official decoder makes 16 px per latent for "
+                         f"any patch size), so they cannot be compared; use eval.py check to look "
+                         f"at them")
     return denormalize(target).clamp(0, 1), denormalize(output).clamp(0, 1)
 
 
 def load_lpips(args, side, device):
+    """-> Perceptual with the network of --perceptual, or None for --perceptual none"""
     if args.perceptual == "none":
         return None
     from vtp_min.extras import weights
     from vtp_min.extras.perceptual import Perceptual
-    weights.heads(args.perceptual)                         # checks that they are the published ones
+    weights.heads(args.perceptual)             # checks that the linear heads are the published ones
     lpips = Perceptual(args.perceptual).to(device)         # fails if its weights are missing
     if side < 32:
-        raise ValueError(f"images of {side} px are too small for LPIPS; take 32 or more, or "
-                         f"--perceptual none")
+        raise ValueError(f"images of {side} px are too small for LPIPS; use images of 32 px or "
+                         f"more, or --perceptual none")
     return lpips
 
 
-def rfid_features(args, settings, n, side, device):
-    """As feature_net. Without --features: None if there are too few images, or no Inception"""
+def rfid_features(args, n, side, device):
+    """-> as feature_net, for n images. (None, None, None) if --features is not given, and there are
+    too few images or Inception's weights are missing: then rFID is left out"""
     from vtp_min.extras.image_sets import check_sample_count, small_sample_note
     try:
         check_sample_count(n, args.few)
-        net, name, words = feature_net(args, args.features or "inception", settings, side, device)
+        kind = args.features or "inception"
+        net, name, description = feature_net(args, kind, side, device)
     except (ValueError, FileNotFoundError) as problem:
-        if args.features:
+        if args.features:                                  # rFID was requested
             raise
         print0(f"rFID is not measured: {problem}")
         return None, None, None
     note = small_sample_note(n)
-    return net, f"r{name}", f"reconstructions against those crops themselves{note}; {words}"
+    return net, f"r{name}", f"reconstructions compared with these crops{note}; {description}"
 
 
 # ---------------------------------------------------------------- fid
-def feature_net(args, kind, settings, side, device):
-    """What a Frechet distance compares.   kind  of --features
+def feature_net(args, kind, side, device):
+    """The features that a Frechet distance compares.   kind  a choice of --features
 
-    -> function uint8 (B, 3, H, W) -> (B, F), name of the distance, features in words
+    -> function uint8 (B, 3, H, W) -> (B, F); name of the distance; description for the protocol
     """
     from vtp_min.extras import judges
 
     def get_classifier():
-        train = open_labelled(args, settings, "train", side)
-        val = open_labelled(args, settings, "val", side)
+        """Called only for the kind 'classifier', which needs labelled images to train on"""
+        train = open_labelled(args, "train", side)
+        val = open_labelled(args, "val", side)
         loader = partial(eval_loader, args, side)
         return judges.classifier_of(args, train, val, side, device, loader)
 
@@ -249,46 +279,50 @@ def feature_net(args, kind, settings, side, device):
 
 @torch.no_grad()
 def fid(args, device):
-    """FID of samples against real images: the run's training set, or --reference. Without
-    Inception's weights: --features classifier or squeezenet, whose distance is not called FID"""
+    """Frechet distance of samples to real images: the training set of the run, or --reference. It
+    is called FID only on Inception's features. Without Inception's weights, use --features
+    classifier or squeezenet"""
     from vtp_min.extras import image_sets, judges
-    samples, settings = image_sets.open_samples(args.samples, args.jpeg), settings_of(args.run)
+    samples = image_sets.open_samples(args.samples, args.jpeg)
     real = image_sets.open_samples(args.reference, jpeg=True) if args.reference else None
-    judges.check_fid_args(args, samples, real)
-    side = samples.size[0] if samples.size else settings.get("image") or 256
+    judges.check_fid_args(args, samples, real)             # fails before images are read
+    side = settings_of(args.run).get("image") or 256
+    if samples.size:                           # None for saved statistics
+        side = samples.size[0]
     loader = partial(eval_loader, args, side)
     if not real and (args.run or args.data):
-        train = open_source(args, settings, "train", side)
-        val = open_source(args, settings, "val", side)
+        train = open_source(args, "train", side)
+        val = open_source(args, "val", side)
         real = image_sets.Crops(train, "training", side, args.train_limit, loader)
-    net, name, words = feature_net(args, args.features, settings, side, device)
+    net, name, description = feature_net(args, args.features, side, device)
 
     def moments(images):
-        """-> mean, covariance of the features"""
-        return images.statistics(net, args.features, words, args.batch, device)
+        """-> mean (F,) and covariance (F, F) of the features of a set of images"""
+        return images.statistics(net, args.features, description, args.batch, device)
 
     real_moments = moments(real) if real else None
     sample_moments = moments(samples)
     if args.save_stats:
-        image_sets.save_statistics(args.save_stats, sample_moments, samples, words)
+        image_sets.save_statistics(args.save_stats, sample_moments, samples, description)
         print0(f"mean and covariance of {samples.name} are in {args.save_stats}")
-    if not real:
+    if not real:                                           # only --set save_stats was requested
         return
-    protocol = f"against {real.as_reference()}; {words}"
+    protocol = f"against {real.as_reference()}; {description}"
     record_metric(args.out, name, frechet_distance(*sample_moments, *real_moments),
                   f"{samples.as_samples()}; {protocol}")
-    if args.reference:
+    if args.reference:                                     # there are no validation images
         return
-    # validation images in place of the samples: what a perfect generator would get
-    held = image_sets.Crops(val, "validation", side, samples.n or 10_000, loader)
-    record_metric(args.out, f"{name} of real", frechet_distance(*moments(held), *real_moments),
-                  f"{held.n} validation pictures in place of the samples"
-                  f"{image_sets.small_sample_note(held.n)}: what a perfect generator would get; "
+    # Validation images in place of the samples: the distance that a perfect generator would have.
+    # It is not 0, because both sets are finite.
+    held_out = image_sets.Crops(val, "validation", side, samples.n or 10_000, loader)
+    record_metric(args.out, f"{name} of real", frechet_distance(*moments(held_out), *real_moments),
+                  f"{held_out.n} validation images in place of the samples"
+                  f"{image_sets.small_sample_note(held_out.n)}: the value of a perfect generator; "
                   f"{protocol}")
     if args.features == "classifier":
         judges.record_recognition(args, samples, train, val, side, device, loader)
     if args.save_real:                       # last: if the file exists, all of the above is done
-        image_sets.save_statistics(args.save_real, real_moments, real, words)
+        image_sets.save_statistics(args.save_real, real_moments, real, description)
 
 
 # ---------------------------------------------------------------- command line
@@ -296,41 +330,41 @@ COMMANDS = {"zeroshot": zeroshot, "probe": probe, "recon": recon, "fid": fid}
 EXTRA_COMMANDS = ("check", "cost", "report", "fetch")
 ALL = "zeroshot probe recon fid"
 FEATURES = ["inception", "squeezenet", "classifier"]
-FLAGS = [  # commands, flag, type or choices, default, help
+FLAGS = [  # commands, flag, type or list of choices, default, help
     ("zeroshot probe recon", "run", str, None, "folder of train.py, or released weights"),
     ("fid", "samples", str, None, "folder of dit.py sample, a folder of images, an npz with arr_0 "
      "uint8 (n, H, W, 3), or an npz of statistics (mu, sigma)"),
-    ("fid", "--run", str, None, "run of the tokenizer, whose data is the real images"),
-    ("fid", "--reference", str, None, "real images instead: a folder, an npz of images, or ADM's "
-     "npz with mu and sigma (the paper's gFID)"),
+    ("fid", "--run", str, None, "run of the tokenizer; its training data are the real images"),
+    ("fid", "--reference", str, None, "other real images: a folder, an npz of images, or ADM's npz "
+     "with mu and sigma (the paper's gFID)"),
     (ALL, "--data", str, None, "shapes, a folder of class folders, or tars (default: the run's)"),
     (ALL, "--val-data", str, None, "validation images, if --data has no val/"),
     (ALL, "--out", str, None, "folder of metrics.jsonl (default: the run)"),
-    ("zeroshot probe recon", "--limit", int, 50_000, "validation images, evenly spread"),
-    ("fid", "--limit", int, 10_000, "validation images for the accuracy of the classifier"),
-    ("probe", "--train-limit", int, None, "training images, evenly spread (default 10000; all "
-     "with --protocol official)"),
-    ("recon fid", "--train-limit", int, 10_000, "training images, evenly spread"),
-    (ALL, "--batch", int, 100, "images per process at once; changes no number"),
+    ("zeroshot probe recon", "--limit", int, 50_000, "number of validation images, evenly spaced"),
+    ("fid", "--limit", int, 10_000, "number of validation images for the classifier's accuracy"),
+    ("probe", "--train-limit", int, None, "number of training images, evenly spaced (default "
+     "10000; all with --protocol official)"),
+    ("recon fid", "--train-limit", int, 10_000, "number of training images, evenly spaced"),
+    (ALL, "--batch", int, 100, "images per batch on each process; changes no number"),
     (ALL, "--workers", int, 0, "processes that read images; changes no number"),
-    (ALL, "--device", str, None, "cpu, cuda or mps (default: the best one present)"),
+    (ALL, "--device", str, None, "cpu, cuda or mps (default: the best one available)"),
     ("zeroshot probe recon", "--precision", ["fp32", "bf16"], "fp32", "of the encoder. The "
      "released code: zero-shot fp32 (its script bf16), probe bf16, reconstruction bf16"),
     ("probe", "--protocol", ["lbfgs", "official"], "lbfgs", "lbfgs: logistic regression on one "
      "centre crop per image, and kNN (ours; minutes). official: the released code's SGD on "
-     "augmented crops, 13 rates x {last layer, last 4}, and on latents"),
-    ("probe", "--seed", int, 0, "of the held-out choice, the heads and the augmentation"),
+     "augmented crops, 13 learning rates x {last layer, last 4}, and on latents"),
+    ("probe", "--seed", int, 0, "seed of the held-out images, the heads and the augmentation"),
     ("recon", "--perceptual", ["vgg", "alex", "squeeze", "none"], "vgg", "network of LPIPS"),
-    ("recon", "--features", FEATURES, None, "as in eval.py fid (default: inception; without its "
-     "weights, or below 2048 images, no rFID)"),
+    ("recon", "--features", FEATURES, None, "as in eval.py fid (default: inception; no rFID if its "
+     "weights are missing, or below 2048 images)"),
     ("fid", "--features", FEATURES, "inception", "only inception gives FID. squeezenet: a small "
-     "ImageNet network, whose file you must have (eval.py fetch squeezenet says where from). "
+     "ImageNet network, whose file you must provide (eval.py fetch squeezenet names its source). "
      "classifier: trained here on the real images"),
     ("recon fid", "--few", bool, False, "accept fewer than 2048 images; the protocol says so"),
 ]
 SETTINGS = [  # commands, name, default, meaning and source: for --set name=value
     ("probe", "epochs", 10, "official: the released code's"),
-    ("probe", "epoch_length", 1250, "official: iterations, whatever the data; released code"),
+    ("probe", "epoch_length", 1250, "official: iterations, for any data set; released code"),
     ("probe", "train_batch", 1024, "official: over all processes; released code: 128 x 8 GPUs"),
     ("recon fid", "halve", False, "images at half their side; not with classifier (ours)"),
     ("recon fid", "judge_steps", 2400, "training steps of --features classifier (ours)"),
@@ -341,53 +375,25 @@ SETTINGS = [  # commands, name, default, meaning and source: for --set name=valu
 
 
 def arguments():
-    """-> Namespace: flags, and the settings of the command"""
+    """Command line -> Namespace of the command, its flags and its settings"""
     if sys.argv[1:] and sys.argv[1] in EXTRA_COMMANDS:
         from vtp_min.extras import commands
         return commands.arguments(sys.argv[1:])
-    plain = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=plain)
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, function in COMMANDS.items():
-        lines = [f"  {key:14} {default!s:9} {text}"
-                 for users, key, default, text in SETTINGS if name in users.split()]
-        p = subparsers.add_parser(name, description=inspect.getdoc(function),
-                                  epilog="\n".join(["settings for --set:", *lines]),
-                                  formatter_class=plain)
-        for users, *row in FLAGS:
-            if name in users.split():
-                add_flag(p, *row)
-        p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
-                       help="change a setting of the table below; repeatable")
-    args = parser.parse_args()
-    settings = {key: default for users, key, default, _ in SETTINGS
-                if args.command in users.split()}
-    try:
-        settings |= parse_settings(args.set, settings)
-    except ValueError as problem:
-        parser.error(str(problem))
-    return argparse.Namespace(**vars(args) | settings)
-
-
-def add_flag(parser, flag, kind, default, text):
-    if kind is bool:
-        parser.add_argument(flag, action="store_true", help=text)
-        return
-    if default is not None:
-        text += f" (default {default})"
-    values = {"choices": kind} if isinstance(kind, list) else {"type": kind}
-    parser.add_argument(flag, default=default, help=text, **values)
+    return parse_subcommands(None, __doc__, COMMANDS, FLAGS, SETTINGS)
 
 
 def output_folder(args):
-    """Where numbers are kept: --out, else the run's folder, else the folder of the samples"""
+    """-> folder of metrics.jsonl: --out (made if needed), else the folder of the run or of the
+    samples, else the current folder"""
     if args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         return args.out
-    home = Path(args.run or args.samples)
-    if home.is_dir():
-        return str(home)
-    return str(home.parent) if args.command == "fid" else "."
+    # fid may have a --run, too: then the numbers of the samples belong to this run
+    path = Path(args.run or args.samples)
+    if path.is_dir():
+        return str(path)
+    # samples can be a file, and a run the name of released weights on the Hub
+    return str(path.parent) if args.command == "fid" else "."
 
 
 def main():
@@ -397,15 +403,16 @@ def main():
         device = init_distributed(args.device)
         set_tf32(device, False)              # PyTorch's default, which VTP's evaluation keeps
         if device.type == "cpu" and getattr(args, "fast", True):
+            # the same numbers up to rounding; the extra commands have no setting `fast`
             from vtp_min.extras import fast
             restore_plain_forms = fast.install()
         if args.command in EXTRA_COMMANDS:
             from vtp_min.extras import commands
             return commands.run(args, device, open_data, eval_batches, get_tokenizer)
-        warn_if_emulated(device, getattr(args, "precision", "fp32"))
+        warn_if_emulated(device, getattr(args, "precision", "fp32"))     # fid has no --precision
         args.out = output_folder(args)
         COMMANDS[args.command](args, device)
-    except (ValueError, OSError) as problem:
+    except (ValueError, OSError) as problem:               # a message for the user, no traceback
         raise SystemExit(f"eval.py {args.command}: {problem}") from None
     finally:
         if restore_plain_forms:

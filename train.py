@@ -2,15 +2,22 @@
 
     loss = w_clip * clip + w_ssl * (dino + ibot + 0.1 koleo) + w_rec * (L1 + LPIPS)
 
+(The paper does not name KoLeo. It is a part of DINOv2, which the paper follows.)
+
     python train.py --perceptual none                  nano on the built-in shapes, on a laptop
     torchrun --nproc-per-node 8 train.py --size L --data DIR --out runs/L
 
-The paper's AE, CLIP+AE, SSL+AE and CLIP+SSL+AE differ in the weights only: --w-clip 0, --w-ssl 0.
-Other trainings have flags of their own (--help shows them):
+The paper's variants differ in the loss weights: --w-clip 0 --w-ssl 0 for AE, --w-ssl 0 for CLIP+AE,
+--w-clip 0 for SSL+AE. Other trainings have flags of their own (--help shows them):
     python train.py --stage 2 --init runs/vtp       the pixel decoder alone, with a GAN (Sec. 3.2)
     python train.py --baseline ldm | vavae | rae    the paper's comparisons (Table 1, Fig. 8, 9)
 
-The run folder holds weights, checkpoints and the log. The same command continues a run.
+The run folder holds the model, checkpoints of the whole training state, and the log. The same
+command continues a run.
+
+Sources of values: paper; released code (github.com/MiniMax-AI/VTP: the model with its teacher and
+heads, and the evaluation, but no losses, data or optimizer); DINO, DINOv2, OpenCLIP (borrowed,
+because the paper follows them); ours (our own choice).
 """
 import argparse
 import math
@@ -29,93 +36,123 @@ from vtp_min import losses
 from vtp_min.device import autocast, setup_device, tf32_of
 from vtp_min.dist import (average_gradients, broadcast_parameters, cleanup, print0, rank,
                           world_size)
-from vtp_min.model import (SIZES, SMALL, DINOHead, Student, Teacher, VTPConfig, VTPModel,
-                           rec_patches)
+from vtp_min.model import SIZES, SMALL, DINOHead, Student, Teacher, VTPConfig, VTPModel
 from vtp_min.optim import cosine, linear, param_groups, set_lr, warmup_cosine
 from vtp_min.run import Run, parse_settings
 from vtp_min.text import TextBlock
 from vtp_min.vit import Block
 
 # ---------------------------------------------------------------- the method
-def compute_gradients(batch, temp, args, student, teacher, lpips, targets, amp, scaler, device):
-    """Losses and gradients of one step.   VTP Sec. 3.2 to 3.6
+def compute_gradients(batch, teacher_temp, args, student, teacher, lpips, targets, amp, scaler,
+                      device):
+    """Losses and gradients of one training step.   VTP Sec. 3.2 to 3.6
 
-    batch.image (B, 3, H, W), batch.text (B, T)    image-text pairs, for CLIP
-    batch.rec (Br,)                                the images among them to be reconstructed
-    batch.crops (2, Bs, 3, H, W), batch.locals (V, Bs, 3, h, w)    global and local crops
-    batch.mask (2, Bs, N), batch.mask_index (M,)   patches of global crops hidden from the student
-    batch.keep                                     stochastic depth, drawn for this step
-    temp                                           temperature of the teacher's targets
+    batch         this process's images (data.Batch): B images; Bs of them also have crops, and Br
+                  of them are reconstructed
+        image (B, 3, H, W), text (B, T)    image-caption pairs for CLIP
+        rec (Br,)                          indices, among the B images, of those to reconstruct
+        crops (2, Bs, 3, H, W)             two global crops of each image
+        locals (V, Bs, 3, s, s)            V local crops of s x s pixels
+        mask (2, Bs, N)                    True: this patch of a global crop is masked (iBOT)
+        mask_index (M,)                    positions of the masked patches in mask.flatten()
+        mask_weight (M,), n_crops          their weights, and the number of crops, in ibot_loss
+        keep                               stochastic depth: {"image", "rec", "ssl" or "local": for
+                                           each block, which images pass through it}
+    teacher_temp  temperature of the teacher's probabilities
+    student       model.Student, trained by gradients      teacher  its moving average, or None
+    lpips         the perceptual loss, or None
+    targets       losses.TeacherTargets: turns the teacher's logits into probabilities
+    amp, scaler   autocast context; gradient scaler, active for fp16 only
 
-    -> terms, diagnostics: {name: ()}. Gradients are added to the student's parameters. The
-    gradient of a sum is the sum of gradients, so backward is called for each of the two parts,
-    and the memory of the first is free before the second needs its own.
+    Gradients are added to .grad of the student's parameters. Parts 1 and 2 below have one backward
+    pass each: the sum of both gradients is the gradient of the total loss, and the memory of part 1
+    is free before part 2 needs its own.
+
+    Returns terms and diagnostics, dicts of detached scalar tensors.
     """
-    batch = batch.to(device)
+    batch = batch.to(device)            # .to also converts bytes to ImageNet-normalised floats
     terms, diagnostics = {}, {}
 
-    # 1. Self-supervision: DINO and iBOT with targets from the teacher, KoLeo        Sec. 3.3
+    # 1. Self-distillation on crops: DINO, iBOT, KoLeo                              Sec. 3.3
     if args.w_ssl:
         with amp:
-            # The teacher sees whole crops; mask_index selects the patches whose logits it returns.
+            # The teacher sees whole crops. At each masked patch, the student has to predict the
+            # prototype probabilities that the teacher gives to this patch (iBOT).
             t_cls_logits, t_patch_logits = teacher(batch.crops, batch.mask_index)
-            # One pass, as in DINOv2: DINO reads class tokens of masked crops, iBOT masked patches.
-            s_cls, s_patch, class_tokens = student.views(
+            # One forward pass of the masked global crops serves both losses (DINOv2): DINO uses
+            # their class tokens, iBOT their masked patches. Sec. 3.3 reads as if DINO used unmasked
+            # crops, but that would need another pass.
+            s_cls_logits, s_patch_logits, class_tokens = student.views(
                 batch.crops, batch.locals, batch.mask, batch.mask_index, batch.keep)
-        t_cls, t_patch = targets(t_cls_logits, t_patch_logits, temp)     # probabilities
-        ssl = {"dino": losses.dino_loss(s_cls, t_cls),
-               "ibot": losses.ibot_loss(s_patch, t_patch, batch.mask_weight, batch.n_crops)}
+        t_cls_probs, t_patch_probs = targets(t_cls_logits, t_patch_logits, teacher_temp)
+        ssl = {"dino": losses.dino_loss(s_cls_logits, t_cls_probs),
+               "ibot": losses.ibot_loss(s_patch_logits, t_patch_probs, batch.mask_weight,
+                                        batch.n_crops)}
         if args.w_koleo:
+            # KoLeo pushes different images apart. The two crops of an image are in separate calls,
+            # so they are not pushed apart. Summed, not averaged, as in DINOv2.
             ssl["koleo"] = losses.koleo_loss(class_tokens[0]) + losses.koleo_loss(class_tokens[1])
         scaler.scale(losses.total_loss(ssl, args)).backward()
         terms |= detach(ssl)
-        diagnostics["teacher_entropy"] = losses.entropy(t_cls)
+        diagnostics["teacher_entropy"] = losses.entropy(t_cls_probs)
         diagnostics["feature_std"] = losses.feature_std(class_tokens[0])
-        del t_cls_logits, t_patch_logits, t_cls, t_patch, s_cls, s_patch, class_tokens, ssl
+        # delete the last references, so that this memory is free for part 2
+        del t_cls_logits, t_patch_logits, t_cls_probs, t_patch_probs
+        del s_cls_logits, s_patch_logits, class_tokens, ssl
 
-    # 2. CLIP and reconstruction, on one view of the image                      Sec. 3.2, 3.4
+    # 2. CLIP and reconstruction, on one crop of 90 to 100 % (OpenCLIP)            Sec. 3.2, 3.4
     if args.w_clip or args.w_rec:
-        joint = {}
+        clip_rec = {}
         with amp:
-            cls, patches = student.encode(batch.image, batch.keep["clip"])   # (B, D), (B, N, D)
+            cls, patches = student.encode(batch.image, batch.keep["image"])  # (B, D), (B, N, D)
             if args.w_clip:
-                img, txt = student.embed_image(cls, patches), student.embed_text(batch.text)
+                image_emb = student.embed_image(cls, patches)                # (B, E)
+                text_emb = student.embed_text(batch.text)                    # (B, E)
+                scale, bias = student.logit_scale_and_bias()
+                clip_rec["clip"] = losses.contrastive_loss(args.clip_loss, image_emb, text_emb,
+                                                           scale, bias)
+                diagnostics["logit_scale"] = scale.detach()
             if args.w_rec:
-                pixels = student.decode(rec_patches(batch, patches, student))    # (Br, 3, H, W)
-        if args.w_clip:
-            scale, bias = student.model.logit_scale.exp(), student.model.logit_bias
-            joint["clip"] = losses.contrastive_loss(args.clip_loss, img, txt, scale, bias)
-            diagnostics["logit_scale"] = scale.detach()
-        if args.w_rec:
-            joint["rec"] = losses.rec_loss(pixels, batch.image[batch.rec], lpips)
-        scaler.scale(losses.total_loss(joint, args)).backward()
-        terms |= detach(joint)
+                rec_patches = student.rec_patches(batch, patches)            # (Br, N, D)
+                pixels = student.decode(rec_patches)                         # (Br, 3, H, W)
+                clip_rec["rec"] = losses.rec_loss(pixels, batch.image[batch.rec], lpips)
+        scaler.scale(losses.total_loss(clip_rec, args)).backward()
+        terms |= detach(clip_rec)
 
     terms = {"loss": losses.total_loss(terms, args)} | terms
     return terms, diagnostics
 
 
-def train(args, run, batches, gradients, student, teacher, targets, optimizer, scaler, state):
-    """gradients  (batch, temp) -> terms, diagnostics: compute_gradients, or its cached form"""
+def train(args, run, batches, step_gradients, student, teacher, targets, optimizer, scaler, state):
+    """The training loop, starting from the last checkpoint.
+
+    run             the run folder (run.Run)
+    batches         yields one batch per step
+    step_gradients  (batch, teacher_temp) -> terms, diagnostics: compute_gradients, or its
+                    gradient-caching form (--micro)
+    state           all objects whose state a checkpoint holds
+    """
     for step in range(run.step, args.steps):
-        lr, last_layer_lr, weight_decay, temp, momentum = schedule(step, args)
+        lr, last_layer_lr, weight_decay, teacher_temp, momentum = schedule(step, args)
         set_lr(optimizer, lr, last_layer_lr, weight_decay)
-        optimizer.zero_grad()                            # gradients become None
-        terms, diagnostics = gradients(next(batches), temp)
-        average_gradients(student)                       # over processes
-        scaler.unscale_(optimizer)                       # before clipping: the true gradients
+        optimizer.zero_grad()
+        terms, diagnostics = step_gradients(next(batches), teacher_temp)
+        average_gradients(student)                       # over all processes
+        scaler.unscale_(optimizer)                       # clipping needs the true gradients
         grad_norm = clip_grad_norm_(student.parameters(), args.clip_grad)
-        finite, stop = run.agree(terms, grad_norm)       # equal on all processes
+        # Are all losses and gradients finite, on all processes? Has any process got a signal to
+        # stop? One all_reduce answers both, so that all processes do the same.
+        finite, stop = run.agree(terms, grad_norm)
         if finite:
             scaler.step(optimizer)
             student.clamp_logit_scale()
-            if teacher:
-                teacher.update(student, momentum)        # moving average of the weights
-                targets.step()
+            if teacher is not None:
+                teacher.update(student, momentum)        # moving average of the student's weights
+                targets.step()                           # moving average of the teacher's logits
         scaler.update()
         diagnostics["weight_decay"] = weight_decay
-        run.after_step(step, terms, diagnostics, grad_norm, lr, state)       # logs, saves
-        if stop:                                         # a signal: saved, so the run can continue
+        run.after_step(step, terms, diagnostics, grad_norm, lr, state)       # log, checkpoint
+        if stop:                                         # after_step has saved a checkpoint
             break
 
 
@@ -124,61 +161,69 @@ def detach(terms):
 
 
 def schedule(step, args):
-    """-> lr, lr of the DINO head's last layer, weight decay, teacher temperature and momentum"""
+    """-> lr, lr of the DINO head's last layer, weight decay, temperature and EMA momentum of the
+    teacher"""
     lr = warmup_cosine(step, args.lr, args.warmup, args.steps)
-    # minus one step (ours), so that a short run does not freeze anything
+    # The prototypes stay fixed during the first 1 % of training, which stabilises the start (DINO).
+    # One step less (ours): of a run of up to 100 steps, 1 % is not worth a special phase.
     frozen = step < args.freeze_last_layer * args.steps - 1
     last_layer_lr = 0.0 if frozen else lr
     weight_decay = cosine(step, args.weight_decay, args.weight_decay_end, args.steps)
-    # sharp targets at first, softer ones when the teacher is better
-    temp = linear(step, args.teacher_temp_start, args.teacher_temp,
-                  args.teacher_temp_warmup * args.steps)
-    # rises to 1, so that the teacher stops moving (DINO)
+    # A higher temperature at the start would make the targets uniform (DINO).
+    teacher_temp = linear(step, args.teacher_temp_start, args.teacher_temp,
+                          args.teacher_temp_warmup * args.steps)
+    # The momentum rises to 1: the average covers more and more steps, and the targets change less
+    # and less (DINO).
     momentum = cosine(step, args.ema, 1.0, args.steps)
-    return lr, last_layer_lr, weight_decay, temp, momentum
+    return lr, last_layer_lr, weight_decay, teacher_temp, momentum
 
 # ---------------------------------------------------------------- setup
 def main(args):
-    """Stage 1 -> exit status"""
+    """Stage 1, from the flags to the trained model -> exit status"""
     device, precision = setup_device(args)
     if args.fast and device.type == "cpu":
+        # faster forms of functions of vit.py and losses.py, equal up to rounding
         from vtp_min.extras import fast
         fast.install(free_memory=args.size not in SMALL)
     settings = vars(args) | {"precision": precision, "machine": f"{device}{tf32_of(device)}"}
     if args.warmup is None:
-        # after `settings` was copied: a run may continue with more --steps, which changes this
+        # This default follows from --steps. It is not part of the settings that must stay equal
+        # when a run continues, because a run may continue with more --steps.
         args.warmup = max(args.steps // 10, 1)
 
     # models
     torch.manual_seed(args.seed)
     model, head = build_model(args)
     student = Student(model, head).to(device)
-    broadcast_parameters(student)               # before the teacher, which is a copy
+    broadcast_parameters(student)               # before the teacher, which copies the student
     teacher = Teacher(student).to(device) if args.w_ssl else None
     targets = losses.TeacherTargets(args.teacher, args.prototypes, device)
     lpips = None
     if args.w_rec and args.perceptual != "none":
         from vtp_min.extras.perceptual import Perceptual
         lpips = Perceptual(args.perceptual).to(device)
-    # the teacher gets no gradients, so the optimizer knows the student only
     groups = param_groups(student, args.layer_decay, args.patch_lr)
+    # fused: one kernel updates all weights (not tried on MPS)
     optimizer = torch.optim.AdamW(groups, betas=(args.beta1, args.beta2), eps=args.eps,
                                   fused=device.type != "mps")
     # fp16 gradients underflow unless the loss is scaled up; bf16 and fp32 need no scaling
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    gradients = compute_gradients
+    step_gradients = compute_gradients
     if args.micro:
         from vtp_min.extras import gradcache
-        gradients = gradcache.compute_gradients_cached
-    gradients = partial(gradients, args=args, student=student, teacher=teacher, lpips=lpips,
-                        targets=targets, amp=autocast(device, precision), scaler=scaler,
-                        device=device)
+        step_gradients = gradcache.compute_gradients_cached
+    step_gradients = partial(step_gradients, args=args, student=student, teacher=teacher,
+                             lpips=lpips, targets=targets, amp=autocast(device, precision),
+                             scaler=scaler, device=device)
 
-    # data, and the run folder: all that a checkpoint must hold is in `state`
+    # Data. Stochastic depth is drawn with the batch, for each of `depth` blocks, so that the result
+    # does not depend on the number of processes.
     data = train_batches(args, depth=len(model.trunk.blocks))
+
+    # run folder
     run = Run(args.out, settings, args.fresh)
     state = {"student": student, "optimizer": optimizer, "scaler": scaler, "targets": targets}
-    if teacher:
+    if teacher is not None:
         state["teacher"] = teacher
     run.restore(state)
     print_summary(args, model, head, data, device, precision)
@@ -188,8 +233,8 @@ def main(args):
               export=lambda step: model.save_pretrained(args.out),
               flops=count_flops(args, model, first), check=collapse_check(args))
     wrap_blocks(args, student, teacher)
-    batches = run.watch(batches)
-    train(args, run, batches, gradients, student, teacher, targets, optimizer, scaler, state)
+    batches = run.watch(batches)                # measures the wait for data, reports bad samples
+    train(args, run, batches, step_gradients, student, teacher, targets, optimizer, scaler, state)
     status = run.finish()
     if status == 0:
         print0(f"Next: python eval.py report {args.out}")
@@ -246,7 +291,9 @@ def wrap_blocks(args, student, teacher):
 def peek(iterator):
     """-> its first item, or None if it has none, and an iterator over all items"""
     first = next(iterator, None)
-    return first, iterator if first is None else chain([first], iterator)
+    if first is None:
+        return None, iterator
+    return first, chain([first], iterator)
 
 
 def count_flops(args, model, batch):
@@ -286,7 +333,8 @@ def print_summary(args, model, head, data, device, precision):
 
 
 # ---------------------------------------------------------------- flags
-# name: (default of pico, nano, micro, which is ours; default of S, B, L; source of the latter)
+# name: (default of the small sizes pico, nano, micro: ours;
+#        default of S, B, L; source of the default of S, B, L)
 FLAG_DEFAULTS = {
     "image": (36, 256, "paper Sec. 4.2"),
     "patch": (9, 16, "paper: f16"),
@@ -320,8 +368,8 @@ RECIPE = {   # the rest of the recipe: --set name=value
     "weight_decay": (0.04, 0.04, "DINOv2's ViT-L recipe, at the first step"),
     "weight_decay_end": (0.2, 0.2, "DINOv2's ViT-L recipe and OpenCLIP, at the last step"),
     "clip_grad": (3.0, 3.0, "DINOv2, which clips each module separately; we clip all together"),
-    "layer_decay": (1.0, 1.0, "OpenCLIP: none; DINOv2's ViT-L recipe 0.9"),
-    "patch_lr": (1.0, 1.0, "OpenCLIP: none; DINOv2 0.2, factor for the patch embedding"),
+    "layer_decay": (1.0, 1.0, "OpenCLIP, DINOv2's ViT-L recipe: none; DINOv2's default 0.9"),
+    "patch_lr": (1.0, 1.0, "OpenCLIP: none; DINOv2 0.2; factor for the patch embedding"),
     "decoder": (None, None, "paper: the size of the trunk; any other --size"),
     "light_decoder": (False, False, "paper Sec. 4.1: 4 ViT-L layers, for fast experiments"),
     "heads_after_bottleneck": (False, False, "released code; true: CLIP and DINO read d channels"),
@@ -353,7 +401,8 @@ def parser():
     flag("--patch", int, "side of a patch in pixels; each patch has one latent")
     flag("--latent-dim", int, "d, channels of a latent; the paper also tries 256")
     flag("--steps", int, "length of training")
-    flag("--batch", int, "image-text pairs per step over ALL processes; halve it if memory is full")
+    flag("--batch", int, "image-text pairs per step, over all processes together; halve it if "
+         "memory is full")
     flag("--batch-ssl", int, "images of the batch for DINO and iBOT")
     flag("--batch-rec", int, "images of the batch that are reconstructed")
     flag("--micro", int, "gradient caching: images at a time on each process. The gradient is that "
@@ -422,45 +471,57 @@ def arguments(argv=None):
 
 
 def check_arguments(args):
-    """ValueError for values that cannot work. Batch sizes are checked by TrainBatches. Sets the
-    default of local_image, which follows from --image and --patch."""
-    for name in ("image", "patch", "latent_dim", "steps", "batch", "batch_ssl", "batch_rec",
-                 "log_every", "save_every"):
-        value = getattr(args, name)
-        if value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: wanted 1 or more")
-    for name in ("prototypes", "head_hidden", "head_bottleneck"):
-        value = getattr(args, name)
-        if value < 1:
-            raise ValueError(f"--set {name}={value}: wanted 1 or more")
-    if args.locals < 0:
-        raise ValueError(f"--set locals={args.locals}: wanted 0 or more")
-    if args.image % args.patch:
-        side = max(args.image // args.patch, 1) * args.patch
-        raise ValueError(f"--image {args.image} is no multiple of --patch {args.patch}; "
-                         f"try --image {side}")
-    if args.local_image is None:
-        args.local_image = max(round(args.image * 96 / 224 / args.patch), 1) * args.patch
-    side = args.local_image
-    if type(side) is not int or side < 1 or side % args.patch:
-        raise ValueError(f"--set local_image={args.local_image} is no multiple of --patch "
-                         f"{args.patch}")
-    if args.batch_ssl == 1 and args.w_ssl and args.w_koleo:
-        raise ValueError("--batch-ssl 1: KoLeo needs at least two images; take 2 or more, or "
-                         "--set w_koleo=0")
-    if args.micro < 0 or not 0 <= args.max_bad <= 1:
-        raise ValueError(f"--micro {args.micro}, max_bad {args.max_bad}: wanted 0 or more, and a "
-                         f"share from 0 to 1")
-    weights = (args.w_clip, args.w_ssl, args.w_rec)
+    """ValueError for values that cannot work. TrainBatches checks the batch sizes."""
+    check_numbers(args)
+    check_choices(args)
+    check_sides(args)
+    weights = args.w_clip, args.w_ssl, args.w_rec
     if max(weights) <= 0 or min(weights) < 0:
         raise ValueError("all of --w-clip, --w-ssl, --w-rec must be 0 or more, and one above 0: "
                          "nothing would be learned")
+    if args.batch_ssl == 1 and args.w_ssl and args.w_koleo:
+        raise ValueError("--batch-ssl 1: KoLeo needs at least two images; take 2 or more, or "
+                         "--set w_koleo=0")
+
+
+def check_numbers(args):
+    smallest = dict.fromkeys(["image", "patch", "latent_dim", "steps", "batch", "batch_ssl",
+                              "batch_rec", "log_every", "save_every", "prototypes", "head_hidden",
+                              "head_bottleneck"], 1)
+    smallest |= {"locals": 0, "micro": 0}
+    for name, least in smallest.items():
+        if getattr(args, name) < least:
+            raise ValueError(f"{spell(name)}{getattr(args, name)}: wanted {least} or more")
+    if not 0 <= args.max_bad <= 1:
+        raise ValueError(f"--set max_bad={args.max_bad}: wanted a fraction from 0 to 1")
+
+
+def spell(name):
+    """batch_ssl -> '--batch-ssl ', as it is typed; locals -> '--set locals='"""
+    return f"--set {name}=" if name in RECIPE else f"--{name.replace('_', '-')} "
+
+
+def check_choices(args):
     choices = {"clip_loss": ("clip", "siglip"), "teacher": ("sinkhorn", "centering"),
                "decoder": (None, *SIZES)}
     for name, known in choices.items():
         if getattr(args, name) not in known:
             raise ValueError(f"--set {name}={getattr(args, name)}: wanted one of "
                              f"{', '.join(map(str, known))}")
+
+
+def check_sides(args):
+    """Images and local crops consist of whole patches. Sets the default of local_image, which
+    follows from --image and --patch."""
+    if args.image % args.patch:
+        side = max(args.image // args.patch, 1) * args.patch
+        raise ValueError(f"--image {args.image} is not a multiple of --patch {args.patch}; "
+                         f"try --image {side}")
+    if args.local_image is None:
+        args.local_image = max(round(args.image * 96 / 224 / args.patch), 1) * args.patch
+    side = args.local_image
+    if type(side) is not int or side < 1 or side % args.patch:
+        raise ValueError(f"--set local_image={side} is not a multiple of --patch {args.patch}")
 
 
 def command(argv):

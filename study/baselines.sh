@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The paper's baselines on real photographs: 10 classes of ImageNet at 64 px, 400 steps each on a
-# CPU, L1 alone. The frozen encoder is the run of study/imagenet64-10.sh.
+# Train the paper's baselines LDM, VA-VAE and RAE on 10 classes of ImageNet at 64 px: 400 steps
+# each, on a CPU, with the L1 loss only. The frozen encoder of VA-VAE and RAE is the run of
+# study/imagenet64-10.sh.
 #   DATA=path/to/imagenet64-10 bash study/baselines.sh
 set -eu
 ENCODER=${ENCODER:-runs/imagenet64-10} RUNS=${RUNS:-runs/baselines} PY=${PY:-.venv/bin/python}

@@ -1,15 +1,18 @@
-"""Speed and memory of two forms of ours against an independent arrangement of the same mathematics.
+"""Measure speed and memory of our code against an independent implementation.
 
-    python study/bench.py joint        the training step: nano, S and B at 64 px
+    python study/bench.py joint        only the training step: nano, S and B at 64 px
     python study/bench.py              everything -> study/bench.json
 
-yardstick    study/yardstick.py
-plain        the textbook forms of the core (--set fast=0)
-fast         with extras/fast.py, the default on a CPU
+Three forms of the same computation are compared:
 
-All forms take turns in one process, on equal weights and equal batches; medians over rounds. Ratios
-can be compared between machines; images per second belong to the machine that is named with them.
-Nothing else may run on the machine meanwhile. Linux only: memory is read from /proc.
+yardstick    study/yardstick.py, written like the published implementations
+plain        the textbook forms of the core (--set fast=0)
+fast         the forms of extras/fast.py, the default on a CPU
+
+All forms have equal weights and equal batches, and run alternately in one process; the results are
+medians over rounds. Ratios can be compared between machines; images per second hold only for the
+machine that is stored with them. No other program should run on the machine during the measurement.
+Linux only, because memory is read from /proc.
 """
 import copy
 import ctypes
@@ -50,19 +53,19 @@ from vtp_min.optim import param_groups, update_ema                         # noq
 
 CPU = torch.device("cpu")
 FORMS = "yardstick", "plain", "fast"
-TEMP, EMA = 0.07, 0.994
+TEMP, EMA = 0.07, 0.994                         # teacher temperature, teacher momentum
 WEIGHTS = Namespace(w_clip=1.0, w_ssl=1.0, w_rec=0.1, w_koleo=0.1, clip_loss="clip")
 BETAS, EPS = (0.9, 0.98), 1e-6                  # train.py's AdamW
-# bytes; where the threshold of glibc ends up by itself in a program that frees large blocks
+# bytes; glibc raises its threshold to this value by itself in a program that frees large blocks
 GLIBC_THRESHOLD = 2 ** 25
-# images per step: 8 for CLIP, 2 for self-supervision, 1 to be reconstructed
+# images per step for CLIP; a quarter of them for self-distillation, an eighth for reconstruction
 BATCH = {"nano": 64, "S": 32, "B": 32}
-HEADS = {"small": (256, 256, 64), "large": (65536, 2048, 256)}      # K, hidden, bottleneck
+HEADS = {"small": (256, 256, 64), "large": (65536, 2048, 256)}      # DINO: K, hidden, bottleneck
 
 
 @contextmanager
 def use_form(form):
-    """Within it, functions of the core are the fast ones, or the plain ones"""
+    """Context manager: inside it, the functions of the core are those of this form."""
     undo = fast.install(dit=dit) if form in ("fast", "compiled") else None
     try:
         yield
@@ -72,8 +75,12 @@ def use_form(form):
 
 
 # ---------------------------------------------------------------- timing
-def take_turns(calls, rounds):
-    """{name: function of the round} -> {name: seconds of each round}, without the first round"""
+def measure_alternately(calls, rounds):
+    """Time each function once per round.
+
+    calls  {name: function of the number of the round} -> {name: list of seconds, one per round}
+    The first round is a warm-up and is not included.
+    """
     seconds = {name: [] for name in calls}
     for number in range(rounds + 1):
         for name, call in calls.items():
@@ -83,26 +90,29 @@ def take_turns(calls, rounds):
     return {name: times[1:] for name, times in seconds.items()}
 
 
-def ratio(seconds, slow, fast_one):
-    """How many times as fast in each round -> median, lowest, highest"""
-    each = sorted(a / b for a, b in zip(seconds[slow], seconds[fast_one]))
+def ratio(seconds, baseline, form):
+    """-> time of `baseline` divided by that of `form`: [median, lowest, highest] over the rounds"""
+    each = sorted(a / b for a, b in zip(seconds[baseline], seconds[form]))
     return [median(each), each[0], each[-1]]
 
 
 def ratios(seconds):
-    """-> {"form over yardstick": ratio} of every other form"""
+    """-> {"FORM over yardstick": ratio} for every other form"""
     others = [form for form in seconds if form != "yardstick"]
     return {f"{form} over yardstick": ratio(seconds, "yardstick", form) for form in others}
 
 
 def rates(seconds, n):
-    """-> {form: images per second} for rounds of n images"""
+    """-> {form: images per second}, if a round processes n images"""
     return {form: n / median(times) for form, times in seconds.items()}
 
 
-# ---------------------------------------------------------------- the joint step
+# ---------------------------------------------------------------- the training step
 class Joint:
-    """A student, its teacher and optimizer; step(batch) in one of the forms. Weights are equal."""
+    """A student with its teacher and optimizer; step(batch) is one training step in one form
+
+    All objects of the same size and shape have equal weights.
+    """
 
     def __init__(self, size, precision, form, side=64, patch=8, depth=None):
         torch.manual_seed(0)
@@ -126,14 +136,16 @@ class Joint:
         self.scaler = torch.amp.GradScaler("cpu", enabled=False)
 
     def step(self, batch):
-        """One update -> {loss: number}"""
-        # as train.py, for large sizes
+        """One update -> {name of a loss: number}"""
+        # For large sizes, train.py makes glibc return freed memory to the system at once.
         returns_memory = self.form in ("fast", "compiled") and self.size not in SMALL
         fast.set_malloc_threshold(2 ** 20 if returns_memory else GLIBC_THRESHOLD)
         self.optimizer.zero_grad()
         with use_form(self.form):
-            terms = self.yardstick_gradients(batch) if self.form == "yardstick" else \
-                self.our_gradients(batch)
+            if self.form == "yardstick":
+                terms = self.yardstick_gradients(batch)
+            else:
+                terms = self.our_gradients(batch)
             torch.nn.utils.clip_grad_norm_(self.student.parameters(), 3.0)
             self.optimizer.step()
             if self.form == "yardstick":
@@ -143,12 +155,14 @@ class Joint:
         return {name: term.item() for name, term in terms.items()}
 
     def our_gradients(self, batch):
+        """Two backward passes, as in train.py -> {name: loss}"""
         amp = autocast(CPU, self.precision)
         terms, _ = train.compute_gradients(batch, TEMP, WEIGHTS, self.student, self.teacher, None,
                                            self.targets, amp, self.scaler, CPU)
         return terms
 
     def yardstick_gradients(self, batch):
+        """One backward pass of the sum of all losses -> {name: loss}"""
         batch = batch.to(CPU)
         with autocast(CPU, self.precision):
             targets = yardstick.teacher_targets(self.teacher, batch, TEMP)
@@ -163,7 +177,7 @@ class Joint:
 
 
 def train_batches(size, batch, side=64, patch=8, source="shapes"):
-    """Batches of three objectives, with 8 local crops and train.py's side of local crops"""
+    """Batches for all three objectives, with 8 local crops of the default side of train.py"""
     local = max(round(side * 96 / 224 / patch), 1) * patch
     return TrainBatches(
         open_data(source, "train", 0, side=side), get_tokenizer("ViT-B-32", 77), seed=0,
@@ -172,6 +186,7 @@ def train_batches(size, batch, side=64, patch=8, source="shapes"):
 
 
 def first_batches(n, size, batch, side=64, patch=8):
+    """-> list of n batches"""
     batches = train_batches(size, batch, side, patch)
     return [batches[i] for i in range(n)]
 
@@ -180,16 +195,18 @@ JOINT_CASES = [("nano", "fp32"), ("nano", "bf16"), ("S", "fp32"), ("S", "bf16"),
 
 
 def joint(rounds, cases=JOINT_CASES):
-    """The training step at 64 px, patch 8: of 8 images 2 for DINO and iBOT, 1 to reconstruct"""
+    """The training step at 64 px, patch size 8: of 8 images, 2 for DINO + iBOT, 1 reconstructed"""
     for size, precision in cases:
-        yield joint_row(size, precision, rounds if size == "nano" else max(rounds // 3, 3))
+        n_rounds = rounds if size == "nano" else max(rounds // 3, 3)
+        yield joint_row(size, precision, n_rounds)
 
 
 def joint_row(size, precision, rounds):
+    """-> row of bench.json for one size and precision"""
     forms = [*FORMS]
     if precision != "fp32":
         forms.append("compiled")
-    if size == "B":                                  # two of B need more than 20 GB
+    if size == "B":                                  # two models of size B need more than 20 GB
         forms = ["fast"]
     n = BATCH[size]
     batches = first_batches(4, size, n)
@@ -197,14 +214,14 @@ def joint_row(size, precision, rounds):
     flops = joints["fast"].flops(batches[0])
     if "compiled" in forms:
         compile_and_warm_up(joints["compiled"], batches)
-    found = {form: [] for form in forms}
+    step_losses = {form: [] for form in forms}
 
     def step(form):
-        return lambda number: found[form].append(joints[form].step(batches[number % 4]))
+        return lambda number: step_losses[form].append(joints[form].step(batches[number % 4]))
 
-    seconds = take_turns({form: step(form) for form in forms}, rounds)
+    seconds = measure_alternately({form: step(form) for form in forms}, rounds)
     joints.clear()
-    ctypes.CDLL(None).malloc_trim(0)                 # S leaves gigabytes in the heap; B needs them
+    ctypes.CDLL(None).malloc_trim(0)                 # return freed memory, which B needs after S
     peak = peak_flops(CPU, precision, 1)
     row = {"what": f"joint step, {size}, {precision}", "unit": "images/s", **rates(seconds, n),
            "share_of_peak": flops / median(seconds["fast"]) / peak, "gflops": flops / 1e9,
@@ -214,12 +231,15 @@ def joint_row(size, precision, rounds):
             for form in forms if form != "compiled"}
     if "yardstick" in forms:
         row |= ratios(seconds)
-        theirs, ours = found["yardstick"][0], found["fast"][0]
-        row["first_step_losses_apart"] = max(abs(theirs[k] / x - 1) for k, x in ours.items())
+        reference = step_losses["yardstick"][0]
+        ours = step_losses["fast"][0]
+        differences = [abs(reference[name] / x - 1) for name, x in ours.items()]
+        row["first_step_losses_apart"] = max(differences)
     return row
 
 
 def compile_and_warm_up(joint, batches):
+    """Compile the blocks as train.py --compile does, and run steps on all shapes of batches."""
     args = Namespace(compile=True, recompute=False)
     with use_form("fast"):
         train.wrap_blocks(args, joint.student, joint.teacher)
@@ -229,14 +249,18 @@ def compile_and_warm_up(joint, batches):
 
 # ---------------------------------------------------------------- memory
 def memory_of(form, size, precision):
-    """Of three steps in a process of their own -> {"gb": needed beyond what is there before the
-    first, activations, gradients, AdamW's averages and copies; "before_gb": weights, libraries}"""
+    """Peak memory of three steps in a new process
+
+    -> {"gb": increase during the steps: activations, gradients, AdamW's moments and copies,
+        "before_gb": memory before the first step: weights and libraries}
+    """
     command = [sys.executable, __file__, "--memory", form, size, precision]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
 
 
 def print_memory(form, size, precision):
+    """Runs in the process of memory_of: measure and print the result as JSON."""
     batches = first_batches(2, size, BATCH[size])
     step = Joint(size, precision, form).step
     before = memory_status("VmRSS")
@@ -246,14 +270,17 @@ def print_memory(form, size, precision):
 
 
 def memory_status(field):
-    """In GB. (ru_maxrss of the resource module would start with that of the parent process.)"""
+    """-> field of /proc/self/status in GB
+
+    (The maximum in the resource module, ru_maxrss, would include that of the parent process.)
+    """
     text = Path("/proc/self/status").read_text()
     return int(re.search(field + r":\s+(\d+)", text)[1]) / 1e6
 
 
 # ---------------------------------------------------------------- data
 def write_jpegs(folder, n, side, classes):
-    """Built-in images as class folders"""
+    """Write n built-in images into class folders."""
     for i in range(n):
         path = Path(folder) / str(i % classes) / f"{i}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -261,8 +288,9 @@ def write_jpegs(folder, n, side, classes):
 
 
 def data(rounds):
-    """One thread: DINOv2's ten views of 288 px JPEGs, globals of 224 px and locals of 96"""
-    threads, n = torch.get_num_threads(), 8
+    """DINOv2's ten views of 288 px JPEGs on one thread: 2 of 224 px and 8 of 96 px"""
+    threads = torch.get_num_threads()
+    n = 8                                            # images per round
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         write_jpegs(folder, 64, 288, classes=1)
@@ -281,19 +309,19 @@ def data(rounds):
         def ours(form):
             def call(number):
                 with use_form(form):
-                    batches[number]
+                    batches[number]                  # computes the views of this batch
             return call
 
-        seconds = take_turns({"yardstick": torchvision(True),
-                              "yardstick in uint8": torchvision(False),
-                              "plain": ours("plain"), "fast": ours("fast")}, rounds)
+        seconds = measure_alternately({"yardstick": torchvision(True),
+                                       "yardstick in uint8": torchvision(False),
+                                       "plain": ours("plain"), "fast": ours("fast")}, rounds)
     torch.set_num_threads(threads)
     yield {"what": "views, 1 thread", "unit": "images/s", **rates(seconds, n), **ratios(seconds),
            "protocol": f"10 views of 288 px JPEGs of built-in images, {rounds} rounds of {n}"}
 
 
 def fed(rounds):
-    """The step of nano with batches made before, in between, and meanwhile by a worker"""
+    """The step of nano with data: prepared before, between the steps, or by a worker process"""
     precision = choose_precision(CPU)
     with tempfile.TemporaryDirectory() as folder:
         write_jpegs(f"{folder}/train", 512, 64, classes=8)
@@ -302,6 +330,7 @@ def fed(rounds):
 
 
 def fed_rows(source, name, precision, rounds):
+    """Yield two rows for one data source: data prepared between the steps, or by a worker."""
     n = BATCH["nano"]
     step = Joint("nano", precision, "fast").step
     batches = train_batches("nano", n, source=source)
@@ -313,13 +342,14 @@ def fed_rows(source, name, precision, rounds):
             batch = batches[number]
         step(batch)
 
-    seconds = take_turns({"made before": lambda number: step(made_before[number % 4]),
-                          "by a worker": lambda number: step(next(worker)),
-                          "in between": in_between}, rounds)
-    for way in ("in between", "by a worker"):
-        yield {"what": f"step with data {name} {way}", "unit": "images/s",
-               "fast": n / median(seconds[way]), "made_before": n / median(seconds["made before"]),
-               "over made before": ratio(seconds, "made before", way),
+    seconds = measure_alternately({"made before": lambda number: step(made_before[number % 4]),
+                                   "by a worker": lambda number: step(next(worker)),
+                                   "in between": in_between}, rounds)
+    for method in ("in between", "by a worker"):
+        yield {"what": f"step with data {name} {method}", "unit": "images/s",
+               "fast": n / median(seconds[method]),
+               "made_before": n / median(seconds["made before"]),
+               "over made before": ratio(seconds, "made before", method),
                "protocol": f"nano, 64 px, patch 8, 8 local crops, {precision}; {rounds} rounds"}
 
 
@@ -328,7 +358,7 @@ CLASSES, CHANNELS = 10, 64
 
 
 class Diffusion:
-    """A DiT, latents on disk to train it on, and step(number) in one of the forms"""
+    """A DiT and its training latents on disk; step(number) is one training step in one form"""
 
     def __init__(self, size, side, batch, precision, form, folder):
         torch.manual_seed(0)
@@ -336,7 +366,8 @@ class Diffusion:
                                       num_classes=CLASSES, **dit.SIZES[size])
         for p in self.model.parameters():
             if p.requires_grad and p.ndim > 1 and not p.any():
-                torch.nn.init.normal_(p, std=0.02)             # as after some training
+                # not zero, as after some training: every part contributes to the loss
+                torch.nn.init.normal_(p, std=0.02)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.precision, self.form = precision, form
         weights = [p for p in self.model.parameters() if p.requires_grad]
@@ -357,7 +388,8 @@ class Diffusion:
         t = dit.lognorm_time(batch["z"], -0.5, 1.25)
         self.optimizer.zero_grad()
         if self.form == "yardstick":
-            # the same random numbers; the cost of reading in its way is added, its result unused
+            # Read latents one by one to include the time that this takes. The result is not used,
+            # because all forms train on the same latents and random numbers.
             for i in range(len(y)):
                 yardstick.read_latent(self.data.paths[0], i, False, self.stats)
             with autocast(CPU, self.precision):
@@ -376,15 +408,20 @@ class Diffusion:
 
 
 def diffusion(rounds):
-    """The DiT's step, and Euler steps without guidance, in bf16 if the hardware multiplies it"""
+    """The step of the DiT, and Euler sampling without guidance, in the default precision"""
     for size, side, batch, n in (("nano", 4, 64, 50), ("nano", 8, 64, 50), ("B", 4, 32, 50),
                                  ("B", 16, 4, 4)):
-        many = rounds if size == "nano" else max(rounds // 3, 3)
-        yield from diffusion_rows(size, side, batch, n, many)
+        n_rounds = rounds if size == "nano" else max(rounds // 3, 3)
+        yield from diffusion_rows(size, side, batch, n, n_rounds)
 
 
 def diffusion_rows(size, side, batch, n, rounds, points=6):
-    """batch of the step; n images sampled at a time"""
+    """Yield two rows: the training step, and sampling.
+
+    side   side of the latent grid: side * side tokens
+    batch  latents per training step
+    n      images that are sampled at a time, in points - 1 Euler steps
+    """
     precision = choose_precision(CPU)
     x, y = torch.randn(n, CHANNELS, side, side), torch.arange(n) % CLASSES
     no_guidance = Namespace(cfg=1.0, cfg_start=0.0, cfg_channels="3")
@@ -392,7 +429,7 @@ def diffusion_rows(size, side, batch, n, rounds, points=6):
     with tempfile.TemporaryDirectory() as folder:
         runs = {form: Diffusion(size, side, batch, precision, form, Path(folder))
                 for form in FORMS}
-        found = {form: [] for form in FORMS}
+        step_losses = {form: [] for form in FORMS}
 
         def sample(number):
             with use_form("fast"), torch.no_grad(), autocast(CPU, precision):
@@ -400,10 +437,10 @@ def diffusion_rows(size, side, batch, n, rounds, points=6):
                 dit.euler(velocity, x, grid)
 
         def step(form):
-            return lambda number: found[form].append(runs[form].step(number))
+            return lambda number: step_losses[form].append(runs[form].step(number))
 
         calls = {form: step(form) for form in FORMS} | {"sample": sample}
-        seconds = take_turns(calls, rounds)
+        seconds = measure_alternately(calls, rounds)
     sampling = median(seconds.pop("sample"))
     peak = peak_flops(CPU, precision, 1)
     flops = dit.count_flops(runs["fast"].model)
@@ -411,7 +448,8 @@ def diffusion_rows(size, side, batch, n, rounds, points=6):
     case = f"{size}, {side * side} tokens, {precision}"
     yield {"what": f"DiT step, {case}", "unit": "images/s", **rates(seconds, batch),
            **ratios(seconds), "share_of_peak": share,
-           "first_step_losses_apart": abs(found["fast"][0] / found["yardstick"][0] - 1),
+           "first_step_losses_apart": abs(step_losses["fast"][0]
+                                          / step_losses["yardstick"][0] - 1),
            "protocol": f"batch {batch}, {rounds} rounds"}
     yield {"what": f"sampling, {case}", "unit": "images/s of 249 steps",
            "fast": n / (sampling / (points - 1) * 249),
@@ -422,9 +460,10 @@ def diffusion_rows(size, side, batch, n, rounds, points=6):
 
 
 def encoding(rounds):
-    """Images and their mirror images -> latents in fp32; the images are drawn meanwhile"""
+    """Latents of images and of their mirror images in fp32; includes drawing the images"""
     config = VTPConfig.of_size("nano", 64, 8, CHANNELS, clip=False)
-    tokenizer, n = VTPModel(config).eval(), 200
+    tokenizer = VTPModel(config).eval()
+    n = 200                                          # images per round
     source = open_data("shapes", seed=0, side=64)
 
     def call(form):
@@ -434,36 +473,38 @@ def encoding(rounds):
                     latents.encode(tokenizer, normalize(images), "fp32", None)
         return encode
 
-    seconds = take_turns({"plain": call("plain"), "fast": call("fast")}, rounds)
+    seconds = measure_alternately({"plain": call("plain"), "fast": call("fast")}, rounds)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         tokenizer.get_reconstruction_latents(torch.zeros(1, 3, 64, 64))
     flops = 2 * n * counter.get_total_flops()
     yield {"what": "latents, nano, 64 px, fp32", "unit": "images/s", **rates(seconds, n),
            "share_of_peak": flops / median(seconds["fast"]) / peak_flops(CPU, "fp32", 1),
-           "protocol": f"patch 8, batch 50, built-in images drawn meanwhile, each and its mirror "
-                       f"image; {rounds} rounds of {n}"}
+           "protocol": f"patch 8, batch 50, built-in images and their mirror images, including "
+                       f"the time to draw them; {rounds} rounds of {n}"}
 
 
 # ---------------------------------------------------------------- FID
 @torch.no_grad()
 def fid(rounds, n=32):
-    """Inception's features of 64 px images, enlarged to 299 px"""
+    """Inception's features of 64 px images, which it enlarges to 299 px"""
     torch.manual_seed(0)
-    ours, rounds = Inception(), max(rounds // 2, 3)
-    for name, x in ours.state_dict().items():             # weights through which a signal survives
+    ours = Inception()
+    rounds = max(rounds // 2, 3)
+    for name, x in ours.state_dict().items():        # with these weights, features stay of order 1
         if name.endswith("conv.weight"):
             torch.nn.init.kaiming_normal_(x, nonlinearity="relu")
     images = torch.randint(256, (n, 3, 64, 64), dtype=torch.uint8)
-    theirs = yardstick.inception(ours)
-    calls = {"yardstick": lambda number: theirs(images), "plain": lambda number: ours(images)}
-    seconds = take_turns(calls, rounds)
-    a, b = theirs(images), ours(images)
+    reference = yardstick.inception(ours)
+    calls = {"yardstick": lambda number: reference(images), "plain": lambda number: ours(images)}
+    seconds = measure_alternately(calls, rounds)
+    a, b = reference(images), ours(images)
     yield {"what": "Inception features, fp32", "unit": "images/s", **rates(seconds, n),
            **ratios(seconds), "features_apart": ((a - b).abs().max() / a.abs().max()).item(),
            "protocol": f"batch {n}, random weights, {rounds} rounds"}
 
 
-# ---------------------------------------------------------------- how cost grows
+# ---------------------------------------------------------------- growth of the cost
+# {quantity: [(value, changed arguments of step_cost)]}
 AXES = {"batch": [(n, {"batch": n}) for n in (8, 16, 32, 64, 128)],
         "side in pixels": [(n, {"batch": 16, "side": n}) for n in (32, 64, 128, 192)],
         "depth": [(n, {"depth": n}) for n in (2, 4, 8, 16)],
@@ -471,7 +512,7 @@ AXES = {"batch": [(n, {"batch": n}) for n in (8, 16, 32, 64, 128)],
 
 
 def growth(rounds):
-    """Seconds of a joint step against batch, side, depth, width and number of processes"""
+    """Time of a training step against batch, side, depth, width and number of processes"""
     rounds = max(rounds // 3, 3)
     for axis, points in AXES.items():
         yield from growth_rows(axis, points, rounds)
@@ -480,31 +521,34 @@ def growth(rounds):
 
 
 def growth_rows(axis, points, rounds):
-    """Each with its exponent: the slope between neighbours in a doubly logarithmic plot"""
-    precision, before = choose_precision(CPU), None
+    """Yield one row per value. Its exponent is the slope from the previous value in a plot with two
+    logarithmic axes."""
+    precision = choose_precision(CPU)
+    previous = None                                  # value, seconds, GFLOPs
     for value, settings in points:
         seconds, gflops = step_cost(rounds, precision, **settings)
         row = {"what": f"{axis} {value}", "unit": "seconds a step", "seconds": seconds,
                "gflops": gflops, "protocol": f"{settings}, else nano, 64 px, batch 32; "
                                              f"{precision}, {rounds} rounds"}
-        if before:
-            apart = math.log(value / before[0])
-            row["exponent"] = math.log(seconds / before[1]) / apart
-            row["exponent_of_flops"] = math.log(gflops / before[2]) / apart
+        if previous:
+            distance = math.log(value / previous[0])
+            row["exponent"] = math.log(seconds / previous[1]) / distance
+            row["exponent_of_flops"] = math.log(gflops / previous[2]) / distance
         yield row
-        before = value, seconds, gflops
+        previous = value, seconds, gflops
 
 
 def step_cost(rounds, precision, size="nano", batch=32, side=64, depth=None):
-    """-> seconds, GFLOPs"""
+    """-> seconds and GFLOPs of a training step"""
     joint = Joint(size, precision, "fast", side, 8, depth=depth)
     batches = first_batches(2, size, batch, side)
-    seconds = take_turns({"": lambda number: joint.step(batches[number % 2])}, rounds)[""]
+    calls = {"step": lambda number: joint.step(batches[number % 2])}
+    seconds = measure_alternately(calls, rounds)["step"]
     return median(seconds), joint.flops(batches[0]) / 1e9
 
 
 def processes_row(processes):
-    """train.py on processes of one thread each"""
+    """-> row for train.py with this number of processes, each of one thread"""
     launch = []
     if processes > 1:
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
@@ -521,28 +565,28 @@ def processes_row(processes):
 
 
 def plan(rounds):
-    """Counted, not timed: FLOPs and GPU-hours of the paper's runs of S, B, L"""
+    """FLOPs and GPU-hours of the paper's runs of S, B and L; counted, not measured"""
     for size in ("S", "B", "L"):
         model = on_meta(VTPModel, VTPConfig.of_size(size))
         head = head_on_meta(model, HEADS["large"])
         large = {row[0]: row[3] for row in costs(model, 256, head)}
         local = {row[0]: row[3] for row in costs(model, 112, head)}["encoder"]
         trunk, text = large["encoder"], large["text tower"]
-        clip = 3 * trunk + 3 * text * 32 / 77           # captions of 32 tokens; 3 x: with backward
-        longer = 3 * text * 45 / 77                     # captions of 77 tokens
-        # rows of the DINO head for each image: class tokens, and masked patches
+        clip = 3 * trunk + 3 * text * 32 / 77           # 3: forward and backward; 32 of 77 tokens
+        longer = 3 * text * 45 / 77                     # the other 45 tokens
+        # tokens that enter the DINO head for each image: class tokens, and masked patches
         student, teacher = 10 + 0.15 * 512, 2 + 0.15 * 512
         ssl = 3 * (2 * trunk + 8 * local) + 2 * trunk
         ssl += (3 * student + teacher) * large["DINO head"]
         rec = 3 * large["decoder"]
         sample = clip + ssl / 4 + rec / 8               # 16k : 4k : 2k
-        total = 1.1e9 * sample
+        total = 1.1e9 * sample                          # 1.1 billion images
         yield {"what": f"plan {size}", "unit": "", "gflops_a_sample": sample / 1e9,
                "gflops_with_77_tokens": (sample + longer) / 1e9, "flops_of_1_1_billion": total,
                "a100_hours": total / (0.4 * 312e12) / 3600,
                "h100_hours": total / (0.4 * 989e12) / 3600,
-               "protocol": "256 px, patch 16, 8 local crops of 112, captions of 32 tokens; 40 % (a "
-                           "guess) of the bf16 peaks, 312 and 989 TFLOP/s; Table 2 takes three "
+               "protocol": "256 px, patch 16, 8 local crops of 112, captions of 32 tokens; at 40 % "
+                           "(a guess) of the bf16 peaks, 312 and 989 TFLOP/s; Table 2 trains three "
                            "times as long; LPIPS not counted"}
 
 
@@ -551,13 +595,14 @@ BENCHES = {f.__name__: f for f in (joint, data, fed, diffusion, encoding, fid, g
 
 # ---------------------------------------------------------------- command line
 def machine():
+    """-> description of this machine"""
     model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return (f"{torch.get_num_threads()} threads of {model[1] if model else platform.machine()}, "
             f"torch {torch.__version__.split('+')[0]}")
 
 
 def rounded(value):
-    """Four digits"""
+    """Round the numbers in nested dicts and lists to four significant digits."""
     if isinstance(value, dict):
         return {name: rounded(x) for name, x in value.items()}
     if isinstance(value, list):
@@ -569,20 +614,22 @@ def main():
     lines = [f"    {name:10s} {bench.__doc__}" for name, bench in BENCHES.items()]
     p = ArgumentParser(description=__doc__ + "\n" + "\n".join(lines),
                        formatter_class=RawDescriptionHelpFormatter)
-    p.add_argument("what", nargs="*", help="some of the above; default: all")
+    p.add_argument("names", nargs="*", metavar="benchmark",
+                   help="some of the benchmarks above; default: all")
     p.add_argument("--rounds", type=int, default=15,
-                   help="measured rounds; slow ones take a third of them. default %(default)s")
+                   help="measured rounds; slow benchmarks use a third (default: %(default)s)")
     p.add_argument("--out", type=Path, default=ROOT / "study/bench.json",
-                   help="rows of the same name are replaced, the others stay")
+                   help="JSON file for the results; existing rows of the same name are replaced")
     args = p.parse_args()
-    unknown = set(args.what) - BENCHES.keys()
+    unknown = set(args.names) - BENCHES.keys()
     if unknown:
-        p.error(f"{', '.join(sorted(unknown))}: wanted some of {', '.join(BENCHES)}")
+        p.error(f"unknown benchmark {', '.join(sorted(unknown))}; wanted some of "
+                f"{', '.join(BENCHES)}")
     if not Path("/proc/self/status").exists():
-        p.error("memory is read from /proc, which this system does not have")
-    known = json.loads(args.out.read_text()) if args.out.exists() else []
-    rows = {row["what"]: row for row in known}
-    for name in args.what or BENCHES:
+        p.error("this system has no /proc, from which memory is read; run it on Linux")
+    previous = json.loads(args.out.read_text()) if args.out.exists() else []
+    rows = {row["what"]: row for row in previous}
+    for name in args.names or BENCHES:
         for row in BENCHES[name](args.rounds):
             row = rounded(row) | {"bench": name, "machine": machine()}
             rows[row["what"]] = row

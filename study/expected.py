@@ -1,11 +1,11 @@
-"""Expected duration of each stage of `make demo` on this machine, from one measured second of
-training steps.
+"""Estimate how long each stage of `make demo` takes on this machine.
 
-    python study/expected.py           one line per stage
-    python study/expected.py --step    the measured time alone, for study/demo/times.json
+    python study/expected.py           print one line per stage
+    python study/expected.py --step    print only the measured step time, for study/demo/times.json
 
-study/demo/times.json holds the time of such a step and of every stage on the machine that it names.
-Expected time here = recorded time x (step time here / recorded step time).
+A small training step is timed for about one second. study/demo/times.json contains the time of the
+same step and of every stage on one machine, which it names. The estimate is
+recorded time of the stage x (step time here / recorded step time).
 """
 import argparse
 import json
@@ -23,15 +23,17 @@ from vtp_min.extras import fast                                            # noq
 
 
 def step_seconds(precision, seconds=1.0, batch=48):
-    """Median time of a reconstruction step of the nano model: forward and backward, no optimizer
+    """-> median duration in seconds of a reconstruction step of nano, without the optimizer
 
-    Measured over about one second, and at least two steps after the first.
+    precision  'fp32' or 'bf16'
+    seconds    length of the measurement; at least two steps after the first are measured
+    batch      images per step, 36 x 36 pixels
     """
     torch.manual_seed(0)
     model = VTPModel(VTPConfig.of_size("nano", 36, 9, 64, clip=False))
     images = torch.randn(batch, 3, 36, 36)
     times = []
-    while len(times) < 3 or sum(times[1:]) < seconds:          # the first step warms up
+    while len(times) < 3 or sum(times[1:]) < seconds:          # the first step is a warm-up
         start = time.perf_counter()
         model.zero_grad()
         with autocast(images.device, precision):
@@ -43,7 +45,7 @@ def step_seconds(precision, seconds=1.0, batch=48):
 
 
 def minutes(seconds):
-    """93 -> '1 min 33 s'"""
+    """Duration as text: 93 -> '1 min 33 s'"""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"
@@ -54,21 +56,22 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--step", action="store_true",
-                        help="print the time of a step in seconds, and exit")
+                        help="print only the measured step time in seconds and the precision")
     args = parser.parse_args()
     precision = choose_precision(torch.device("cpu"))
-    fast.install()                                  # as train.py does on a CPU
+    fast.install()                                  # the demo uses the fast forms on a CPU
     measured = step_seconds(precision)
     if args.step:
         print(f"{measured:.4f} {precision}")
         return
-    known = json.loads((ROOT / "study/demo/times.json").read_text())
-    ratio = measured / known["step_seconds"]
-    for stage, seconds in known["stages"].items():
+    recorded = json.loads((ROOT / "study/demo/times.json").read_text())
+    ratio = measured / recorded["step_seconds"]
+    for stage, seconds in recorded["stages"].items():
         print(f"{stage}: expected to take about {minutes(seconds * ratio)} on this machine")
-    total = sum(known["stages"].values())
+    total = sum(recorded["stages"].values())
     print(f"all stages: expected to take about {minutes(total * ratio)} on this machine, in "
-          f"{precision} (a training step takes {ratio:.2f} times as long as on {known['machine']})")
+          f"{precision} (a training step takes {ratio:.2f} times as long as on "
+          f"{recorded['machine']})")
 
 
 if __name__ == "__main__":

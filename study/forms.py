@@ -1,9 +1,11 @@
-"""What each fast form of extras/fast.py gains: time of a training step with all of them, divided by
-the time with one of them in its textbook form; variants take turns.
+"""Measure the speed-up of each fast form in extras/fast.py.
 
-    python study/forms.py                 nano and S, in the precision of this machine
-    python study/forms.py --rounds 15     more rounds
+    python study/forms.py                 nano and S, in the default precision of this machine
+    python study/forms.py --rounds 15     more measurements
 
+A training step is timed with all fast forms, and with one of them replaced by its textbook form.
+The gain of a form is the time without it divided by the time with all of them. In every round, each
+variant is timed once, so that slow changes of the machine's speed affect all variants equally.
 A form is kept if it gains 3 % on nano or on S. Prints a table and writes study/forms.json.
 """
 import argparse
@@ -25,7 +27,7 @@ from vtp_min.extras import fast
 from vtp_min.model import Student, Teacher
 from vtp_min.optim import param_groups
 
-# name: module or class, attribute. views are measured by study/speed.py
+# {name: (module or class, attribute)}; study/speed.py measures the views
 FORMS = {"rms_norm": (vit, "rms_norm"), "rotate": (vit, "rotate"),
          "attention": (vit, "attention"), "SwiGLU": (vit.SwiGLU, "forward"),
          "cross_entropy": (losses, "cross_entropy"), "dino_loss": (losses, "dino_loss")}
@@ -33,7 +35,7 @@ SIZES = {"nano": [], "S": "--size S --batch 4 --batch-ssl 4 --batch-rec 4".split
 
 
 class Step:
-    """A training step of train.py on one fixed batch of shapes"""
+    """A training step of train.py on one fixed batch of the built-in shapes"""
 
     def __init__(self, flags, precision):
         args = self.args = train.arguments(["--perceptual", "none", *flags])
@@ -58,16 +60,22 @@ class Step:
 
 
 def measure(step, rounds):
-    """-> {variant: seconds of each round}; variants: all, plain, and each form's name"""
-    plain = {name: getattr(*where) for name, where in FORMS.items()}
+    """-> {variant: list of seconds, one for each round}
+
+    The variants are "all" (all fast forms), "plain" (none), and the name of each form (all fast
+    forms except this one).
+    """
+    textbook_forms = {name: getattr(*location) for name, location in FORMS.items()}
     undo = fast.install()
-    quick = {name: getattr(*where) for name, where in FORMS.items()}
+    fast_forms = {name: getattr(*location) for name, location in FORMS.items()}
+    # {variant: names of the forms that are textbook forms in it}
     variants = {"all": set(), "plain": set(FORMS)} | {name: {name} for name in FORMS}
     seconds = {variant: [] for variant in variants}
-    for k in range(rounds + 1):                              # the first round warms up
+    for k in range(rounds + 1):                              # the first round is a warm-up
         for variant, textbook in variants.items():
-            for name, (place, attribute) in FORMS.items():
-                setattr(place, attribute, (plain if name in textbook else quick)[name])
+            for name, (owner, attribute) in FORMS.items():
+                forms = textbook_forms if name in textbook else fast_forms
+                setattr(owner, attribute, forms[name])
             start = time.perf_counter()
             step()
             if k:
@@ -79,8 +87,10 @@ def measure(step, rounds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--out", default=str(ROOT / "study" / "forms.json"))
+    parser.add_argument("--rounds", type=int, default=9,
+                        help="measurements of each variant (default: %(default)s)")
+    parser.add_argument("--out", default=str(ROOT / "study" / "forms.json"),
+                        help="JSON file for the results (default: study/forms.json)")
     args = parser.parse_args()
     precision = choose_precision(torch.device("cpu"))
     found = {"precision": precision, "threads": torch.get_num_threads(),
@@ -93,9 +103,9 @@ def main():
         print(f"{size}, {precision}, {torch.get_num_threads()} threads: a step takes "
               f"{median['all']:.3f} s with all fast forms (median of {args.rounds})")
         for variant in ("plain", *FORMS):
-            what = "all in textbook form" if variant == "plain" else f"{variant} in textbook form"
+            label = "all in textbook form" if variant == "plain" else f"{variant} in textbook form"
             low, high = min(seconds[variant]), max(seconds[variant])
-            print(f"    {what:32} {found[size]['gain'][variant]:5.3f} x   "
+            print(f"    {label:32} {found[size]['gain'][variant]:5.3f} x   "
                   f"({low:.3f} to {high:.3f} s)", flush=True)
     Path(args.out).write_text(json.dumps(found, indent=1) + "\n")
 

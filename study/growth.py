@@ -1,7 +1,7 @@
-"""How the cost of a training step grows: study/bench.json -> study/growth.png
+"""Plot how the cost of a training step grows with batch, image side, depth and width.
 
-    python study/bench.py growth
-    python study/growth.py
+    python study/bench.py growth        measure -> study/bench.json
+    python study/growth.py              plot -> study/growth.png
 """
 import json
 from pathlib import Path
@@ -11,24 +11,28 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt                                            # noqa: E402
 
 FOLDER = Path(__file__).parent
-TICKS = 0.05, 0.1, 0.2, 0.4, 0.8                 # seconds
+TICKS = 0.05, 0.1, 0.2, 0.4, 0.8                 # of the vertical axes, in seconds
 
 
 def axis_and_value(row):
-    """'batch 64' -> 'batch', 64"""
+    """Name of a row, such as 'batch 64' -> 'batch', 64"""
     axis, _, value = row["what"].rpartition(" ")
     return axis, int(value)
 
 
 def draw(ax, name, points):
-    """points  [(value, row)] of one axis of growth"""
+    """Plot measured times, and times proportional to FLOPs, against one quantity.
+
+    name    of the quantity, for example 'batch'
+    points  list of (value of the quantity, row of bench.json)
+    """
     x = [value for value, _ in points]
     seconds = [row["seconds"] for _, row in points]
     gflops = [row["gflops"] for _, row in points]
     scale = seconds[-1] / gflops[-1]
     ax.loglog(x, seconds, "-o", label="measured")
     ax.loglog(x, [g * scale for g in gflops], "--", color="#888888",
-              label="as its FLOPs, from the last point")
+              label="proportional to FLOPs, through the last point")
     for before, (value, row) in zip(x, points[1:]):
         middle = (before * value) ** 0.5
         ax.annotate(f"{row['exponent']:.2f}", (middle, row["seconds"] * 0.8), fontsize=8,
@@ -52,7 +56,7 @@ def main():
     axes[0].legend(fontsize=7)
     settings = rows[0]["protocol"].partition("; ")[2]
     figure.suptitle(f"joint step of nano, {settings}, {rows[0]['machine']}; numbers: exponents "
-                    f"between neighbours", fontsize=8)
+                    f"between adjacent points", fontsize=8)
     figure.tight_layout()
     figure.savefig(FOLDER / "growth.png", dpi=100)
 

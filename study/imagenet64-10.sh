@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All stages on photographs: a folder of class folders, 10 classes of 64 px (train/ 5000, val/ 500
-# images), on a CPU.
+# All stages on photographs, on a CPU. DATA contains class folders: 10 classes of ImageNet at 64 px,
+# 5000 images in train/ and 500 in val/.
 #   DATA=path/to/imagenet64-10 bash study/imagenet64-10.sh
 set -eu
 RUN=${RUN:-runs/imagenet64-10} PY=${PY:-.venv/bin/python}

@@ -1,7 +1,9 @@
-"""Peak memory and seconds of a step of nano against batch, --micro and --recompute (built-in
-shapes of 48 px, the default precision of the machine, the paper's proportions).
+"""Measure peak memory and step time of nano for several settings of --batch, --micro, --recompute.
 
     python study/micro.py        several minutes -> study/micro.txt
+
+Built-in shapes of 48 px, the default precision of the machine, and the paper's proportions: batches
+of 8 : 2 : 1 for CLIP, self-distillation and reconstruction.
 """
 import json
 import re
@@ -11,13 +13,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ROOT / "runs/micro"
-RUNS = {64: [""],                                # batch: further flags
+RUNS = {64: [""],                                # {batch: lists of additional flags}
         512: ["", "--micro 16", "--micro 64", "--micro 256", "--micro 64 --recompute"],
         4096: ["", "--micro 64", "--micro 64 --recompute"]}
 
 
 def measure(batch, flags):
-    """Two steps -> peak memory in GB, seconds of the second step without its wait for data"""
+    """Run two steps -> peak memory in GB, seconds of the second step without the time that it
+    waited for data"""
     command = (f"train.py --out {RUN} --fresh --steps 2 --log-every 1 --save-every 9 "
                f"--batch {batch} --batch-ssl {batch // 4} --batch-rec {batch // 8} --image 48 "
                f"--patch 12 --perceptual none {flags}")
@@ -30,11 +33,11 @@ def measure(batch, flags):
 
 def main():
     lines = []
-    for batch, ways in RUNS.items():
-        for flags in ways:
+    for batch, variants in RUNS.items():
+        for flags in variants:
             memory, seconds = measure(batch, flags)
             lines.append(f"batch {batch:4d} / {batch // 4:4d} / {batch // 8:3d}   "
-                         f"{flags or 'all at once':24s} {memory:5.2f} GB {seconds:7.2f} s")
+                         f"{flags or 'no micro-batches':24s} {memory:5.2f} GB {seconds:7.2f} s")
             print(lines[-1], flush=True)
     (ROOT / "study/micro.txt").write_text("\n".join(lines) + "\n")
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Image-caption shards for training, labelled images for evaluation: 2000 pairs of 64 px, validation
-# on a folder of class folders.
+# Train on image-caption pairs in tar shards (2000 pairs of 64 px), and evaluate on labelled images
+# (a folder of class folders), on a CPU.
 #   DATA=path/to VAL=path/to/imagenet64-10 bash study/pairs.sh
 set -eu
 RUN=${RUN:-runs/pairs} PY=${PY:-.venv/bin/python}

@@ -1,16 +1,17 @@
-"""Sizes of one or more versions of this repository, side by side.
+"""Print the code size of one or more versions of this repository, one version per column.
 
     git archive COMMIT | tar -x -C OLD
     python study/sizes.py OLD .
 
-lines        wrapped at 100 columns, blank lines included, as `fold -w 100 FILE | wc -l` counts
-closure      a script and all modules that it imports at module level, directly or not
-core         the scripts at the top and vtp_min/*.py; extras are vtp_min/extras/*.py
-comments     of the tokenizer of Python; section rules (# -----) and docstrings are not counted
-code lines   physical lines with anything but comments and docstrings
-flags        distinct options of a script, its subcommands included, as its parsers are told them
-loop         the loop over steps in train.py, and the body of compute_gradients if there is one;
-             its lines are those of the file, not wrapped
+lines        wrapped at 100 columns, with blank lines, as `fold -w 100 FILE | wc -l` counts them
+closure      a script and all modules that it imports at module level, directly or indirectly
+core         the scripts in the top folder and vtp_min/*.py
+extras       vtp_min/extras/*.py
+comments     comment tokens of Python's tokenizer, without section rules (# -----) and docstrings
+code lines   physical lines with anything other than comments and docstrings
+flags        distinct options of a script and its subcommands, as added to its parsers
+loop         the loop over steps in train.py, and the body of compute_gradients if it exists; these
+             lines are not wrapped, and lines that hold a comment only are not counted
 """
 import argparse
 import ast
@@ -23,7 +24,7 @@ COLUMNS = 100
 SCRIPTS = ["train.py", "eval.py", "dit.py"]
 FOUR_FILES = ["train.py", "vtp_min/model.py", "vtp_min/losses.py", "vtp_min/vit.py"]
 
-# run in the folder of a version: the options of a script, one a line
+# program that runs in the folder of a version and prints the options of a script, one per line
 LIST_FLAGS = """
 import argparse, contextlib, io, runpy, sys
 found, add = set(), argparse._ActionsContainer.add_argument
@@ -41,7 +42,7 @@ print(*sorted(found - {"--help"}), sep="\\n")
 
 # ---------------------------------------------------------------- files and lines
 def product_files(tree):
-    """-> {name relative to the tree: group}, where group is core or extras"""
+    """-> {path relative to the tree: 'core' or 'extras'}"""
     files = {}
     for path in sorted([*tree.glob("*.py"), *tree.glob("vtp_min/**/*.py")]):
         name = path.relative_to(tree).as_posix()
@@ -50,12 +51,13 @@ def product_files(tree):
 
 
 def count_lines(path, first=1, last=None):
-    """Lines first to last of a file, wrapped at 100 columns"""
+    """-> number of lines from `first` to `last` of a file, wrapped at 100 columns"""
     lines = path.read_text().splitlines()[first - 1:last]
     return sum(wrapped(line) for line in lines)
 
 
 def wrapped(line):
+    """-> number of lines of 100 columns that a line occupies"""
     return max(1, -(-len(line) // COLUMNS))
 
 
@@ -69,7 +71,7 @@ def files_and_lines(tree, names):
 
 # ---------------------------------------------------------------- imports
 def module_level(node):
-    """Statements that run on import: those of the file, also inside if and try"""
+    """Yield the statements that run on import: at the top level and inside if, try and with."""
     for statement in getattr(node, "body", []):
         yield statement
         if isinstance(statement, (ast.If, ast.Try, ast.With)):
@@ -77,7 +79,7 @@ def module_level(node):
 
 
 def imported_names(name, source):
-    """Dotted names of the modules that a file may import at module level"""
+    """Yield dotted names of the modules that a file may import at module level."""
     package = Path(name).parent.parts
     for statement in module_level(ast.parse(source)):
         if isinstance(statement, ast.Import):
@@ -87,14 +89,16 @@ def imported_names(name, source):
         above = package[:len(package) - statement.level + 1] if statement.level else ()
         base = ".".join([*above, *filter(None, [statement.module])])
         yield base
-        yield from (f"{base}.{alias.name}" for alias in statement.names)   # perhaps a module
+        # `from a import b`: b may be a module or a name within a
+        yield from (f"{base}.{alias.name}" for alias in statement.names)
 
 
 def closure(tree, script):
-    """-> names of the files that `import script` reads, in alphabetical order"""
-    found, to_do = set(), [script]
-    while to_do:
-        name = to_do.pop()
+    """-> paths of the files that `import script` reads, in alphabetical order"""
+    found = set()
+    queue = [script]
+    while queue:
+        name = queue.pop()
         if name in found:
             continue
         found.add(name)
@@ -102,13 +106,13 @@ def closure(tree, script):
             path = module.replace(".", "/")
             files = [f"{path}.py", f"{path}/__init__.py"]
             files += [f"{folder}/__init__.py" for folder in Path(path).parents]
-            to_do += [file for file in files if (tree / file).is_file()]
+            queue += [file for file in files if (tree / file).is_file()]
     return sorted(found)
 
 
 # ---------------------------------------------------------------- comments and functions
 def docstring_lines(source):
-    """Numbers of the physical lines that docstrings occupy"""
+    """-> set of the numbers of the lines that docstrings occupy"""
     numbers = set()
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
@@ -135,13 +139,14 @@ def comments_and_code(path):
 
 
 def comment_rate(tree, names):
+    """-> comments per 100 code lines of some files, as text"""
     pairs = [comments_and_code(tree / name) for name in names]
     comments, code = (sum(column) for column in zip(*pairs))
     return f"{100 * comments / code:.1f}"
 
 
 def functions(tree, names):
-    """-> [(lines, file:name)] of every function, the longest first"""
+    """-> list of (lines, 'file:name') of all functions, the longest first"""
     found = []
     for name in names:
         for node in ast.walk(ast.parse((tree / name).read_text())):
@@ -153,47 +158,51 @@ def functions(tree, names):
 
 # ---------------------------------------------------------------- flags, loop
 def flags(tree, script):
-    """-> the distinct options of a script, sorted"""
+    """-> sorted list of the distinct options of a script"""
     command = [sys.executable, "-c", LIST_FLAGS, script]
     found = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=True)
     return found.stdout.split()
 
 
 def loop_statements(tree):
-    """The loop over steps of train.py, and the body of compute_gradients"""
+    """-> statements of compute_gradients, and the loop over steps in train.py"""
     statements = []
     for node in ast.walk(ast.parse((tree / "train.py").read_text())):
         if isinstance(node, ast.FunctionDef) and node.name == "compute_gradients":
             statements += [x for x in node.body if not is_docstring(x)]
         if isinstance(node, ast.For):
             targets = {x.id for x in ast.walk(node.target) if isinstance(x, ast.Name)}
-            iterates = ast.unparse(node.iter)
-            if "step" in targets and ("run.walk" in iterates or "range(" in iterates):
+            iterable = ast.unparse(node.iter)
+            # older versions iterate over run.walk(...), newer ones over range(...)
+            if "step" in targets and ("run.walk" in iterable or "range(" in iterable):
                 statements.append(node)
     return statements
 
 
 def loop_size(tree):
-    """-> lines, distinct calls, names that are assigned"""
-    numbers, calls, assigned = set(), set(), set()
+    """-> numbers of lines, of distinct calls, and of names that are assigned"""
+    source = (tree / "train.py").read_text().splitlines()
+    lines, calls, assigned = set(), set(), set()
     for statement in loop_statements(tree):
-        numbers |= {*range(statement.lineno, statement.end_lineno + 1)}
+        numbers = range(statement.lineno, statement.end_lineno + 1)
+        lines |= {n for n in numbers if not source[n - 1].lstrip().startswith("#")}
         for node in ast.walk(statement):
             if isinstance(node, ast.Call):
                 calls.add(ast.unparse(node.func))
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                 assigned.add(node.id)
-    return len(numbers), len(calls), len(assigned)
+    return len(lines), len(calls), len(assigned)
 
 
 def is_docstring(statement):
+    """True for a statement that is a string; in a function body, this is its docstring."""
     constant = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
     return constant and isinstance(statement.value.value, str)
 
 
 # ---------------------------------------------------------------- the table
 def measure(tree):
-    """A version -> {what: text}"""
+    """Folder of a version -> {name of a row: text}"""
     groups = product_files(tree)
     files = [*groups]
     core = [name for name in files if groups[name] == "core"]
@@ -216,7 +225,7 @@ def measure(tree):
     longest = functions(tree, files)
     rows["longest function"] = "{} lines, {}".format(*longest[0])
     others = [pair for pair in longest if not pair[1].endswith(":main")]
-    rows["longest function but main"] = "{} lines, {}".format(*others[0])
+    rows["longest function except main"] = "{} lines, {}".format(*others[0])
     rows["functions over 40 lines"] = str(sum(size > 40 for size, _ in longest))
     rows["training loop"] = "{} lines, {} calls, {} names".format(*loop_size(tree))
     return rows
@@ -225,13 +234,14 @@ def measure(tree):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tree", nargs="+", type=Path, help="folder of a version")
+    parser.add_argument("tree", nargs="+", type=Path, help="folder of a version of the repository")
     trees = parser.parse_args().tree
     columns = [measure(tree) for tree in trees]
     width = max(len(text) for rows in columns for text in rows.values()) + 2
     print(" " * 40 + "".join(f"{tree.resolve().name:>{width}}" for tree in trees))
-    for what in columns[0]:
-        print(f"{what:40s}" + "".join(f"{rows[what]:>{width}}" for rows in columns))
+    for name in columns[0]:
+        cells = [f"{rows[name]:>{width}}" for rows in columns]
+        print(f"{name:40s}" + "".join(cells))
 
 
 if __name__ == "__main__":

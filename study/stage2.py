@@ -1,11 +1,11 @@
-"""What stage 2 changes: the sharpness of reconstructions, and an image.
+"""Compare the reconstructions of several decoders: an image, and a measure of sharpness.
 
     python study/stage2.py OUT.png RUN RUN ...
 
-All runs reconstruct the same validation images; OUT.png shows the original, then the reconstruction
-of each run. Sharpness: mean |difference| of neighbouring pixels, divided by that of the originals
-(ours). It is 1 if reconstructions are as sharp as the originals; noise raises it too, so look at
-the image. It goes to metrics.jsonl of the runs.
+All runs reconstruct the same validation images. OUT.png shows each original, followed by its
+reconstruction by each run. The sharpness is recorded in metrics.jsonl of each run; it is the mean
+absolute difference of adjacent pixels, divided by that of the originals (ours). It is 1 if the
+reconstructions are as sharp as the originals. Noise increases it too, so look at the image as well.
 """
 import json
 import sys
@@ -21,12 +21,13 @@ from vtp_min import VTPModel
 from vtp_min.augment import denormalize, normalize
 from vtp_min.run import record_metric
 
-ROWS, COLUMNS, ZOOM = 6, 3, 2
-BATCH = 100
+ROWS, COLUMNS = 6, 3                             # of OUT.png: 18 images
+ZOOM = 2                                         # each pixel is shown as 2 x 2 pixels
+BATCH = 100                                      # images at a time
 
 
-def edges(x):
-    """img (B, 3, H, W) -> () mean |difference| of neighbours, to the right and below"""
+def mean_difference(x):
+    """x (B, 3, H, W) -> scalar: mean absolute difference of adjacent pixels"""
     right = x.diff(dim=-1).abs().mean()
     below = x.diff(dim=-2).abs().mean()
     return (right + below) / 2
@@ -34,7 +35,7 @@ def edges(x):
 
 @torch.no_grad()
 def reconstruct(run, images):
-    """uint8 (n, 3, S, S) -> the run's reconstructions, same shape, in [0, 1]"""
+    """images uint8 (n, 3, S, S) -> reconstructions by the run, float, same shape, in [0, 1]"""
     model = VTPModel.from_pretrained(run)
     parts = []
     for batch in images.split(BATCH):
@@ -44,13 +45,13 @@ def reconstruct(run, images):
 
 
 def side_by_side(versions):
-    """versions  list of (n, 3, S, S) in [0, 1], the same images in each
+    """-> PIL.Image: ROWS x COLUMNS images, evenly spaced among the n; each in all its versions
 
-    -> PIL.Image: ROWS x COLUMNS images, evenly spaced among the n, each in all its versions
+    versions  list of tensors (n, 3, S, S) in [0, 1]: the originals, then the reconstructions
     """
     shown = torch.linspace(0, len(versions[0]) - 1, ROWS * COLUMNS).long()
     strips = torch.cat([x[shown] for x in versions], -1)      # (18, 3, S, versions * S)
-    strips = pad(strips, (2, 6, 2, 2), value=1.0)
+    strips = pad(strips, (2, 6, 2, 2), value=1.0)             # white margins
     rows = [torch.cat([*row], -1) for row in strips.split(COLUMNS)]
     page = torch.cat(rows, -2)                                # (3, height, width)
     page = (page * 255).round().byte().permute(1, 2, 0).numpy()
@@ -67,12 +68,14 @@ def main(out, *runs):
     versions = [originals]
     for run in runs:
         x = reconstruct(run, images)
-        record_metric(run, "sharpness", (edges(x) / edges(originals)).item(),
-                      f"mean |difference| of neighbouring pixels of {len(images)} reconstructions "
-                      f"of {source.spec} val, over that of the originals; ADM crop {side} px, fp32")
+        sharpness = mean_difference(x) / mean_difference(originals)
+        record_metric(run, "sharpness", sharpness.item(),
+                      f"mean absolute difference of adjacent pixels of {len(images)} "
+                      f"reconstructions of {source.spec} val, divided by that of the originals; "
+                      f"ADM crop {side} px, fp32")
         versions.append(x)
     side_by_side(versions).save(out, optimize=True)
-    print(f"wrote {out}: original, {', '.join(runs)}")
+    print(f"wrote {out}; from left to right: original, {', '.join(runs)}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Two steps of the paper's S and L at its resolution, 256 px with patch 16: shapes, parameter
-# counts, memory. Batch 2, on a CPU.
+# Run two steps of the paper's sizes S and L at 256 px with patch size 16, batch 2, on a CPU, to
+# check shapes, parameter counts and memory.
 #   DATA=path/to/images (class folders) bash study/steps.sh
 set -eu
 OUT=${OUT:-runs/steps} PY=${PY:-.venv/bin/python}

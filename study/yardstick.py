@@ -1,14 +1,16 @@
-"""The same mathematics in an independent arrangement: study/bench.py measures ours against it.
-Nothing else uses this file.
+"""An independent implementation of the same mathematics, as a reference for study/bench.py.
 
-joint step   as VTP's official training code is composed: a forward pass for CLIP, one for
-             reconstruction, one for each size of crop; captions padded to 77 tokens; masked patches
-             padded to a fixed number of rows; rotary embedding, norms and losses operation by
-             operation; AdamW and EMA tensor by tensor
-views        DINOv2's recipe in torchvision's own transforms on PIL images
-DiT step     as LightningDiT: latents read and normalised one by one; norms, modulation and rotation
-             operation by operation; AdamW and EMA tensor by tensor
-Inception    as pytorch-fid: batch norm as a layer, channels first, the whole batch at once
+It computes what our code computes, in the way of the published implementations:
+
+training step   like VTP's official training code: one forward pass for CLIP, one for
+                reconstruction, one for each size of crop; captions padded to 77 tokens; masked
+                patches padded to a fixed number of rows; rotary embedding, norms and losses as
+                sequences of elementary operations; AdamW and EMA tensor by tensor
+views           DINOv2's recipe with torchvision's transforms on PIL images
+DiT step        like LightningDiT: latents read and normalised one by one; norms, modulation and
+                rotation as sequences of elementary operations; AdamW and EMA tensor by tensor
+Inception       like pytorch-fid: batch norm as a separate layer, channels first, the whole batch at
+                once
 
 Shapes are those of train.py, vit.py and dit.py.
 """
@@ -31,9 +33,9 @@ from vtp_min.text import CausalAttention
 from vtp_min.vit import Attention, RMSNorm
 
 
-# ---------------------------------------------------------------- the joint step
+# ---------------------------------------------------------------- the training step
 def rearrange(model):
-    """Let the attention and the norms of a model compute as the released code writes them"""
+    """Replace the forward methods of attention and norms in a model by the ones below."""
     forwards = {Attention: attention, CausalAttention: causal_attention, RMSNorm: rms_norm}
     for module in model.modules():
         if type(module) in forwards:
@@ -42,11 +44,13 @@ def rearrange(model):
 
 
 def rms_norm(self, x):
+    """Forward method of RMSNorm"""
     y = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
     return y.type_as(x) * self.weight
 
 
 def attention(self, x, rope):
+    """Forward method of Attention"""
     B, N, D = x.shape
     qkv = self.qkv(x).reshape(B, N, 3, self.heads, D // self.heads)
     q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))               # each (B, H, N, c)
@@ -58,7 +62,7 @@ def attention(self, x, rope):
 
 
 def rotate(x, sin, cos):
-    """The class token is cut off, and put back"""
+    """Apply the rotary embedding to all tokens except the class token."""
     cls, patches = x[:, :, :1], x[:, :, 1:]
     a, b = patches.to(sin.dtype).chunk(2, -1)
     rotated = patches * cos + torch.cat([-b, a], -1) * sin
@@ -66,6 +70,7 @@ def rotate(x, sin, cos):
 
 
 def causal_attention(self, x):
+    """Forward method of CausalAttention"""
     B, T, W = x.shape
     qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).view(B, T, 3, self.heads, -1)
     q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
@@ -75,19 +80,23 @@ def causal_attention(self, x):
 
 
 def masked_rows(batch):
-    """Rows of the buffer for masked patches. DINOv2 masks half of the crops, and takes the upper
-    edge of the mask ratio in each stratum."""
+    """-> number of rows of the buffer for masked patches
+
+    DINOv2 masks half of the crops. Their mask ratios are from equal intervals of [0.1, 0.5], and
+    the buffer has room for the upper bound of each interval.
+    """
     n_crops, n_patches = batch.mask.flatten(0, 1).shape
     ratios = torch.linspace(0.1, 0.5, n_crops // 2 + 1)[1:].tolist()
     return sum(int(n_patches * ratio) for ratio in ratios)
 
 
 def padded(x, rows):
+    """x (M, D) -> (rows, D), filled with zeros"""
     return torch.cat([x, x.new_zeros(rows - len(x), x.shape[1])])
 
 
 def forward(student, batch):
-    """-> {name: tensor}: what the losses need, in three forward passes and one for local crops"""
+    """-> {name: tensor}: the inputs of the losses, from four forward passes of the trunk"""
     model, head = student.model, student.dino_head
     out = {"scale": model.logit_scale.exp()}
 
@@ -113,6 +122,7 @@ def forward(student, batch):
 
 @torch.no_grad()
 def teacher_targets(teacher, batch, temp):
+    """-> {"cls": (2, B, K), "patch": (M, K)}: probabilities from Sinkhorn"""
     cls, patches = teacher.trunk(batch.crops.flatten(0, 1))
     masked = patches[batch.mask.flatten(0, 1)]
     cls_logits = teacher.dino_head(cls)
@@ -122,6 +132,7 @@ def teacher_targets(teacher, batch, temp):
 
 
 def losses(out, targets, batch, tau=0.1):
+    """out of `forward`, targets of `teacher_targets` -> {name: loss}"""
     dino = F.log_softmax(to_fp32(out["cls"]) / tau, -1)
     ibot = F.log_softmax(to_fp32(out["patch"]) / tau, -1)
     pairs = [(t, s) for t in range(2) for s in range(len(dino)) if s != t]
@@ -151,9 +162,9 @@ def update_teacher(teacher, student, momentum):
 
 # ---------------------------------------------------------------- views
 def view(side, area, blur, solarize, floats):
-    """An entry of augment.VIEWS as torchvision's transforms
+    """-> one entry of augment.VIEWS, composed of torchvision's transforms
 
-    PIL -> (3, side, side), normalised floats or uint8
+    The result maps a PIL image to (3, side, side): normalised floats, or uint8 if not `floats`.
     """
     cubic = V.InterpolationMode.BICUBIC
     steps = [V.RandomResizedCrop(side, scale=area, interpolation=cubic),
@@ -170,18 +181,18 @@ def view(side, area, blur, solarize, floats):
 
 
 def views(path, image, local_image, n_local, floats=True):
-    """A file -> [two global crops, n_local local crops], decoded once"""
+    """Image file -> list of 2 global and n_local local crops; the file is decoded once"""
     with Image.open(path) as file:
-        picture = file.convert("RGB")
+        img = file.convert("RGB")
     first = view(image, *VIEWS["global 1"], floats)
     second = view(image, *VIEWS["global 2"], floats)
     local = view(local_image, *VIEWS["local"], floats)
-    return [first(picture), second(picture)] + [local(picture) for _ in range(n_local)]
+    return [first(img), second(img)] + [local(img) for _ in range(n_local)]
 
 
 # ---------------------------------------------------------------- the DiT step
 def velocity(model, x, t, y):
-    """What LightningDiT's forward returns, with the modules of dit.LightningDiT"""
+    """The forward pass of LightningDiT, with the modules and parameters of dit.LightningDiT"""
     side = model.input_size
     x = model.x_embedder["proj"](x).flatten(2).transpose(1, 2) + model.pos_embed
     c = model.t_embedder["mlp"](timestep_embedding(t))
@@ -231,13 +242,14 @@ def dit_mlp(x, mlp):
 
 
 def flow_loss(model, x1, x0, t, y):
+    """Flow-matching loss and cosine loss -> scalar"""
     s, v = t.view(-1, 1, 1, 1), x1 - x0
     pred = velocity(model, s * x1 + (1 - s) * x0, t, y)
     return ((pred - v) ** 2).mean() + (1 - F.cosine_similarity(pred, v, dim=1)).mean()
 
 
 def read_latent(path, i, flip, stats):
-    """One latent (C, h, w), from a file opened for it, normalised"""
+    """-> one normalised latent (C, h, w); the file is opened again for each latent"""
     with safe_open(path, "pt") as f:
         z = f.get_slice("latents_flip" if flip else "latents")[i:i + 1]
     return ((z - stats["mean"]) / stats["std"]).squeeze(0)
@@ -251,7 +263,7 @@ def update_ema(target, source, decay):
 
 # ---------------------------------------------------------------- Inception
 def inception(ours):
-    """-> function: uint8 (B, 3, H, W) -> (B, 2048)"""
+    """Inception of vtp_min.fid -> function uint8 (B, 3, H, W) -> (B, 2048)"""
     net = deepcopy(ours).to(memory_format=torch.contiguous_format)
     for module in net.modules():
         if isinstance(module, Conv):
@@ -260,4 +272,5 @@ def inception(ours):
 
 
 def conv_norm_relu(self, x):
+    """Forward method of Conv"""
     return F.relu(self.bn(self.conv(x)), inplace=True)

@@ -1,4 +1,5 @@
-"""Fixtures for all test files: the reference's arrays; the plain and the fast forms."""
+"""Fixtures for all test files: the stored outputs of the reference code, and the two forms of the
+core's functions, textbook and fast."""
 import os
 from pathlib import Path
 
@@ -7,28 +8,36 @@ import torch
 
 from vtp_min.extras import fast
 
-torch.set_num_threads(1)                           # processes that tests start have one thread too
+# The processes that tests start use one thread, too. With equal numbers of threads, sums have the
+# same order, so results can be compared to the bit.
+torch.set_num_threads(1)
 
 CUT = Path(__file__).parent / "golden"             # small parts of the sets, in the repository
-FULL = os.environ.get("VTP_GOLDEN")                # the folder of the full sets, if there is one
+FULL = os.environ.get("VTP_GOLDEN")                # the folder of the full sets, or None
 
 
 @pytest.fixture(params=["cut", "full"])
 def golden(request):
-    """A folder of arrays that the reference code computed: the cut sets, then the full ones if the
-    environment variable VTP_GOLDEN names their folder."""
+    """A folder of arrays that the reference code computed.
+
+    A test that uses it runs twice: on the parts in tests/golden, and on the full sets. The second
+    run is skipped unless the environment variable VTP_GOLDEN names the folder of the full sets.
+    """
     if request.param == "full" and not FULL:
         pytest.skip("VTP_GOLDEN does not name the folder of the full golden sets")
     return CUT if request.param == "cut" else Path(FULL)
 
 
-restore_textbook_forms = fast.install()            # nothing is installed before this line
+# fast.install returns a function that restores the functions which it replaced. Here these are the
+# textbook forms, because no test has run yet.
+restore_textbook_forms = fast.install()
 restore_textbook_forms()
 
 
 @pytest.fixture(autouse=True)
 def textbook_forms():
-    """Each test begins with the textbook forms, whatever a run within this process installed."""
+    """Each test begins with the textbook forms, even if an earlier test has installed the fast
+    forms in this process (train.py does so on a CPU)."""
     restore_textbook_forms()
     yield
     restore_textbook_forms()
@@ -36,9 +45,10 @@ def textbook_forms():
 
 @pytest.fixture(params=["plain", "fast"])
 def form(request, textbook_forms):
-    """The textbook forms of the core, then those of extras/fast.py in their place.
+    """A test that uses it runs twice: on the textbook forms, and on those of extras/fast.py.
 
-    A test sees them only if it calls them through their module: losses.dino_loss, vit.rotate.
+    Functions are replaced in their modules, so the test must call them through the module:
+    losses.dino_loss, vit.rotate.
     """
     if request.param == "fast":
         fast.install()
@@ -47,5 +57,5 @@ def form(request, textbook_forms):
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory):
-    """Indexes of tars go to a temporary folder."""
+    """Indexes of tars are cached in a temporary folder, not in the user's cache."""
     os.environ["VTP_CACHE"] = str(tmp_path_factory.mktemp("cache"))

@@ -1,5 +1,5 @@
-"""The paper's comparisons: the convolutional autoencoder is Table 1's, VA-VAE's losses are what
-they say, RAE's encoder never moves."""
+"""The paper's baselines: the convolutional autoencoder of Table 1, the losses of VA-VAE, the frozen
+encoder of RAE, and the command that trains them."""
 import json
 import re
 import runpy
@@ -38,17 +38,17 @@ VTP = VTPConfig(image_size=16, train_clip=False, vision_patch_size=4, vision_emb
 
 
 @pytest.fixture(autouse=True)
-def as_before():
-    """A run in this process sets signal handlers and the fast forms: afterwards all is as before
-    """
+def restore_global_state():
+    """A run in this process changes signal handlers and functions of the core. Restore them after
+    each test."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     threads = torch.get_num_threads()
-    textbook = fast.install()
-    textbook()
+    restore_textbook_forms = fast.install()
+    restore_textbook_forms()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     yield
-    textbook()
+    restore_textbook_forms()
     torch.set_num_threads(threads)
     for s, handler in handlers.items():
         signal.signal(s, handler)
@@ -60,21 +60,21 @@ def test_the_convolutional_autoencoder_is_that_of_table_1():
         model, img = LDM(LDMConfig()), torch.empty(1, 3, 256, 256)
         work, with_attention = flops(
             lambda: model.get_latents_decoded_images(model.get_reconstruction_latents(img)))
-    # paper: 70.3M, 389.4G, in the convention that gives its ViT-L 311.1G
+    # paper: 70.3M and 389.4G; by the same way of counting its ViT-L has 311.1G
     assert f"{count(model) / 1e6:.1f}" == "70.3" and f"{work / 1e9:.1f}" == "389.4"
     assert f"{count(model) / 1e6:.3f}" == "70.294" and f"{work / 1e9:.2f}" == "389.43"
     assert f"{with_attention / 1e9:.2f}" == "390.37"
 
 
-def test_eval_cost_prints_that_row(monkeypatch, capsys):
+def test_eval_cost_prints_the_row_of_table_1(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["eval.py", "cost", "--size", "ldm", "--device", "cpu"])
     runpy.run_path(str(ROOT / "eval.py"), run_name="__main__")
     printed = capsys.readouterr().out
     assert "encoder + decoder            70.29      389.43" in printed
-    assert "its CNN has 70.3M parameters and 389.4 GFLOPs" in printed
+    assert "the CNN has 70.3M parameters and 389.4 GFLOPs" in printed
 
 
-def test_a_size_is_a_width_and_a_patch_is_a_number_of_halvings():
+def test_size_selects_the_width_and_patch_the_number_of_levels():
     paper = LDMConfig.of_size("L", 256, 16, 64)
     assert paper == LDMConfig() and paper.vision_patch_size == 16
     assert LDMConfig.of_size("nano", 48, 8, 64).widths == [32, 64, 128, 128]
@@ -85,9 +85,9 @@ def test_a_size_is_a_width_and_a_patch_is_a_number_of_halvings():
 @pytest.mark.parametrize("patch, encoder, decoder", [
     (4, {64: 1}, {64: 1}), (8, {32: 1}, {32: 1}),
     (16, {16: 3}, {16: 4}), (32, {16: 2, 8: 3}, {8: 4, 16: 3})])
-def test_attention_stands_where_ldm_has_it(patch, encoder, decoder):
-    """{side of the grid: attentions there}: one in the middle always; one after each block of 16
-    and 8 px, which f4 and f8 do not reach"""
+def test_attention_is_at_the_same_grid_sizes_as_in_ldm(patch, encoder, decoder):
+    """{side of the grid: number of attention blocks}. There is always one in the middle. Residual
+    blocks on 16x16 and 8x8 grids are followed by one; f4 and f8 have no such grids."""
     with torch.device("meta"):
         model = LDM(LDMConfig.of_size("nano", 256, patch, 4))
     for net, expected, side, factor in ((model.encoder, encoder, 256, 0.5),
@@ -102,14 +102,14 @@ def test_attention_stands_where_ldm_has_it(patch, encoder, decoder):
 
 
 @pytest.mark.parametrize("side", [(16, 16), (8, 24)])
-def test_shapes_there_and_back(side):
+def test_shapes_of_latents_and_decoded_images(side):
     model, img = LDM(TINY), torch.randn(2, 3, *side)
     z = model.get_reconstruction_latents(img)
     assert z.shape == (2, 4, side[0] // 4, side[1] // 4)
     assert model.get_latents_decoded_images(z).shape == img.shape
 
 
-def test_kl_is_that_of_torch_and_zero_for_a_standard_normal():
+def test_kl_loss_agrees_with_torch_and_is_zero_for_a_standard_normal():
     mean, logvar = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
     ours, standard = (torch.distributions.Normal(mean, (logvar / 2).exp()),
                       torch.distributions.Normal(0.0, 1.0))
@@ -125,7 +125,7 @@ def test_samples_have_the_given_mean_and_standard_deviation():
     assert torch.equal(reparameterize(mean, torch.full((10,), -torch.inf)), mean)
 
 
-def test_training_samples_its_latents_and_evaluation_takes_the_mean():
+def test_training_uses_samples_of_the_latents_and_evaluation_their_mean():
     model, img = LDM(TINY), torch.randn(2, 3, 16, 16)
     a, b = reconstruct_ldm(model, img)[0], reconstruct_ldm(model, img)[0]
     assert not torch.equal(a, b)
@@ -134,7 +134,7 @@ def test_training_samples_its_latents_and_evaluation_takes_the_mean():
     assert torch.isclose(kl, KL * kl_loss(*model.moments(img)) / (3 * 16 * 16))
 
 
-def test_latents_of_a_dit_are_samples_that_depend_on_the_generators_alone():
+def test_latents_of_a_dit_are_samples_that_depend_only_on_the_generators():
     def rngs(*indices):
         return [make_rng(Stream.POSTERIOR, 0, index) for index in indices]
     model, img = LDM(TINY), torch.randn(2, 3, 16, 16)
@@ -148,7 +148,7 @@ def test_latents_of_a_dit_are_samples_that_depend_on_the_generators_alone():
 
 # ---------------------------------------------------------------- files
 @pytest.mark.parametrize("width", [None, 16])
-def test_disk_changes_no_bit(tmp_path, width):
+def test_a_saved_and_loaded_model_is_equal_in_every_bit(tmp_path, width):
     model, img = LDM(replace(TINY, encoder_width=width)).eval(), torch.randn(1, 3, 16, 16)
     model.save_pretrained(tmp_path)
     back = load_model(tmp_path)
@@ -159,16 +159,16 @@ def test_disk_changes_no_bit(tmp_path, width):
     assert torch.equal(back.get_reconstruction_latents(img), model.get_reconstruction_latents(img))
 
 
-def test_load_model_knows_vtp_too_and_names_what_it_cannot_read(tmp_path):
+def test_load_model_loads_vtp_too_and_explains_why_it_cannot_load_a_folder(tmp_path):
     VTPModel(VTP).save_pretrained(tmp_path / "vtp")
     assert isinstance(load_model(tmp_path / "vtp"), VTPModel)
     LDM(TINY).save_pretrained(tmp_path / "ldm")
     path = tmp_path / "ldm" / "config.json"
     text = path.read_text()
     for change, complaint in [(text.replace('"ldm"', '"vqgan"'), "vqgan.*wanted"),
-                              (text[:-9], "is no JSON"), ("[1]", "a list"),
+                              (text[:-9], "is not JSON"), ("[1]", "a list"),
                               (text.replace('"depth"', '"deep"'), "can be built .*deep"),
-                              (text.replace('"latent_dim": 4', '"latent_dim": 5'), "does not fit"),
+                              (text.replace('"latent_dim": 4', '"latent_dim": 5'), "not match"),
                               (text.replace('"depth": 1', '"depth": "one"'), "can be built"),
                               (text.replace("32", "33"), "can be built")]:
         path.write_text(change)
@@ -186,29 +186,29 @@ def test_load_model_knows_vtp_too_and_names_what_it_cannot_read(tmp_path):
 
 
 # ---------------------------------------------------------------- VA-VAE
-def test_aligned_latents_lose_nothing():
+def test_both_losses_are_zero_for_aligned_latents():
     f = torch.randn(2, 8, 4, 4)
     rotation = torch.linalg.qr(torch.randn(8, 8))[0]
-    rotated = torch.einsum("ij,bjhw->bihw", rotation, 3 * f)          # angles stay
+    rotated = torch.einsum("ij,bjhw->bihw", rotation, 3 * f)          # keeps all angles
     assert mcos_loss(3 * f, f, margin=0) < 1e-6 and mdms_loss(rotated, f, margin=0) < 1e-6
     assert mcos_loss(f, f) == 0 and mdms_loss(f, f) == 0
 
 
-def test_what_the_margins_forgive():
+def test_differences_below_the_margins_cost_nothing():
     f, other = torch.zeros(1, 2, 1, 2), torch.zeros(1, 2, 1, 2)
-    f[0, 0] = 1                                     # two positions, one direction
-    other[0, 0, 0, 0] = other[0, 1, 0, 1] = 1       # two positions, at right angles
+    f[0, 0] = 1                                     # two positions with the same direction
+    other[0, 0, 0, 0] = other[0, 1, 0, 1] = 1       # two positions with orthogonal directions
     m1, m2 = MARGIN_COS, MARGIN_MATRIX
     assert torch.isclose(mcos_loss(-f, f), torch.tensor(2 - m1))      # cosine -1
     assert torch.isclose(mcos_loss(other, f), torch.tensor((1 - m1) / 2))
-    # of four pairs two disagree, by 1
+    # the cosines of two of the four pairs differ, by 1
     assert torch.isclose(mdms_loss(other, f), torch.tensor((1 - m2) / 2))
     z = torch.zeros(1, 2, 1, 2)
-    z[0, 0], z[0, 1, 0, 1] = 1, 0.5                 # cosine 0.894: both margins forgive it
+    z[0, 0], z[0, 1, 0, 1] = 1, 0.5                 # cosine 0.894, within both margins
     assert mcos_loss(z, f) == 0 and mdms_loss(z, f) == 0
 
 
-def test_the_matrix_loss_compares_cosines_of_widths_that_differ():
+def test_the_matrix_loss_accepts_latents_and_features_of_different_widths():
     z, f = torch.randn(2, 3, 2, 2), torch.randn(2, 8, 2, 2)
 
     def cosine(x, i, j):
@@ -230,16 +230,16 @@ def test_the_weighted_alignment_has_the_gradient_norm_of_l1_at_the_encoders_last
     assert torch.isclose(align, W_ALIGN * rec, rtol=1e-2)
 
 
-def test_features_are_the_encoders_patches_whatever_its_patch():
+def test_features_are_the_patch_tokens_of_the_encoder_for_any_grid():
     encoder, img = VTPModel(VTP).eval(), torch.randn(1, 3, 16, 16)
     f = encoder_features(encoder, img, 4, 4)
     expected = encoder.get_intermediate_layers_feature(img, 1, reshape=True)[0]
     assert torch.equal(f, expected) and not f.requires_grad
-    # a grid half as fine: the encoder sees the image at half its side
+    # for a coarser latent grid the encoder sees a smaller image
     assert encoder_features(encoder, img, 2, 2).shape == (1, 16, 2, 2)
 
 
-def test_alignment_trains_the_encoder_and_its_projection_but_not_the_decoder_or_the_teacher():
+def test_alignment_trains_the_encoder_and_the_projection_only():
     frozen, model = VTPModel(VTP).eval(), LDM(replace(TINY, encoder_width=16))
     img = torch.randn(2, 3, 16, 16)
     pixels, terms = reconstruct_vavae(frozen, None, model, img)
@@ -252,7 +252,7 @@ def test_alignment_trains_the_encoder_and_its_projection_but_not_the_decoder_or_
     assert all(p.grad is None for p in frozen.parameters())
 
 
-def test_both_losses_read_the_projected_latents(monkeypatch):
+def test_both_losses_use_the_projected_latents(monkeypatch):
     frozen, model = VTPModel(VTP).eval(), LDM(replace(TINY, encoder_width=16))
     img = torch.randn(2, 3, 16, 16)
     read = {}
@@ -269,7 +269,7 @@ def test_both_losses_read_the_projected_latents(monkeypatch):
     assert torch.equal(read["mdms_loss"], projected)
 
 
-def test_alignment_is_balanced_with_l1_in_ldm_s_units(monkeypatch):
+def test_the_adaptive_weight_of_alignment_uses_l1_of_pixels_in_minus_1_to_1(monkeypatch):
     frozen, model = VTPModel(VTP).eval(), LDM(replace(TINY, encoder_width=16))
     seen, img = {}, normalize(255 * torch.rand(2, 3, 16, 16))
     adaptive_weight = gan.adaptive_weight
@@ -284,7 +284,7 @@ def test_alignment_is_balanced_with_l1_in_ldm_s_units(monkeypatch):
 
 
 # ---------------------------------------------------------------- RAE
-def test_rae_is_the_encoder_itself_under_another_decoder(tmp_path):
+def test_rae_has_the_features_of_the_encoder_and_another_decoder(tmp_path):
     frozen = VTPModel(VTP).eval()
     model = build_rae(frozen, "nano", 16).eval()
     img = torch.randn(2, 3, 16, 16)
@@ -298,7 +298,7 @@ def test_rae_is_the_encoder_itself_under_another_decoder(tmp_path):
     assert (light.decoder_embed_dim, light.decoder_depth) == (1024, 4)
 
 
-def test_rae_trains_its_decoder_alone_on_noisy_latents():
+def test_rae_trains_only_the_decoder_on_noisy_latents():
     model, img = build_rae(VTPModel(VTP), "nano", 16), torch.randn(2, 3, 16, 16)
     pixels, terms = reconstruct_rae(model, img)
     assert terms == {} and not torch.equal(pixels, reconstruct_rae(model, img)[0])
@@ -328,7 +328,7 @@ def flags_of(kind, run):
 
 @pytest.mark.parametrize("kind, terms", [("ldm", {"l1", "kl"}), ("vavae", {"l1", "kl", "align"}),
                                          ("rae", {"l1"})])
-def test_each_trains_with_the_same_command_and_resuming_is_the_same_run(tmp_path, run, kind, terms):
+def test_each_baseline_trains_and_a_resumed_run_gives_equal_weights(tmp_path, run, kind, terms):
     flags = [*flags_of(kind, run), "--steps", 3, "--save-every", 2, "--warmup", 1,
              "--set", "ema_decoder=0"]
     whole = command(tmp_path / "whole", *flags)
@@ -337,7 +337,7 @@ def test_each_trains_with_the_same_command_and_resuming_is_the_same_run(tmp_path
         assert terms <= line.keys()
         assert abs(line["loss"] - sum(line[name] for name in terms)) < 1e-4
     (tmp_path / "halves").mkdir()
-    # a kill after step 2's checkpoint
+    # a run that was killed after the checkpoint of step 2
     for old, new in (("previous.pt", "last.pt"), ("log.jsonl",) * 2, ("run.json",) * 2):
         shutil.copy(tmp_path / "whole" / old, tmp_path / "halves" / new)
     command(tmp_path / "halves", *flags)
@@ -354,7 +354,7 @@ def test_each_trains_with_the_same_command_and_resuming_is_the_same_run(tmp_path
 
 
 @pytest.mark.parametrize("kind, data_range", [("ldm", 2), ("vavae", 2), ("rae", 1)])
-def test_l1_is_in_the_units_of_the_baseline_s_source(tmp_path, run, monkeypatch, kind, data_range):
+def test_l1_has_the_pixel_range_of_the_original(tmp_path, run, monkeypatch, kind, data_range):
     seen = {}
     decoder_gradients = gan.decoder_gradients
 
@@ -386,26 +386,26 @@ def test_a_baseline_overfits_eight_images():
     ("--baseline rae", "needs a frozen encoder: --encoder RUN"),
     ("--baseline vavae", "needs a frozen encoder: --encoder RUN"),
     ("--baseline ldm --encoder RUN", "leave --encoder out"),
-    ("--baseline rae --encoder RUN --patch 8", "no use for --patch"),
-    ("--baseline vavae --encoder RUN --set light_decoder=true", "no use for --set light_decoder"),
+    ("--baseline rae --encoder RUN --patch 8", "takes --patch and --latent-dim from the encoder"),
+    ("--baseline vavae --encoder RUN --set light_decoder=true", "leave --set light_decoder out"),
     ("--baseline ldm --set w_koleo=1", "wanted name=value, where name is one of clip_grad"),
-    ("--baseline ldm --latent-dim 0", "--latent-dim 0: wanted 1 or more"),
+    ("--baseline ldm --latent-dim 0", "--latent-dim 0: must be 1 or more"),
     ("--baseline ldm --patch 12 --image 24", "halves the image several times"),
-    ("--baseline ldm --image 18", "no multiple of the patch")])
-def test_impossible_settings_are_refused(tmp_path, run, flags, complaint):
+    ("--baseline ldm --image 18", "is not a multiple of the patch size 16")])
+def test_impossible_settings_raise_an_error(tmp_path, run, flags, complaint):
     with pytest.raises(ValueError, match=re.escape(complaint)):
         command(tmp_path / "out", *flags.replace("RUN", str(run)).split())
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("flags", ["--w-clip 1", "--stage 2", "--init RUN", "--micro 2"])
-def test_flags_of_other_trainings_are_refused(tmp_path, capsys, flags):
+def test_flags_of_other_trainings_are_rejected(tmp_path, capsys, flags):
     with pytest.raises(SystemExit):
         command(tmp_path / "out", "--baseline", "ldm", *flags.split())
     assert f"unrecognized arguments: {flags}" in capsys.readouterr().err
 
 
-def test_an_unknown_baseline_and_an_encoder_without_one_are_refused(tmp_path, capsys):
+def test_an_unknown_baseline_and_encoder_without_baseline_are_rejected(tmp_path, capsys):
     for flags, sentence in ((["--baseline", "vqgan"], "invalid choice: 'vqgan'"),
                             (["--encoder", "RUN"], "unrecognized arguments: --encoder RUN")):
         with pytest.raises(SystemExit):
@@ -413,7 +413,7 @@ def test_an_unknown_baseline_and_an_encoder_without_one_are_refused(tmp_path, ca
         assert sentence in capsys.readouterr().err
 
 
-def test_help_shows_its_own_flags_and_the_settings_with_their_sources(capsys):
+def test_help_shows_the_flags_of_baselines_and_the_settings_with_their_sources(capsys):
     with pytest.raises(SystemExit) as end:
         train.command(["--baseline", "ldm", "--help"])
     printed = capsys.readouterr().out
@@ -423,7 +423,7 @@ def test_help_shows_its_own_flags_and_the_settings_with_their_sources(capsys):
     assert "--latent-dim LATENT_DIM" in printed and "paper: d64" in printed
 
 
-def test_eval_reads_it_as_any_run_and_refuses_what_it_has_not(tmp_path, monkeypatch):
+def test_eval_py_reads_a_baseline_and_rejects_zero_shot_evaluation(tmp_path, monkeypatch):
     LDM(TINY).save_pretrained(tmp_path)
     (tmp_path / "run.json").write_text('{"data": "shapes"}')
 

@@ -1,4 +1,4 @@
-"""study/yardstick.py is an independent arrangement: both forms of ours give the same numbers."""
+"""study/yardstick.py is an independent implementation: our plain and fast forms agree with it."""
 import sys
 from pathlib import Path
 
@@ -9,14 +9,14 @@ import bench                                                               # noq
 
 
 def relative_distance(a, b):
-    """Of all parameters of two modules together"""
+    """Relative distance of two modules: of all their parameters as one vector"""
     pairs = list(zip(a.parameters(), b.parameters(), strict=True))
     apart = sum((x - y).double().square().sum() for x, y in pairs)
     return (apart / sum(x.double().square().sum() for x, _ in pairs)).sqrt()
 
 
 @pytest.mark.parametrize("form", ["plain", "fast"])
-def test_the_joint_step_has_the_same_losses_and_weights_as_the_yardstick(form):
+def test_the_training_step_has_the_same_losses_and_weights_as_the_yardstick(form):
     ours = bench.Joint("nano", "fp32", form, side=32)
     yardstick = bench.Joint("nano", "fp32", "yardstick", side=32)
     for batch in bench.first_batches(2, "nano", 16, side=32):
@@ -40,7 +40,7 @@ def test_inception_has_the_same_features_as_the_yardstick():
     assert row["features_apart"] < 2e-5
 
 
-def test_a_form_is_in_use_only_within_its_step():
+def test_a_form_is_active_only_inside_its_context_manager():
     before = bench.losses.dino_loss
     with bench.use_form("fast"):
         assert bench.losses.dino_loss is not before

@@ -31,14 +31,14 @@ GOLDEN = np.load(Path(__file__).parent / "golden" / "data.npz")
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
-    """Indices of tars go to a folder of the test's own."""
+    """Store the indices of tar files in a temporary folder."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("VTP_CACHE", str(folder))
     return folder
 
 
 def tokenize(captions):
-    """One id per character, padded with 0 to 77"""
+    """A tokenizer with one id per character, padded with 0 to 77 ids"""
     rows = torch.zeros(len(captions), 77, dtype=torch.long)
     for row, caption in zip(rows, captions):
         ids = torch.tensor([ord(c) for c in caption[:77]])
@@ -83,7 +83,7 @@ def train_batches(source=None, **changes):
     return TrainBatches(source or open_data("shapes", side=32), **settings | changes)
 
 
-def same(a, b):
+def assert_same(a, b):
     for name in (f.name for f in fields(a)):
         x, y = getattr(a, name), getattr(b, name)
         assert torch.equal(x, y) if torch.is_tensor(x) else str(x) == str(y), name
@@ -99,7 +99,7 @@ def test_training_and_validation_shapes_differ_and_every_seed_has_the_same_valid
     assert val.classes[val.load(0)[2]] in val.load(0)[1]
 
 
-def test_shapes_take_settings_and_name_those_they_do_not_know():
+def test_shapes_accept_their_settings_and_raise_for_others():
     single = open_data("shapes:objects=1,size=0.6-0.8", side=32)
     assert single.settings == {"objects": (1, 1), "size": (0.6, 0.8)}
     for wrong in ("colour=red", "objects=many", "objects=9", "size=0.6-0.2"):
@@ -107,7 +107,7 @@ def test_shapes_take_settings_and_name_those_they_do_not_know():
             open_data(f"shapes:{wrong}")
 
 
-def test_a_class_is_named_by_classnames_txt_else_by_imagenet_else_by_its_folder(tmp_path):
+def test_a_class_name_comes_from_classnames_txt_else_from_imagenet_else_from_the_folder(tmp_path):
     root = folder(tmp_path, ("n01440764", "n01443537", "red_fox"))
     (root / "classnames.txt").write_text("n01440764\ta fish I named\n")
     source = open_data(root)
@@ -126,7 +126,7 @@ def test_labels_agree_between_splits_even_if_a_class_is_missing_in_one(tmp_path)
     assert open_data(root, "val").load(0, np.random.default_rng(0))[2] == 1
 
 
-def test_a_folder_without_the_asked_split_says_what_to_type(tmp_path):
+def test_a_folder_without_the_requested_split_raises_an_error_that_says_what_to_type(tmp_path):
     folder(tmp_path)
     with pytest.raises(ValueError, match="--val-data"):
         open_data(tmp_path / "train", "val")
@@ -159,7 +159,7 @@ def test_shards_give_each_image_its_own_caption_and_count_what_is_incomplete(tmp
     assert source.name(3).endswith("x-01.tar:a/3.png")
 
 
-def test_patterns_without_a_file_and_tars_that_are_none_are_refused(tmp_path):
+def test_patterns_without_a_file_and_files_that_are_not_tars_raise(tmp_path):
     tar_of(tmp_path / "x-0.tar", {"1.png": png(noise()), "1.txt": b"one"})
     for spec, reason in (("y-*.tar", "No such file"), ("x-{1..2}.tar", "x-1.tar"),
                          ("z.tar", "z.tar")):
@@ -190,7 +190,7 @@ def test_every_color_mode_becomes_rgb_and_transparency_becomes_white(tmp_path):
 
 def test_an_image_stored_sideways_is_turned_upright(tmp_path):
     image, exif = noise(8, width=12), Image.Exif()
-    exif[0x0112] = 6                                              # stored turned by a quarter
+    exif[0x0112] = 6                                              # stored rotated by 90 degrees
     image.save(tmp_path / "x.png", exif=exif)
     assert np.array_equal(read_image(tmp_path / "x.png"), image.transpose(Image.ROTATE_270))
 
@@ -210,11 +210,11 @@ def test_a_tar_is_indexed_once_and_again_only_when_it_has_changed(
     tar_of(tmp_path / "x.tar", {"1.png": png(noise()), "1.txt": b"uno",
                                 "2.png": png(noise()), "2.txt": b"due"})
     assert [open_data(tar).load(i)[1] for i in range(2)] == ["uno", "due"] and len(indexed) == 2
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["x.tar"]    # nothing beside the data
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["x.tar"]    # nothing else is written
 
 
 def test_ranks_start_to_index_at_different_tars_and_all_find_the_same(tmp_path, monkeypatch):
-    for n in range(9):                                            # from 8 on, several processes
+    for n in range(9):                                # from 8 tars on, workers index them
         members = {}
         for i in range(n + 1):
             members |= {f"{i}.png": png(noise(8, i)), f"{i}.txt": f"{n} {i}".encode()}
@@ -243,8 +243,8 @@ def test_adm_crop_is_exact_on_the_full_set():
         assert np.array_equal(crop, units[f"crop{c}.out"])
 
 
-def test_random_crops_cover_the_promised_area_and_aspect_and_reach_every_corner(monkeypatch):
-    y, x = np.mgrid[:300, :400]                                   # each pixel tells its place
+def test_random_crops_have_the_documented_area_and_aspect_and_reach_every_corner(monkeypatch):
+    y, x = np.mgrid[:300, :400]                                   # each pixel encodes its position
     atlas = np.stack([x % 256, y % 256, x // 256 + 2 * (y // 256)], -1).astype(np.uint8)
     corners, rng = [], np.random.default_rng(0)
 
@@ -280,7 +280,7 @@ def test_a_crop_is_pillows_bicubic_to_the_rounding_of_its_two_passes(side, monke
 
 
 def make_images():
-    """Random ones, one of grays, one of few and full colors: (6, 3, 20, 20) float32"""
+    """-> (6, 3, 20, 20) float32: a gray image, one with 8 saturated colors, 4 with random colors"""
     x = np.random.default_rng(1).integers(0, 256, (6, 3, 20, 20)).astype(np.float32)
     x[0], x[1] = x[0, :1], np.where(x[1] > 100, 255, 0)
     return x
@@ -288,7 +288,7 @@ def make_images():
 
 IMAGES = make_images()
 
-TORCHVISION = {                                                   # for x in 0..1
+TORCHVISION = {                                                   # for x in [0, 1]
     augment.brightness: F.adjust_brightness, augment.contrast: F.adjust_contrast,
     augment.saturation: F.adjust_saturation, augment.hue: F.adjust_hue,
     augment.gaussian_blur: lambda x, sigma: F.gaussian_blur(x, [9, 9], [sigma, sigma])}
@@ -300,14 +300,14 @@ TORCHVISION = {                                                   # for x in 0..
     (augment.saturation, [0.8, 0.9, 1, 1.1, 1.2, 0]),
     (augment.hue, [-0.1, 0.1, 0.05, 0.5, -0.3, 0]),
     (augment.gaussian_blur, [0.1, 0.4, 0.7, 1, 1.5, 2])])
-def test_a_color_operation_is_torchvisions_for_any_amount(operation, amounts):
+def test_a_color_operation_equals_torchvisions_for_any_amount(operation, amounts):
     for x, amount in zip(IMAGES, amounts):
         wanted = 255 * TORCHVISION[operation](torch.from_numpy(x) / 255, amount).numpy()
-        # of 255; torchvision's weight for red is 0.2989
+        # of 255 levels; torchvision's weight for red is 0.2989, ours is 0.299
         assert np.abs(operation(x, np.float32(amount)) - wanted).max() < 0.05
 
 
-def test_grayscale_and_solarize_are_torchvisions():
+def test_grayscale_and_solarize_equal_torchvisions():
     for x in IMAGES:
         gray = 255 * F.rgb_to_grayscale(torch.from_numpy(x) / 255, 3).numpy()
         solar = 255 * F.solarize(torch.from_numpy(x) / 255, 128 / 255).numpy()
@@ -330,7 +330,7 @@ def test_a_view_is_torchvisions_recipe_with_one_rounding_at_the_end():
             else:
                 x = TORCHVISION[operation](x, amount)
         difference = np.abs(ours - 255 * x.numpy())
-        # half a level; solarize may see a pixel at its threshold on the other side
+        # half a level; solarize may invert a pixel near its threshold in one of the two only
         assert (difference > 0.6).mean() < 0.002
 
 
@@ -349,7 +349,7 @@ def view_jobs(sides):
 
 
 @pytest.mark.parametrize("sides", [[24], [24] * 40, [24, 24, 12, 24, 12] * 5, [90] * 23, []])
-def test_the_fast_views_are_the_plain_ones_to_the_bit(sides):
+def test_the_fast_views_equal_the_plain_ones_in_every_bit(sides):
     plain, fast = augment.ssl_views(view_jobs(sides)), fast_views.ssl_views(view_jobs(sides))
     assert len(plain) == len(fast) == len(sides)
     for a, b in zip(plain, fast):
@@ -382,7 +382,7 @@ def test_operations_occur_as_often_as_the_recipe_says_and_global_1_is_never_blur
                     places.append(place)
                     amounts.append(draw[place][1])
         assert min(amounts) >= low and max(amounts) <= high
-        assert abs(np.mean(places) - 1.5) < 0.3                   # in any order
+        assert abs(np.mean(places) - 1.5) < 0.3                   # the order is random
 
 
 def test_normalize_and_denormalize_are_inverse():
@@ -408,7 +408,7 @@ def test_every_masked_crop_has_weight_one():
 
 @pytest.mark.parametrize("grid, target, mean, exact", [
     (14, 19, 18.896, 0.896), (14, 98, 97.922, 0.925), (16, 76, 75.937, 0.939)])
-def test_block_masks_reach_their_target_as_often_as_dinov2s(grid, target, mean, exact):
+def test_block_masks_reach_their_target_as_often_as_those_of_dinov2(grid, target, mean, exact):
     counts = [block_mask(np.random.default_rng(i), grid, grid, target).sum() for i in range(600)]
     counts = np.array(counts)
     assert counts.max() == target and counts.min() >= target - 6
@@ -421,7 +421,7 @@ def test_half_of_the_crops_are_masked_by_evenly_spread_ratios():
     masked = np.sort(ratios[ratios > 0])
     assert len(masked) == 32
     assert np.abs(masked - np.linspace(0.1, 0.5, 65)[1::2]).max() < 0.03
-    assert (ratios[:32] > 0).sum() not in (0, 32)                 # over both crops of an image
+    assert (ratios[:32] > 0).sum() not in (0, 32)                 # both groups of crops have masks
 
 
 def test_a_rank_draws_its_own_rows_of_the_global_batchs_masks():
@@ -466,7 +466,7 @@ def kept_numbers(batches, step):
     image_rows = np.array(batches.rank_rows(batches.batch))
     rec_rows = np.array(batches.rank_rows(batches.batch_rec))
     ssl_rows = np.array(batches.rank_rows(batches.batch_ssl)) // 2
-    numbers = {"clip": image_rows, "rec": rec_rows,
+    numbers = {"image": image_rows, "rec": rec_rows,
                "ssl": np.concatenate([ssl_rows + 4 * g for g in range(2)]),
                "local": np.concatenate([ssl_rows + 4 * v for v in range(3)])}
     for name, blocks in keep.items():
@@ -479,28 +479,28 @@ def test_stochastic_depth_is_drawn_over_the_global_batch_for_each_objective():
     changes = DROP | {"drop_rec": 0.3}
     whole = kept_numbers(train_batches(**changes), 5)
     halves = [kept_numbers(train_batches(**changes, rank=r, world_size=2), 5) for r in range(2)]
-    assert whole.keys() == {"clip", "rec", "ssl", "local"}
+    assert whole.keys() == {"image", "rec", "ssl", "local"}
     for name, branches in whole.items():
         for k, numbers in enumerate(branches):
             assert sorted(halves[0][name][k] + halves[1][name][k]) == sorted(numbers), name
-    for name, kept in (("clip", 4), ("rec", 1), ("ssl", 4), ("local", 6)):
+    for name, kept in (("image", 4), ("rec", 1), ("ssl", 4), ("local", 6)):
         assert {len(numbers) for numbers in whole[name]} == {kept}, name
-    drawn = [tuple(numbers) for numbers in whole["clip"] + whole["ssl"]]
-    assert len(set(drawn)) > 4                                    # objectives draw apart
-    assert kept_numbers(train_batches(**changes), 6) != whole     # and each step anew
+    drawn = [tuple(numbers) for numbers in whole["image"] + whole["ssl"]]
+    assert len(set(drawn)) > 4                                    # objectives draw independently
+    assert kept_numbers(train_batches(**changes), 6) != whole     # and so do steps
 
 
-def test_reconstruction_has_a_draw_of_its_own_only_if_its_rate_differs_from_clips():
+def test_reconstruction_draws_kept_rows_only_if_its_rate_differs_from_that_of_clip():
     assert "rec" not in train_batches(**DROP)[0].keep
     assert train_batches(**DROP | {"drop_rec": 0.0})[0].keep["rec"] is None
     alone = train_batches(**DROP, clip=False, ssl=False)[0].keep
-    assert len(alone["clip"]) == 2 and alone["ssl"] is None and "rec" not in alone
+    assert len(alone["image"]) == 2 and alone["ssl"] is None and "rec" not in alone
     none = train_batches()[0].keep
-    assert none == dict.fromkeys(("clip", "ssl", "local"))
+    assert none == dict.fromkeys(("image", "ssl", "local"))
 
 
 # ---------------------------------------------------------------- batches
-def test_a_batch_has_the_promised_shapes():
+def test_a_batch_has_the_documented_shapes():
     out = train_batches()[0]
     assert out.image.shape == (8, 3, 32, 32) and out.image.dtype == torch.uint8
     assert out.crops.shape == (2, 4, 3, 32, 32) and out.locals.shape == (3, 4, 3, 16, 16)
@@ -520,7 +520,7 @@ def test_mask_index_and_weight_of_a_batch_belong_to_its_mask():
         assert torch.allclose(per_crop, out.mask.flatten(0, 1).any(1).float())
 
 
-def test_on_a_device_pixels_are_normalised_floats_and_rows_stay():
+def test_to_device_normalises_images_and_leaves_row_numbers_on_the_cpu():
     out = train_batches(**DROP)[0]
     moved = out.to(torch.device("cpu"))
     assert torch.equal(moved.image, normalize(out.image)) and moved.locals.dtype == torch.float32
@@ -537,35 +537,36 @@ def test_on_a_device_pixels_are_normalised_floats_and_rows_stay():
         torch.set_default_dtype(torch.float32)
 
 
-def test_two_ranks_see_exactly_one_processs_batch():
+def test_the_batches_of_two_ranks_together_equal_the_batch_of_one_process():
     whole, halves = train_batches()[4], [train_batches(rank=r, world_size=2)[4] for r in range(2)]
     axes = dict(image=0, rows_image=0, crops=1, locals=1, mask=1, rows_ssl=0)
     for name, axis in axes.items():
         parts = [getattr(half, name) for half in halves]
         assert torch.equal(getattr(whole, name), torch.cat(parts, axis)), name
     assert whole.captions == halves[0].captions + halves[1].captions
-    # the batch's rows 0 and 4, counted from each rank's first
+    # rows 0 and 4 of the global batch, as positions on each rank
     assert [half.rec.tolist() for half in halves] == [[0], [0]]
 
 
 def test_workers_change_nothing_and_the_callers_random_state_is_untouched():
     before = torch.get_rng_state()
-    alone = list(prefetch(train_batches(**DROP), 2, 5))
-    helped = list(prefetch(train_batches(**DROP), 2, 5, workers=2))
-    assert len(alone) == len(helped) == 3 and torch.equal(before, torch.get_rng_state())
-    for a, b in zip(alone, helped):
-        same(a, b)
-    assert not torch.equal(alone[0].image, alone[1].image)
+    without = list(prefetch(train_batches(**DROP), 2, 5))
+    with_workers = list(prefetch(train_batches(**DROP), 2, 5, workers=2))
+    assert len(without) == len(with_workers) == 3
+    assert torch.equal(before, torch.get_rng_state())
+    for a, b in zip(without, with_workers):
+        assert_same(a, b)
+    assert not torch.equal(without[0].image, without[1].image)
 
 
 def test_a_pickled_batch_is_the_same_batch():
     out = train_batches(**DROP)[0]
     copy = pickle.loads(pickle.dumps(out))
-    same(out, copy)
+    assert_same(out, copy)
     assert torch.is_tensor(out.keep["ssl"][0][0][0]) and torch.is_tensor(copy.keep["ssl"][0][0][0])
 
 
-def test_workers_make_views_in_the_form_that_is_installed(monkeypatch):
+def test_workers_use_the_form_of_ssl_views_that_is_installed(monkeypatch):
     def white_views(jobs):
         return [np.full((3, side, side), 255, np.uint8) for _, _, side, _ in jobs]
     monkeypatch.setattr(augment, "ssl_views", white_views)
@@ -573,13 +574,13 @@ def test_workers_make_views_in_the_form_that_is_installed(monkeypatch):
     assert (out.crops == 255).all() and (out.locals == 255).all()
 
 
-def test_many_images_are_made_in_parts_and_none_is_lost(monkeypatch):
+def test_views_computed_in_groups_are_all_there(monkeypatch):
     whole = train_batches()[2]
     monkeypatch.setattr(data, "VIEWS_AT_ONCE", 7)                 # two images of 5 views
-    same(train_batches()[2], whole)
+    assert_same(train_batches()[2], whole)
 
 
-def test_a_worker_that_gets_the_groups_signals_still_serves_the_step_under_way():
+def test_a_worker_that_receives_signals_still_loads_the_remaining_batches():
     stream = prefetch(train_batches(), 0, 12, workers=1)
     first, (worker,) = next(stream), multiprocessing.active_children()
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
@@ -605,7 +606,7 @@ def test_images_per_step_counts_each_image_once():
 
 
 class Recorder:
-    """A source that notes which of its images were loaded"""
+    """A source that records which of its images are loaded"""
     endless, spec = False, ""
 
     def __init__(self, source):
@@ -619,7 +620,7 @@ class Recorder:
         return self.source.load(index, rng)
 
 
-def test_an_epoch_shows_every_image_once(tmp_path):
+def test_an_epoch_contains_every_image_once(tmp_path):
     source = Recorder(open_data(folder(tmp_path)))
     batches = train_batches(source, ssl=False, batch=4)
     for step in range(6):
@@ -636,16 +637,17 @@ def test_a_computed_order_is_a_permutation_and_another_one_in_each_epoch(n):
     assert n < 16 or first != second
 
 
-def test_each_seed_and_each_epoch_has_a_computed_order_of_its_own():
+def test_each_seed_and_each_epoch_has_a_different_computed_order():
     first = set()
     for seed in range(20):
         first |= {feistel_permutation(seed, epoch, 10 ** 9, 7) for epoch in range(20)}
-    assert len(first) >= 399           # 400 draws of a billion agree once in 12,000 times
+    # two of 400 random numbers below a billion are equal with probability 1 / 12,000
+    assert len(first) >= 399
 
 
 def test_a_computed_order_is_as_random_as_a_stored_one():
     n, m = 3 * data.MAX_STORED_PERMUTATION, 4000
-    for stride in (1, n // m):                                    # neighbours, places far apart
+    for stride in (1, n // m):                                    # near and far positions
         x = np.array([data.epoch_index(5, 2, n, stride * k) for k in range(m)])
         y = np.array([data.epoch_index(5, 3, n, stride * k) for k in range(m)])
         limit = 4 / math.sqrt(m)       # four standard errors of independent numbers' correlation
@@ -654,7 +656,7 @@ def test_a_computed_order_is_as_random_as_a_stored_one():
             assert abs(np.corrcoef(a, b)[0, 1]) < limit
         counts = np.bincount(x * 20 // n, minlength=20)
         chi_square = ((counts - m / 20) ** 2 / (m / 20)).sum()
-        assert chi_square < 50         # of 19 degrees of freedom: once in 7,000 draws
+        assert chi_square < 50         # 19 degrees of freedom: above 50 once in 7,000 draws
         assert len(set(x.tolist())) == m and len(set((x % 7).tolist())) == 7
 
 
@@ -664,19 +666,19 @@ def test_small_sources_have_a_stored_order_and_large_ones_a_computed_one():
     assert data.epoch_index(1, 0, n, 5) == feistel_permutation(1, 0, n, 5) < n
 
 
-def test_a_damaged_image_is_replaced_named_and_the_same_on_every_machine(tmp_path):
+def test_a_damaged_image_is_reported_and_all_ranks_replace_it_by_the_same_one(tmp_path):
     root = folder(tmp_path)
-    victim = root / "train" / "red_fox" / "3.JPEG"
-    victim.write_bytes(victim.read_bytes()[:300])
+    damaged = root / "train" / "red_fox" / "3.JPEG"
+    damaged.write_bytes(damaged.read_bytes()[:300])
     whole = [train_batches(open_data(root))[step] for step in range(3)]
     names = [name for out in whole for name in out.bad]
-    assert names and all(name.startswith(str(victim)) for name in names)
+    assert names and all(name.startswith(str(damaged)) for name in names)
     assert all(len(out.image) == 8 for out in whole)
     parts = [train_batches(open_data(root), rank=r, world_size=2)[0].image for r in range(2)]
     assert torch.equal(whole[0].image, torch.cat(parts))
 
 
-def test_a_source_that_has_gone_stops_training_with_a_sentence(tmp_path):
+def test_a_source_that_no_longer_exists_stops_training_with_an_error(tmp_path):
     source = open_data(folder(tmp_path))
     source.root = tmp_path / "gone"
     with pytest.raises(ValueError, match="100 samples in a row"):
@@ -689,13 +691,13 @@ def test_a_source_that_has_gone_stops_training_with_a_sentence(tmp_path):
     (dict(batch_ssl=3, batch=9, world_size=2), "--batch-ssl 4"),
     (dict(batch_rec=16), "--batch 16"),
     (dict(batch=6, batch_ssl=4, batch_rec=4, world_size=4), "--batch 8")])
-def test_sizes_that_do_not_fit_are_refused_with_the_nearest_that_do(changes, advice):
+def test_sizes_that_do_not_fit_raise_an_error_that_names_the_nearest_valid_size(changes, advice):
     with pytest.raises(ValueError, match=f"try {advice}$"):
         train_batches(**changes)
 
 
 # ---------------------------------------------------------------- evaluation
-def test_evaluation_sees_every_image_once_in_order_and_a_limit_still_sees_every_class(
+def test_evaluation_reads_every_image_once_in_order_and_with_a_limit_still_every_class(
         tmp_path, capsys):
     source = open_data(folder(tmp_path, ("ant", "bee", "cow")), "val")
     labels = torch.cat([labels for _, labels, _ in eval_batches(source, 16, 4)])
@@ -704,14 +706,14 @@ def test_evaluation_sees_every_image_once_in_order_and_a_limit_still_sees_every_
     assert images.shape == (3, 3, 16, 16) and images.dtype == torch.uint8
     assert labels.tolist() == [0, 1, 2] and "cow" in captions[2]
     (tmp_path / "val" / "bee" / "2.png").write_bytes(b"not an image")
-    alone = [images for images, _, _ in eval_batches(source, 16, 4)]
-    helped = [images for images, _, _ in eval_batches(source, 16, 4, workers=1)]
-    assert sum(map(len, alone)) == 17
-    assert all(torch.equal(a, b) for a, b in zip(alone, helped, strict=True))
+    without = [images for images, _, _ in eval_batches(source, 16, 4)]
+    with_worker = [images for images, _, _ in eval_batches(source, 16, 4, workers=1)]
+    assert sum(map(len, without)) == 17
+    assert all(torch.equal(a, b) for a, b in zip(without, with_worker, strict=True))
     assert "1 of 18 images" in capsys.readouterr().out
 
 
-def test_ranks_share_an_evaluation_in_order_and_each_counts_what_it_lost(
+def test_ranks_divide_an_evaluation_in_order_and_each_counts_its_unreadable_images(
         tmp_path, monkeypatch, capsys):
     source = open_data(folder(tmp_path, ("ant", "bee", "cow")), "val")
     whole = torch.cat([images for images, _, _ in eval_batches(source, 16, 4)])
@@ -728,7 +730,7 @@ def test_ranks_share_an_evaluation_in_order_and_each_counts_what_it_lost(
     assert "1 of 5 images" in out and "on rank 3" in out
 
 
-def test_an_evaluation_of_which_more_than_half_is_lost_stops_with_a_sentence(tmp_path):
+def test_an_evaluation_with_more_than_half_of_the_images_unreadable_raises(tmp_path):
     source = open_data(folder(tmp_path), "val")
     for file in (tmp_path / "val" / "red_fox").iterdir():
         file.write_bytes(b"gone")
@@ -744,7 +746,7 @@ def test_the_contact_sheet_has_a_row_per_sample(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [*words, str(tmp_path / "sheet.png")])
     data.main()
     sheet = Image.open(tmp_path / "sheet.png")
-    assert sheet.width > sheet.height and "ms a sample" in capsys.readouterr().out
+    assert sheet.width > sheet.height and "ms per sample" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["data.py", "--data", str(tmp_path / "none")])
     with pytest.raises(SystemExit, match="no folder"):
         data.main()

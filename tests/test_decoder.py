@@ -18,16 +18,16 @@ def test_a_latent_grid_of_any_shape_becomes_an_image(upscale):
     assert img.shape == (2, 3, 3 * upscale, 5 * upscale)
 
 
-def test_channel_rgb_dy_dx_becomes_the_pixel_at_dy_dx_of_the_latent_s_square():
+def test_channel_color_dy_dx_is_the_pixel_at_dy_dx_in_the_square_of_its_latent():
     decoder, u = tiny(depth=0), 4
     nn.init.zeros_(decoder.proj_out.weight)
-    decoder.proj_out.bias.data = torch.arange(3.0 * u * u)      # each channel gives its number
+    decoder.proj_out.bias.data = torch.arange(3.0 * u * u)      # channel i has the value i
     img = decoder(torch.randn(1, 6, 2, 3))[0]                   # (3, 2u, 3u)
     for c, y, x in ((0, 0, 0), (1, 2, 3), (2, 7, 5), (0, 4, 11)):
         assert img[c, y, x] == (c * u + y % u) * u + x % u
 
 
-def test_without_blocks_a_latent_changes_its_own_square_only():
+def test_without_blocks_a_latent_changes_only_its_own_square():
     decoder, z = tiny(depth=0), torch.randn(1, 6, 3, 3)
     other = z.clone()
     other[..., 1, 2] += 1

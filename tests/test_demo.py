@@ -1,5 +1,5 @@
-"""`make demo` on any machine: the precision follows from the hardware, finished stages are skipped,
-expected durations are printed."""
+"""`make demo` on any machine: the hardware determines the precision, finished stages are skipped,
+and expected durations are printed."""
 import importlib.util
 import json
 import os
@@ -24,8 +24,8 @@ STAGES = ["tokenizer", "zeroshot", "probe", "recon", "latents", "dit", "samples"
 
 
 def set_cpu(monkeypatch, hardware=(), capability="AVX512", onednn=None):
-    """Pretend that the CPU has these instructions, that PyTorch reports this capability, and that
-    ONEDNN_MAX_CPU_ISA has this value."""
+    """Simulate a CPU with these instructions, for which PyTorch reports this capability, and an
+    environment in which ONEDNN_MAX_CPU_ISA has this value."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(hardware, True))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
@@ -38,7 +38,7 @@ def set_cpu(monkeypatch, hardware=(), capability="AVX512", onednn=None):
 # ---------------------------------------------------------------- precision
 
 @pytest.mark.parametrize("hardware", [("avx512_bf16",), ("amx_bf16",), ("avx512_bf16", "amx_bf16")])
-def test_a_cpu_that_multiplies_bf16_trains_in_bf16(monkeypatch, hardware):
+def test_a_cpu_with_bf16_instructions_trains_in_bf16(monkeypatch, hardware):
     set_cpu(monkeypatch, hardware)
     assert choose_precision(CPU) == "bf16"
 
@@ -51,7 +51,7 @@ def test_a_cpu_without_bf16_instructions_trains_in_fp32(monkeypatch):
 @pytest.mark.parametrize("capability, onednn", [
     ("AVX2", None), ("DEFAULT", None), ("AVX512", "AVX2"), ("AVX512", "avx512_core"),
     ("AVX512", "AVX512_CORE_VNNI"), ("AVX2", "AVX2")])
-def test_a_variable_that_forbids_bf16_instructions_gives_fp32(monkeypatch, capability, onednn):
+def test_a_variable_that_disables_bf16_instructions_gives_fp32(monkeypatch, capability, onednn):
     set_cpu(monkeypatch, ("avx512_bf16",), capability, onednn)
     assert not multiplies_bf16(CPU) and choose_precision(CPU) == "fp32"
 
@@ -62,15 +62,15 @@ def test_a_variable_that_allows_bf16_instructions_changes_nothing(monkeypatch, o
     assert choose_precision(CPU) == "bf16"
 
 
-def test_pytorch_reports_the_capability_that_the_variable_asks_for():
-    """The function relies on it: get_cpu_capability() obeys ATEN_CPU_CAPABILITY."""
+def test_pytorch_reports_the_capability_that_the_variable_requests():
+    """multiplies_bf16 relies on it: get_cpu_capability() follows ATEN_CPU_CAPABILITY."""
     code = "import torch; print(torch.backends.cpu.get_cpu_capability())"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                            env=os.environ | {"ATEN_CPU_CAPABILITY": "default"})
     assert found.stdout.strip() == "DEFAULT"
 
 
-def test_an_emulated_precision_typed_by_hand_prints_what_it_costs(monkeypatch, capsys):
+def test_an_emulated_precision_given_explicitly_prints_its_cost(monkeypatch, capsys):
     set_cpu(monkeypatch, ("avx2",), "AVX2")
     peaks = {"fp32": 120e9, "bf16": 6e9}
     monkeypatch.setattr(device, "peak_flops", lambda device, precision: peaks[precision])
@@ -80,7 +80,7 @@ def test_an_emulated_precision_typed_by_hand_prints_what_it_costs(monkeypatch, c
         assert part in printed
 
 
-def test_a_precision_of_the_hardware_prints_nothing(monkeypatch, capsys):
+def test_a_precision_that_the_hardware_supports_prints_nothing(monkeypatch, capsys):
     set_cpu(monkeypatch, ("avx512_bf16",))
     for precision in ("fp32", "bf16", "fp64"):
         warn_if_emulated(CPU, precision)
@@ -88,7 +88,7 @@ def test_a_precision_of_the_hardware_prints_nothing(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("command", ["latents RUN", "train LATENTS --out OUT", "sample RUN"])
-def test_the_diffusion_commands_choose_the_precision_by_machine(monkeypatch, command):
+def test_the_diffusion_commands_choose_the_precision_by_hardware(monkeypatch, command):
     args = dit.parse(command.split())
     set_cpu(monkeypatch, ("avx512_bf16",))
     assert dit.precision_of(args, CPU) == "bf16"
@@ -97,7 +97,7 @@ def test_the_diffusion_commands_choose_the_precision_by_machine(monkeypatch, com
     assert dit.precision_of(Namespace(precision="fp32"), CPU) == "fp32"
 
 
-def test_no_makefile_or_script_names_a_precision():
+def test_neither_makefile_nor_scripts_set_a_precision():
     files = [ROOT / "Makefile", *(ROOT / "study").glob("*.sh"), *(ROOT / "study").glob("*.py")]
     assert len(files) > 5
     pattern = r"--precision (bf16|fp16|fp32|fp64)"
@@ -110,7 +110,7 @@ def test_a_progress_bar_announces_the_duration_after_one_measured_second(monkeyp
     now = [0.0]
     monkeypatch.setattr(run.time, "perf_counter", lambda: now[0])
     for _ in ProgressBar(range(100), desc="latents", unit="batch"):
-        now[0] += 10 if now[0] == 0 else 0.4       # the first is slow; it is not counted
+        now[0] += 10 if now[0] == 0 else 0.4       # the first step is slow and is not counted
     printed = capsys.readouterr().out
     assert printed.count("latents: about") == 1
     assert "about 00:38 left" in printed           # 96 of 100 remain at 0.4 s
@@ -128,7 +128,7 @@ def test_short_work_is_not_announced(monkeypatch, capsys):
 # ---------------------------------------------------------------- stages
 
 def commands_left(folder):
-    """Names of the stages that `make demo` would run (make -n)"""
+    """-> names of the stages that `make demo` would run, according to make -n"""
     command = ["make", "-n", "demo", f"RUN={folder}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return re.findall(rf"touch {folder}/done-(\w+)", done.stdout)
@@ -143,7 +143,7 @@ def test_the_demo_skips_finished_stages(tmp_path):
 
 
 def load_expected():
-    """study/expected.py as a module"""
+    """Import study/expected.py -> module"""
     spec = importlib.util.spec_from_file_location("expected", ROOT / "study/expected.py")
     expected = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(expected)

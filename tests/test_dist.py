@@ -1,4 +1,4 @@
-"""One process against two: losses, targets and gradients of the whole batch are the same."""
+"""Two processes against one: losses, targets and gradients of the whole batch are equal."""
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,18 +16,18 @@ from vtp_min.dist import (all_gather_ragged, all_reduce_max, all_reduce_mean, al
                           is_distributed, print0, rank, rank_slice, under_torchrun, world_size)
 from vtp_min.extras import gradcache
 from vtp_min.losses import clip_loss, siglip_loss, sinkhorn, update_center
-from vtp_min.model import DINOHead, Student, rec_patches
+from vtp_min.model import DINOHead, Student
 
 
 def agree(a, b, tolerance):
-    """Relative to the largest magnitude"""
+    """True if a and b differ by at most `tolerance` times the largest magnitude of b"""
     a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
     return (a - b).abs().max() <= tolerance * b.abs().max()
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """Two gloo processes, started once for all tests below -> what each of them returned"""
+    """Two gloo processes, started once for all tests below -> [results of rank 0, of rank 1]"""
     folder = tmp_path_factory.mktemp("ranks")
     torch.multiprocessing.spawn(one_of_two, (folder,), nprocs=2)
     return [torch.load(folder / f"{r}.pt") for r in range(2)]
@@ -48,7 +48,7 @@ def one_of_two(r, folder):
 
 
 # ---------------------------------------------------------------- helpers
-def test_a_single_process_needs_no_group(capsys):
+def test_a_single_process_needs_no_process_group(capsys):
     x = torch.randn(3, requires_grad=True)
     assert not is_distributed() and (rank(), world_size()) == (0, 1)
     for helper in (gather, all_reduce_sum, all_reduce_max, all_reduce_mean, all_gather_ragged):
@@ -60,7 +60,7 @@ def test_a_single_process_needs_no_group(capsys):
     assert not is_distributed() and not under_torchrun()
 
 
-def test_on_a_single_process_gradients_and_parameters_stay():
+def test_on_a_single_process_gradients_and_parameters_do_not_change():
     module = nn.Linear(3, 2)
     module(torch.ones(1, 3)).sum().backward()
     before = {name: (p.detach().clone(), p.grad.clone()) for name, p in module.named_parameters()}
@@ -85,13 +85,13 @@ def helpers(r):
             "ragged none": all_gather_ragged(torch.zeros(0, 2)).shape}
 
 
-def test_helpers_reduce_over_ranks_and_divide_the_rows(ranks):
+def test_helpers_reduce_over_ranks_and_divide_the_rows_among_them(ranks):
     for r in range(2):
         found = ranks[r]["helpers"]
         assert (found["rank"], found["world_size"]) == (r, 2)
         assert (found["sum"], found["max"], found["mean"]) == (3.0, -1.0, 1.5)
         assert found["slice"] == ([0, 1], [2, 3, 4])[r]
-        assert torch.equal(found["ragged"], torch.ones(3, 2))           # none from rank 0
+        assert torch.equal(found["ragged"], torch.ones(3, 2))           # rank 0 has no rows
         assert found["ragged none"] == (0, 2)
 
 
@@ -112,7 +112,7 @@ def broadcast(r):
     return module.state_dict()
 
 
-def test_all_ranks_take_the_parameters_and_buffers_of_rank_0(ranks):
+def test_all_ranks_receive_the_parameters_and_buffers_of_rank_0(ranks):
     torch.manual_seed(0)
     weight = nn.Linear(3, 2).weight
     for found in (one_rank["broadcast"] for one_rank in ranks):
@@ -141,9 +141,9 @@ def average(r):
 
 
 @pytest.mark.parametrize("bucket_size", BUCKETS)
-def test_gradients_become_their_mean_over_ranks_whatever_the_size_of_a_bucket(ranks, bucket_size):
-    """A tensor larger than a bucket has one of its own. A gradient that is None stays None: AdamW
-    would apply weight decay if it became zero."""
+def test_gradients_become_their_mean_over_ranks_for_any_bucket_size(ranks, bucket_size):
+    """A tensor larger than the bucket size is a bucket alone. A gradient that is None stays None:
+    if it became zero, AdamW would apply weight decay."""
     shapes = {"a": (2, 3), "b": (4,), "c": (4, 5), "d": ()}
     for found in (one_rank["average"][bucket_size] for one_rank in ranks):
         assert found["unused"] is None
@@ -152,7 +152,7 @@ def test_gradients_become_their_mean_over_ranks_whatever_the_size_of_a_bucket(ra
             assert torch.equal(found[name], wanted), name
 
 
-# ---------------------------------------------------------------- CLIP: the reference's two ranks
+# ---------------------------------------------------------------- CLIP, against the reference
 class Encoders(nn.Module):
     def __init__(self, g):
         super().__init__()
@@ -182,7 +182,7 @@ def contrast(r, folder):
 
 @pytest.mark.parametrize("name, theirs", [("clip", "clip_local1_grad1"),
                                           ("siglip", "siglip_gather")])
-def test_contrastive_losses_and_gradients_are_the_reference_s_and_one_process_s(
+def test_contrastive_losses_and_gradients_equal_the_reference_and_a_single_process(
         ranks, golden, name, theirs):
     g = np.load(golden / "clip_two_process.npz")
     ranks = [one_rank["contrast"][str(golden)][name] for one_rank in ranks]
@@ -199,12 +199,12 @@ def test_contrastive_losses_and_gradients_are_the_reference_s_and_one_process_s(
 
 
 def gradients_of_variant(g, local, with_grad):
-    """OpenCLIP's four ways to compute CLIP's loss on two ranks, on one process -> gradients after
-    the average over ranks
+    """OpenCLIP's four ways to compute CLIP's loss on two ranks, imitated on one process ->
+    gradients, averaged over ranks
 
-    local      a rank compares its own rows with all (local_loss), or all rows with all
-    with_grad  the gathered rows have gradients (gather_with_grad). Without it, only the rank's own
-               rows have, and with `local` none of them.
+    local      True: a rank compares its own rows with all rows (local_loss). False: all with all.
+    with_grad  True: the gathered rows have gradients (gather_with_grad). False: only the rank's own
+               rows among them have gradients; if `local`, none of them has.
     """
     encoders, loss = Encoders(g), 0
     img, txt, scale, _ = encoders(torch.tensor(g["x_image"]), torch.tensor(g["x_text"]))
@@ -224,7 +224,7 @@ def gradients_of_variant(g, local, with_grad):
     return {name: p.grad for name, p in encoders.named_parameters()}
 
 
-def test_the_other_ways_to_compute_clip_on_ranks_have_half_the_gradient_or_another_direction(
+def test_other_ways_to_compute_clip_on_ranks_give_half_the_gradient_or_another_direction(
         ranks, golden):
     g, variants = np.load(golden / "clip_two_process.npz"), {}
     for local in (True, False):
@@ -233,14 +233,14 @@ def test_the_other_ways_to_compute_clip_on_ranks_have_half_the_gradient_or_anoth
             name = f"f64/clip_local{local:d}_grad{with_grad:d}/ddp/grad_"
             for p in ("Wi", "Wt", "logit_scale"):
                 assert agree(grads[p], g[name + p], 1e-8), (name, p)
-            # the gradient of the scale is right in each of them
+            # all four give the correct gradient of the scale
             assert agree(grads["logit_scale"], g["f64/global_clip/grad_logit_scale"], 1e-8)
     for p in ("Wi", "Wt"):
         whole = torch.tensor(g[f"f64/global_clip/grad_{p}"])
         assert agree(ranks[0]["contrast"][str(golden)]["clip"][p], whole, 1e-8)
         assert agree(variants[True, True][p], whole, 1e-8)
         assert agree(variants[False, True][p], whole, 1e-8)
-        assert agree(2 * variants[False, False][p], whole, 1e-8)        # 1 / world_size of it
+        assert agree(2 * variants[False, False][p], whole, 1e-8)        # 1 / world_size
         direction = variants[True, False][p].flatten()
         assert F.cosine_similarity(direction, whole.flatten(), dim=0) < 0.99
 
@@ -265,9 +265,9 @@ def targets(r, folder):
     return found
 
 
-def test_sinkhorn_and_centers_are_those_of_the_rows_of_all_ranks(ranks, golden):
-    """The reference's iBOT center is the mean of the ranks' means. Ours is the mean of all rows,
-    as on one process."""
+def test_sinkhorn_and_centers_are_computed_over_the_rows_of_all_ranks(ranks, golden):
+    """The iBOT center of the reference is the mean of the means of the ranks. Ours is the mean of
+    all rows, as on one process."""
     g = np.load(golden / "dino_two_process.npz")
     logits = [rank_logits(r, golden) for r in range(2)]
     ranks = [one_rank["targets"][str(golden)] for one_rank in ranks]
@@ -291,7 +291,7 @@ def test_sinkhorn_and_centers_are_those_of_the_rows_of_all_ranks(ranks, golden):
 
 
 def streamed_targets(r, folder):
-    """The same by extras.gradcache: the logits come in parts, of other sizes on each rank"""
+    """The same by extras.gradcache: the logits are split into parts, different on each rank"""
     found = {}
     for kind, logits in rank_logits(r, folder).items():
         parts = logits.split([2, 0, len(logits) - 2] if r == 0 else [len(logits) - 5, 5])
@@ -301,7 +301,7 @@ def streamed_targets(r, folder):
     return found
 
 
-def test_gradient_caching_finds_the_same_targets_on_two_ranks(ranks, golden):
+def test_gradient_caching_computes_the_same_targets_on_two_ranks(ranks, golden):
     for found in ranks:
         streamed, whole = found["streamed"][str(golden)], found["targets"][str(golden)]
         for name, x in streamed.items():
@@ -313,7 +313,7 @@ B, V, K, SEED, STEP = 4, 2, 24, 3, 7
 
 
 class Outputs(nn.Module):
-    """All that the losses read, in one forward pass, as DistributedDataParallel needs it"""
+    """All inputs of the losses in one forward pass, as DistributedDataParallel requires"""
     def __init__(self, student):
         super().__init__()
         self.student = student
@@ -322,9 +322,9 @@ class Outputs(nn.Module):
         student = self.student
         logits, patch_logits, features = student.views(
             batch.crops, batch.locals, batch.mask, batch.mask_index, batch.keep)
-        cls, patches = student.encode(batch.image, batch.keep["clip"])
+        cls, patches = student.encode(batch.image, batch.keep["image"])
         img, txt = student.embed_image(cls, patches), student.embed_text(batch.text)
-        pixels = student.decode(rec_patches(batch, patches, student))
+        pixels = student.decode(student.rec_patches(batch, patches))
         scale = student.model.logit_scale.exp()
         return logits, patch_logits, features, img, txt, pixels, scale
 
@@ -341,8 +341,8 @@ def step_student():
 
 
 def step_batch(r, n_ranks):
-    """The rows of rank r of one batch. Its masks differ in size, and one crop has none; three
-    objectives have rates of stochastic depth of their own."""
+    """Rows of rank r of one batch. The masks of its crops differ in size, and one crop has no mask.
+    CLIP, reconstruction and self-distillation have different rates of stochastic depth."""
     g = torch.Generator().manual_seed(1)
     n = B // n_ranks
     rows = torch.arange(r * n, (r + 1) * n)
@@ -361,7 +361,7 @@ def step_batch(r, n_ranks):
         return (rows + B * torch.arange(count)[:, None]).flatten()
 
     rec = torch.arange(0, n, 2)                                 # every other image
-    keep = {"clip": draw(0.3, rows, B, 0), "rec": draw(0.5, rows[rec] // 2, B // 2, 1),
+    keep = {"image": draw(0.3, rows, B, 0), "rec": draw(0.5, rows[rec] // 2, B // 2, 1),
             "ssl": draw(0.4, crop_numbers(2), 2 * B, 2),
             "local": draw(0.4, crop_numbers(V), V * B, 3)}
     return SimpleNamespace(image=image, text=text, rec=rec, crops=crops, locals=locals, mask=mask,
@@ -371,7 +371,7 @@ def step_batch(r, n_ranks):
 def step(r, n_ranks, how):
     """Forward, all losses and backward of this rank's rows -> mean loss, gradients
 
-    how  who averages gradients: "average_gradients", "ddp" (the independent reference) or None
+    how  average of the gradients: "average_gradients", "ddp" (the independent reference) or None
     """
     student, batch = step_student(), step_batch(r, n_ranks)
     outputs = Outputs(student)
@@ -394,9 +394,9 @@ def step(r, n_ranks, how):
 
 
 @pytest.mark.parametrize("how", ["step", "ddp"])
-def test_two_processes_take_the_step_of_one(ranks, how):
-    """All objectives at once, with stochastic depth at three rates, iBOT masks of unequal sizes and
-    losses that compare the whole batch. DistributedDataParallel is an independent reference."""
+def test_a_step_on_two_processes_equals_a_step_on_one(ranks, how):
+    """All objectives together, with three rates of stochastic depth, masks of unequal sizes and
+    losses over the whole batch. DistributedDataParallel is an independent reference."""
     one = step(0, 1, None)
     for found in (one_rank[how] for one_rank in ranks):
         assert agree(found["loss"], one["loss"], 1e-6)

@@ -1,5 +1,6 @@
-"""LightningDiT against the reference's numbers (tests/golden/dit.npz; all of them with
-VTP_GOLDEN), then properties that hold for any weights, then the commands."""
+"""LightningDiT against the reference's numbers (tests/golden/dit.npz; the complete golden sets if
+the environment variable VTP_GOLDEN names their folder), then properties that hold for any weights,
+then the commands."""
 import glob
 import json
 import os
@@ -48,13 +49,13 @@ def tiny():
 
 
 def close(ours, theirs, tolerance):
-    """within tolerance of the largest magnitude"""
+    """Equal within tolerance times the largest magnitude"""
     theirs = torch.as_tensor(theirs)
     return (ours.detach() - theirs).abs().max() <= tolerance * theirs.abs().max()
 
 
 def check_all(model, g, names):
-    """Every golden array that is there, at the tolerances the golden files ask for."""
+    """Compare with all golden arrays in names, at the tolerances that the golden files state."""
     assert close(model(g("fwd/x"), g("fwd/t"), g("fwd/y")), g("fwd/out"), 1e-5)
     for case in cases(names, "cfg/case"):
         t = g(case + "/t").float().expand(4)
@@ -82,7 +83,7 @@ def cases(names, prefix):
 
 def check_loss(model, g, case, grads):
     model.zero_grad()
-    if g(case + "/use_lognorm"):              # the reference draws z from numpy's global generator
+    if g(case + "/use_lognorm"):              # the reference draws z from NumPy's global generator
         z = np.random.RandomState(int(g(case + "/seed"))).standard_normal(6)
         t = lognorm_time(z, g(case + "/mu").item(), g(case + "/sigma").item())
         assert close(t, g(case + "/t"), 1e-6)
@@ -110,7 +111,7 @@ def test_the_fast_forms_are_the_reference_s_too(tiny, monkeypatch):
     check_all(*tiny)
 
 
-@pytest.mark.skipif(not FULL, reason="the full golden sets are looked for in $VTP_GOLDEN")
+@pytest.mark.skipif(not FULL, reason="needs the complete golden sets in $VTP_GOLDEN")
 @pytest.mark.parametrize("name", ["dit_tiny", "dit_tiny_qknorm"])
 def test_all_golden_arrays_are_met(name):
     vectors = np.load(f"{FULL}/{name}_vectors.npz")
@@ -146,12 +147,12 @@ def random_batch():
     return x1, x0, torch.rand(2), torch.tensor([1, 10])
 
 
-def test_an_untrained_model_stands_still():
+def test_an_untrained_model_returns_zero():
     x = torch.randn(2, 16, 8, 8)
     assert LightningDiT(**TINY)(x, torch.rand(2), torch.tensor([0, 10])).abs().max() == 0
 
 
-def test_a_zero_answer_has_no_direction_so_the_first_gradient_is_that_of_the_squared_error():
+def test_an_output_of_zero_has_no_cosine_so_the_first_gradient_is_that_of_the_squared_error():
     model, grads = LightningDiT(**TINY), []
     mse, cos = flow_loss(model, *random_batch())
     assert torch.equal(cos, torch.ones(2))
@@ -161,7 +162,7 @@ def test_a_zero_answer_has_no_direction_so_the_first_gradient_is_that_of_the_squ
     assert torch.equal(*grads) and grads[0].abs().max() > 0
 
 
-def test_guidance_of_scale_1_is_none_and_guiding_all_channels_is_a_line_through_both_answers(tiny):
+def test_guidance_of_scale_1_changes_nothing_and_guidance_of_all_channels_is_an_extrapolation(tiny):
     model, g, _ = tiny
     x, t, y, null = g("ode/z"), torch.tensor([0.3, 0.6]), g("ode/y"), torch.tensor([10, 10])
     cond, uncond = model(x, t, y), model(x, t, null)
@@ -179,7 +180,7 @@ def test_guidance_of_scale_1_is_none_and_guiding_all_channels_is_a_line_through_
     assert not torch.allclose(early[1], cond[1], atol=1e-3)
 
 
-def test_before_cfg_start_the_second_half_is_not_computed_and_the_velocity_is_the_same(tiny):
+def test_before_cfg_start_the_half_without_class_is_not_computed_and_the_velocity_is_equal(tiny):
     model, g, _ = tiny
     x, y, args = g("ode/z"), g("ode/y"), Namespace(cfg=3.0, cfg_start=0.5, cfg_channels="all")
     pair, seen = torch.cat([y, torch.full_like(y, 10)]), []
@@ -191,7 +192,7 @@ def test_before_cfg_start_the_second_half_is_not_computed_and_the_velocity_is_th
     assert seen == [4, 2, 4, 4, 4, 4]
 
 
-def test_the_flops_of_sampling_count_one_pass_a_step_and_two_where_it_is_guided(tiny):
+def test_the_flops_of_sampling_are_one_forward_pass_per_step_and_two_if_it_is_guided(tiny):
     model, grid = tiny[0], torch.tensor([0, 0.25, 0.5, 0.75, 1])
 
     def flops(cfg, start):
@@ -202,7 +203,7 @@ def test_the_flops_of_sampling_count_one_pass_a_step_and_two_where_it_is_guided(
 
 
 @pytest.mark.parametrize("qknorm", [False, True])
-def test_bf16_is_fp32_but_for_its_rounding(tiny, qknorm):
+def test_bf16_equals_fp32_up_to_rounding(tiny, qknorm):
     g, model = tiny[1], LightningDiT(**TINY | dict(use_qknorm=qknorm)).eval()
     model.load_state_dict(tiny[0].state_dict(), strict=not qknorm)
     wide = model(g("fwd/x"), g("fwd/t"), g("fwd/y"))
@@ -210,7 +211,7 @@ def test_bf16_is_fp32_but_for_its_rounding(tiny, qknorm):
         assert close(model(g("fwd/x"), g("fwd/t"), g("fwd/y")).float(), wide.detach(), 2e-2)
 
 
-def test_rotary_attention_sees_only_how_far_apart_two_tokens_are():
+def test_rotary_attention_depends_only_on_the_distance_of_two_tokens():
     rope, (q, k) = RotaryEmbedding(32, 8), torch.randn(2, 32)
     q, k = (rope(x.expand(1, 1, 64, 32)) for x in (q, k))
     score = (q @ k.transpose(2, 3)).view(8, 8, 8, 8)                   # row, col, row, col
@@ -242,16 +243,16 @@ def test_patches_come_back_where_they_were_taken():
     assert torch.allclose(model(x, torch.zeros(2), torch.zeros(2, dtype=torch.long)), x, atol=1e-6)
 
 
-def test_a_field_that_knows_the_way_has_no_loss_and_euler_follows_it_exactly():
+def test_the_true_velocity_has_loss_zero_and_euler_integrates_it_exactly():
     x1, x0, t = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.rand(3)
     mse, cos = flow_loss(lambda x, t, y: x1 - x0, x1, x0, t, None)
     assert mse.abs().max() == 0 and cos.abs().max() < 1e-6
-    mse, cos = flow_loss(lambda x, t, y: x0 - x1, x1, x0, t, None)       # the wrong way: cosine -1
+    mse, cos = flow_loss(lambda x, t, y: x0 - x1, x1, x0, t, None)       # opposite: cosine -1
     assert torch.allclose(cos, torch.full((3,), 2.0), atol=1e-6)
     assert torch.allclose(euler(lambda x, t: x1 - x0, x0, time_grid(7, 0.3)), x1, atol=1e-5)
 
 
-def test_time_runs_from_noise_to_data_and_a_small_shift_lingers_at_noise():
+def test_time_increases_from_0_to_1_and_a_small_shift_moves_it_towards_noise():
     for shift in (0, 0.075, 0.3, 1):
         grid = time_grid(50, shift)
         assert grid[0] == 0 and grid[-1] == pytest.approx(1) and (grid.diff() > 0).all()
@@ -261,13 +262,13 @@ def test_time_runs_from_noise_to_data_and_a_small_shift_lingers_at_noise():
     assert lognorm_time(0.0, -0.5, 1.25) == pytest.approx(1 / (1 + np.exp(0.5)))      # the median
 
 
-def test_the_average_forgets_its_start():
+def test_the_ema_of_a_short_run_does_not_contain_its_initial_weights():
     a, b = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     start = a.weight.item()
     optim.update_ema(a.parameters(), b.parameters(), 0.9)
     assert a.weight.item() == pytest.approx(0.9 * start + 0.1 * b.weight.item(), abs=1e-6)
-    kept = np.prod([dit.ema_decay(s, None) for s in range(300)])
-    assert kept < 1e-9
+    initial_weight = np.prod([dit.ema_decay(s, None) for s in range(300)])
+    assert initial_weight < 1e-9
     assert dit.ema_decay(200_000, None) == 0.9999 == dit.ema_decay(0, 0.9999)
 
 
@@ -286,7 +287,8 @@ def test_recomputed_activations_are_the_same_gradient():
 # ---------------------------------------------------------------- the commands
 
 class Folded(torch.nn.Module):
-    """A stand-in tokenizer that needs no training: 2x2 pixels become 12 channels, and back."""
+    """A substitute for the tokenizer that needs no training: it rearranges 2x2 pixels to 12
+    channels, and back."""
     def __init__(self):
         super().__init__()
         self.encoder = torch.nn.Linear(1, 1)
@@ -297,21 +299,21 @@ class Folded(torch.nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def stand_ins(monkeypatch):
-    """A transformer and a tokenizer that cost nothing; signal handlers as they were"""
-    kept = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+def tiny_models(monkeypatch):
+    """Replace transformer and tokenizer by tiny ones; restore the signal handlers afterwards"""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     monkeypatch.setitem(SIZES, "nano", dict(hidden_size=32, depth=2, num_heads=2))
     monkeypatch.setattr(dit, "load_model", lambda folder: Folded())
     for module in (run, dit):
         monkeypatch.setattr(module, "peak_flops", lambda device, precision: 1e12)
     yield
-    for s, handler in kept.items():
+    for s, handler in handlers.items():
         signal.signal(s, handler)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """RUN/latents of 24 built-in shapes at 16 pixels"""
+    """A folder with RUN/latents: 24 built-in shapes of 16 px, encoded"""
     (tmp_path / "RUN").mkdir()
     (tmp_path / "RUN" / "run.json").write_text(json.dumps({"data": None, "image": 16, "seed": 0}))
     encode(tmp_path)
@@ -322,43 +324,43 @@ def encode(folder, *flags):
     dit.main(["latents", f"{folder}/RUN", "--n", "24", "--batch", "5", "--device", "cpu", *flags])
 
 
-def teach(folder, name, *flags):
+def run_train(folder, name, *flags):
     command = (f"train {folder}/RUN/latents --out {folder}/{name} --size nano --batch 4 "
                f"--log-every 1 --device cpu --precision fp32")
     dit.main(command.split() + list(flags))
 
 
 def train(folder, name, *flags):
-    """-> the newest checkpoint"""
-    teach(folder, name, *flags)
+    """Run dit.py train -> its last checkpoint"""
+    run_train(folder, name, *flags)
     return torch.load(folder / name / "last.pt", weights_only=True)
 
 
-def paint(folder, run, out, *flags):
+def run_sample(folder, run, out, *flags):
     command = f"sample {folder}/{run} --n 7 --points 4 --device cpu --out {folder}/{out}"
     dit.main(command.split() + list(flags))
 
 
-def shoot(folder, run, out, *flags):
-    """-> the samples"""
-    paint(folder, run, out, *flags)
+def generate(folder, run, out, *flags):
+    """Run dit.py sample -> its samples.npz"""
+    run_sample(folder, run, out, *flags)
     return np.load(folder / out / "samples.npz")
 
 
-def logged(folder, name):
-    """The lines of a log without measured times"""
+def log_lines(folder, name):
+    """The lines of log.jsonl without the measured times"""
     lines = (folder / name / "log.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in TIMING} for line in lines]
 
 
-def same(a, b):
-    """Equal to the bit: tensors, and containers of them"""
+def bit_equal(a, b):
+    """Bitwise equality of tensors, and of containers of tensors"""
     if torch.is_tensor(a):
         return torch.equal(a, b)
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+        return a.keys() == b.keys() and all(bit_equal(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
+        return len(a) == len(b) and all(map(bit_equal, a, b))
     return a == b
 
 
@@ -393,14 +395,14 @@ def test_lightningdit_s_own_loader_would_read_them(folder):
     ours = Latents(folder / "RUN" / "latents")
     assert len(rows) == len(ours) == 24 and stats.keys() == {"mean", "std"}
     assert all(x.shape == (1, 12, 1, 1) and x.dtype == torch.float32 for x in stats.values())
-    seen = torch.stack([theirs(path, i, stats) for path, i in rows])
+    seen = torch.stack([read_as_lightningdit(path, i, stats) for path, i in rows])
     read = torch.stack([ours.read(i) for i in range(24)])
     assert torch.equal(seen, (read - stats["mean"]) / stats["std"])
     assert seen.mean((0, 2, 3)).abs().max() < 1e-5
     assert (seen.transpose(0, 1).flatten(1).std(1) - 1).abs().max() < 1e-5
 
 
-def theirs(path, i, stats):
+def read_as_lightningdit(path, i, stats):
     with safe_open(path, framework="pt", device="cpu") as f:
         z, label = f.get_slice("latents")[i:i + 1], f.get_slice("labels")[i:i + 1]
     assert label.dtype == torch.int64 and label.shape == (1,)
@@ -415,7 +417,7 @@ def test_an_incomplete_encoding_is_reported_and_made_again(folder, capsys):
     (folder / "RUN" / "latents" / "latents_rank03_shard000.safetensors").write_bytes(b"half")
     encode(folder)
     assert "2 files of an incomplete encoding" in capsys.readouterr().out
-    assert same(load_file(*shards(folder / "RUN" / "latents")), whole)
+    assert bit_equal(load_file(*shards(folder / "RUN" / "latents")), whole)
 
 
 def test_a_repeated_encoding_that_is_killed_does_not_count_as_complete(folder, monkeypatch):
@@ -440,24 +442,24 @@ def test_two_processes_draw_one_process_s_batch_and_an_epoch_sees_each_latent_on
     for rows in (range(4), range(4, 8)):
         monkeypatch.setattr(latents, "rank_slice", lambda n: rows)
         halves.append(batches(0.5)[5])
-    assert same(whole, {k: torch.cat([half[k] for half in halves]) for k in whole})
+    assert bit_equal(whole, {k: torch.cat([half[k] for half in halves]) for k in whole})
     assert whole["x1"].shape == (8, 12, 8, 8)
 
 
-def test_workers_change_nothing(folder):
+def test_data_workers_change_no_weight(folder):
     alone = train(folder, "A", "--steps", "3")
-    assert same(alone["ema"], train(folder, "B", "--steps", "3", "--workers", "2")["ema"])
+    assert bit_equal(alone["ema"], train(folder, "B", "--steps", "3", "--workers", "2")["ema"])
 
 
 class FoldedGaussian(Folded):
-    """A stand-in KL autoencoder: the mean is what Folded stores, every deviation is 0.5"""
+    """A substitute for a KL autoencoder: its mean is the latent of Folded, its std is 0.5"""
     def sample_latents(self, image, rngs):
         mean = self.get_reconstruction_latents(image)
         noise = np.stack([rng.standard_normal(mean.shape[1:], dtype=np.float32) for rng in rngs])
         return mean + 0.5 * torch.from_numpy(noise)
 
 
-def stored(folder):
+def stored_latents(folder):
     """Both latents of every image, in order"""
     shard = [load_file(path) for path in shards(folder)]
     return [torch.cat([part[name] for part in shard]) for name in ("latents", "latents_flip")]
@@ -466,21 +468,21 @@ def stored(folder):
 def test_latents_of_a_kl_autoencoder_are_samples(folder, monkeypatch, capsys):
     """LightningDiT's extraction stores mean + std * noise, with other noise for the mirrored copy;
     ours depends on seed and image alone"""
-    means = stored(folder / "RUN" / "latents")
+    means = stored_latents(folder / "RUN" / "latents")
     monkeypatch.setattr(dit, "load_model", lambda folder: FoldedGaussian())
     encode(folder, "--out", f"{folder}/five")
     said = capsys.readouterr().out
-    noise = [(z - mean) / 0.5 for z, mean in zip(stored(folder / "five"), means)]
+    noise = [(z - mean) / 0.5 for z, mean in zip(stored_latents(folder / "five"), means)]
     assert all(abs(x.mean()) < 0.02 and abs(x.std() - 1) < 0.02 for x in noise)
     assert abs((noise[0] * noise[1]).mean()) < 0.02                                   # independent
     assert abs((noise[0][1:] * noise[0][:-1]).mean()) < 0.02
     encode(folder, "--out", f"{folder}/seven", "--batch", "7")
-    assert same(stored(folder / "seven"), stored(folder / "five"))
+    assert bit_equal(stored_latents(folder / "seven"), stored_latents(folder / "five"))
     encode(folder, "--out", f"{folder}/other", "--seed", "1")
-    assert not torch.equal(stored(folder / "other")[0], stored(folder / "five")[0])
+    assert not torch.equal(stored_latents(folder / "other")[0], stored_latents(folder / "five")[0])
     monkeypatch.setattr(latents, "rank_slice", lambda n: range(12, 24))   # the second of two ranks
     encode(folder, "--out", f"{folder}/second")
-    difference = (stored(folder / "second")[0] - means[0])[:12]
+    difference = (stored_latents(folder / "second")[0] - means[0])[:12]
     assert torch.allclose(difference, 0.5 * noise[0][12:], atol=1e-5)
     files = [folder / name / "latents.json" for name in ("RUN/latents", "five", "other")]
     written = [json.loads(path.read_text())["posterior"] for path in files]
@@ -496,12 +498,12 @@ def test_ten_steps_are_five_and_a_kill_and_five(folder):
     doomed = spawn.Process(target=killed_in_step_8, args=(folder,))
     doomed.start()
     doomed.join()
-    assert doomed.exitcode == -signal.SIGKILL and logged(folder, "B")[-1]["step"] == 7
+    assert doomed.exitcode == -signal.SIGKILL and log_lines(folder, "B")[-1]["step"] == 7
     assert torch.load(folder / "B" / "last.pt", weights_only=True)["step"] == 5
     resumed = train(folder, "B", "--steps", "10", "--save-every", "5")
-    assert all(same(straight[part], resumed[part]) for part in ("step", "model", "ema", "opt"))
-    assert logged(folder, "A") == logged(folder, "B") and len(logged(folder, "A")) == 10
-    assert same(*(load_file(folder / name / "model.safetensors") for name in "AB"))
+    assert all(bit_equal(straight[part], resumed[part]) for part in ("step", "model", "ema", "opt"))
+    assert log_lines(folder, "A") == log_lines(folder, "B") and len(log_lines(folder, "A")) == 10
+    assert bit_equal(*(load_file(folder / name / "model.safetensors") for name in "AB"))
     with pytest.raises(SystemExit, match="seed: was 0, now 1"):
         train(folder, "B", "--steps", "11", "--seed", "1")
 
@@ -517,7 +519,7 @@ def killed_in_step_8(folder):
         if len(calls) == 8:
             os.kill(os.getpid(), signal.SIGKILL)
     dit.update_ema = update_or_die
-    teach(folder, "B", "--steps", "10", "--save-every", "5")
+    run_train(folder, "B", "--steps", "10", "--save-every", "5")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
@@ -534,7 +536,7 @@ def test_a_signal_finishes_the_step_saves_and_leaves_with_status_75(folder, monk
     assert torch.load(folder / "B" / "last.pt", weights_only=True)["step"] == 1
     monkeypatch.setattr(dit, "flow_loss", flow)
     resumed = train(folder, "B", "--steps", "3")
-    assert same(resumed["opt"], train(folder, "A", "--steps", "3")["opt"])
+    assert bit_equal(resumed["opt"], train(folder, "A", "--steps", "3")["opt"])
 
 
 def test_a_step_with_a_loss_that_is_not_finite_changes_nothing_and_is_counted(folder, monkeypatch):
@@ -544,9 +546,9 @@ def test_a_step_with_a_loss_that_is_not_finite_changes_nothing_and_is_counted(fo
     monkeypatch.setattr(dit, "flow_loss", broken)
     before = torch.load(folder / "A" / "last.pt", weights_only=True)
     after = train(folder, "A", "--steps", "3")
-    assert same(before["model"], after["model"]) and same(before["ema"], after["ema"])
-    assert same(before["opt"]["state"], after["opt"]["state"])
-    assert after["skipped"] == 1 and logged(folder, "A")[-1]["skipped"] == 1
+    assert bit_equal(before["model"], after["model"]) and bit_equal(before["ema"], after["ema"])
+    assert bit_equal(before["opt"]["state"], after["opt"]["state"])
+    assert after["skipped"] == 1 and log_lines(folder, "A")[-1]["skipped"] == 1
 
 
 def test_settings_are_stored_with_the_flags_and_may_not_change(folder):
@@ -569,7 +571,7 @@ def test_the_log_counts_the_flops_of_three_forward_passes(folder):
 # ---------------------------------------------------------------- many processes
 
 def one_of_many(rank, count, folder, commands):
-    """Commands, one after the other, in one of `count` gloo processes"""
+    """Execute the commands in order, as one of `count` gloo processes"""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet{count}",
                                          rank=rank, world_size=count)
@@ -578,13 +580,14 @@ def one_of_many(rank, count, folder, commands):
     dit.load_model = lambda folder: Folded()
     dit.cleanup = lambda: None
     run.peak_flops = dit.peak_flops = lambda device, precision: 1e12
+    functions = {"encode": encode, "run_train": run_train, "run_sample": run_sample}
     for name, *args in commands:
-        {"encode": encode, "teach": teach, "paint": paint}[name](folder, *args)
+        functions[name](folder, *args)
     torch.distributed.destroy_process_group()
 
 
-def apart(a, b):
-    """Norm of the difference over norm of all weights"""
+def relative_difference(a, b):
+    """Norm of the difference of all weights, divided by the norm of the weights"""
     norm = lambda xs: torch.stack([x.double().norm() for x in xs]).norm()
     return norm([a[k].double() - b[k] for k in a]) / norm(a.values())
 
@@ -592,28 +595,29 @@ def apart(a, b):
 def test_any_number_of_processes_is_the_same_training_the_same_latents_and_the_same_images(folder):
     wide, narrow = ["--steps", "5", "--precision", "fp64"], ["--steps", "5"]
     one = {"fp64": train(folder, "one64", *wide), "fp32": train(folder, "one32", *narrow)}
-    by_two = (("encode", "--out", f"{folder}/two"), ("teach", "two64", *wide),
-              ("teach", "two32", *narrow), ("paint", "one32", "shot2"))
+    by_two = (("encode", "--out", f"{folder}/two"), ("run_train", "two64", *wide),
+              ("run_train", "two32", *narrow), ("run_sample", "one32", "shot2"))
     torch.multiprocessing.spawn(one_of_many, (2, folder, by_two), nprocs=2)
-    torch.multiprocessing.spawn(one_of_many, (4, folder, [("teach", "four64", *wide)]), nprocs=4)
+    by_four = [("run_train", "four64", *wide)]
+    torch.multiprocessing.spawn(one_of_many, (4, folder, by_four), nprocs=4)
     for name, base, tolerance in (("two64", "fp64", 1e-9), ("four64", "fp64", 1e-9),
                                   ("two32", "fp32", 1e-6)):
         found = torch.load(folder / name / "last.pt", weights_only=True)
-        assert apart(found["model"], one[base]["model"]) < tolerance, name
-        assert apart(found["ema"], one[base]["ema"]) < tolerance, name
-        losses = [line["loss"] for line in logged(folder, name)]
-        expected = [line["loss"] for line in logged(folder, "one" + base[2:])]
+        assert relative_difference(found["model"], one[base]["model"]) < tolerance, name
+        assert relative_difference(found["ema"], one[base]["ema"]) < tolerance, name
+        losses = [line["loss"] for line in log_lines(folder, name)]
+        expected = [line["loss"] for line in log_lines(folder, "one" + base[2:])]
         assert losses == pytest.approx(expected, rel=max(tolerance, 2e-6))
     assert one["fp64"]["model"]["final_layer.linear.weight"].dtype == torch.float64
 
     ours, pooled = Latents(folder / "RUN" / "latents"), Latents(folder / "two")
     names = [f"latents_rank0{r}_shard000.safetensors" for r in range(2)]
     assert [path.name for path in pooled.paths] == names
-    assert torch.equal(ours.labels, pooled.labels) and same(ours.stats, pooled.stats)
+    assert torch.equal(ours.labels, pooled.labels) and bit_equal(ours.stats, pooled.stats)
     for flip in (False, True):
         assert all(torch.equal(ours.read(i, flip), pooled.read(i, flip)) for i in range(24))
 
-    alone, shared = shoot(folder, "one32", "shot1"), np.load(folder / "shot2" / "samples.npz")
+    alone, shared = generate(folder, "one32", "shot1"), np.load(folder / "shot2" / "samples.npz")
     assert np.array_equal(alone["labels"], shared["labels"])
     assert np.abs(alone["arr_0"].astype(int) - shared["arr_0"]).max() <= 1
 
@@ -622,21 +626,21 @@ def test_any_number_of_processes_is_the_same_training_the_same_latents_and_the_s
 
 def test_samples_do_not_depend_on_the_batch_they_were_made_in(folder):
     train(folder, "D", "--steps", "2")
-    one, two = (shoot(folder, "D", f"by{b}", "--batch", b)["arr_0"] for b in ("7", "3"))
+    one, two = (generate(folder, "D", f"by{b}", "--batch", b)["arr_0"] for b in ("7", "3"))
     assert np.abs(one.astype(int) - two).max() <= 1              # rounding may cross a truncation
 
 
 def test_labels_are_balanced_or_random_over_the_classes_asked_for(folder):
     train(folder, "D", "--steps", "2")
-    assert shoot(folder, "D", "one")["labels"].tolist() == list(range(7))
+    assert generate(folder, "D", "one")["labels"].tolist() == list(range(7))
     assert (folder / "one" / "grid.png").exists()
-    again = shoot(folder, "D", "one", "--per-class", "2", "--classes", "1,4", "--cfg", "2",
-                  "--set", "cfg_channels=all")
+    again = generate(folder, "D", "one", "--per-class", "2", "--classes", "1,4", "--cfg", "2",
+                     "--set", "cfg_channels=all")
     assert again["labels"].tolist() == [1, 4, 1, 4]
     assert len(list((folder / "one" / "png").iterdir())) == 4
     drawn = []
     for n in ("20", "9"):
-        made = shoot(folder, "D", "two", "--set", "labels=random", "--classes", "1,4", "--n", n)
+        made = generate(folder, "D", "two", "--set", "labels=random", "--classes", "1,4", "--n", n)
         drawn.append(made["labels"].tolist())
     assert set(drawn[0]) == {1, 4} and drawn[0][:9] == drawn[1]
 
@@ -644,7 +648,7 @@ def test_labels_are_balanced_or_random_over_the_classes_asked_for(folder):
 def test_samples_are_one_array_as_adm_s_evaluator_reads_it_and_the_same_images_as_png(
         folder, capsys):
     train(folder, "D", "--steps", "1")
-    made = shoot(folder, "D", "out")
+    made = generate(folder, "D", "out")
     assert "images/s at" in capsys.readouterr().out
     assert made.files[0] == "arr_0" and made["arr_0"].dtype == np.uint8
     assert made["arr_0"].shape == (7, 16, 16, 3)
@@ -654,17 +658,17 @@ def test_samples_are_one_array_as_adm_s_evaluator_reads_it_and_the_same_images_a
 
 
 @pytest.mark.parametrize("command, sentence", [
-    ("latents {0}/RUN", "holds latents already"),
+    ("latents {0}/RUN", "already holds latents"),
     ("latents {0}/RUN --n 0 --out {0}/new", "at least 1"),
     ("train {0}/nothing --out {0}/X", "holds no latents_rank"),
     ("train {0}/RUN/latents --out {0}/X --batch 0", "--batch 0"),
     ("train {0}/RUN/latents --out {0}/X --log-every 0", "--log-every 0"),
     ("sample {0}/RUN", "lacks config.json"),
-    ("sample {0}/C --classes 3,12", "--classes 12: this model knows 0 .. 9"),
+    ("sample {0}/C --classes 3,12", "--classes 12: the classes of this model are 0 .. 9"),
     ("sample {0}/C --n 0", "0 samples"),
     ("sample {0}/C --points 1", "--points 1"),
-    ("sample {0}/C --set labels=some", "wanted balanced or random"),
-    ("sample {0}/C --set cfg_channels=4", "wanted balanced or random, and 3 or all"),
+    ("sample {0}/C --set labels=some", "labels must be balanced or random"),
+    ("sample {0}/C --set cfg_channels=4", "balanced or random, and cfg_channels 3 or all"),
     ("train {0}/RUN/latents --out {0}/X --set ema=1", "--set ema=1:"),
     ("train {0}/RUN/latents --out {0}/X --set ema=fast", "--set ema=fast:"),
     ("train {0}/RUN/latents --out {0}/X --set label_drop=2", "label_drop=2.0:")])
@@ -678,7 +682,7 @@ def test_a_request_that_cannot_work_is_refused_with_a_sentence(folder, command, 
 def test_a_batch_that_cannot_be_shared_equally_is_refused_with_the_nearest_that_can(
         folder, monkeypatch):
     monkeypatch.setattr(dit, "world_size", lambda: 3)
-    sentence = "--batch 4 cannot be shared equally by 3 processes; try --batch 3"
+    sentence = "--batch 4 cannot be divided equally among 3 processes; try --batch 3"
     with pytest.raises(SystemExit, match=sentence):
         train(folder, "X", "--steps", "1")
 
@@ -689,10 +693,10 @@ def test_another_decoder_of_the_same_encoder_is_accepted_and_that_of_another_enc
     other = Folded()
     other.decoder = torch.nn.Linear(1, 1)                           # as after stage 2
     monkeypatch.setattr(dit, "load_model", lambda folder: other)
-    assert len(shoot(folder, "E", "out", "--tokenizer", "STAGE2")["arr_0"]) == 7
+    assert len(generate(folder, "E", "out", "--tokenizer", "STAGE2")["arr_0"]) == 7
     torch.nn.init.constant_(other.encoder.weight, 2.0)
-    with pytest.raises(SystemExit, match="another encoder"):
-        paint(folder, "E", "out")
+    with pytest.raises(SystemExit, match="did not make the latents"):
+        run_sample(folder, "E", "out")
 
 
 def test_the_fingerprint_is_that_of_trunk_and_bottleneck_and_of_nothing_else(monkeypatch):

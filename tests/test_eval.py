@@ -1,5 +1,5 @@
-"""eval.py as its user meets it: a tiny run, then every number with its protocol, and an error
-sentence for every number that cannot be measured."""
+"""eval.py on the command line, with a tiny run: each number is recorded with its protocol, and an
+error message says why a number cannot be measured."""
 import json
 import subprocess
 import sys
@@ -30,7 +30,7 @@ def ok(*args):
 
 @pytest.fixture
 def here(monkeypatch):
-    """eval.py in this process: quicker, and its parts can be replaced"""
+    """Run eval.py in this process: it is faster, and functions can be replaced"""
     def go(*args):
         monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, args)])
         eval.main()
@@ -39,7 +39,7 @@ def here(monkeypatch):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A nano run of three steps on 16-pixel shapes: every part is there, nothing is learned."""
+    """A nano run of three steps on shapes of 16 px: it has all parts, but has learned nothing."""
     folder = tmp_path_factory.mktemp("run")
     ok("train.py", "--out", folder, "--image", 16, "--patch", 8, "--batch", 8, "--batch-ssl", 4,
        "--batch-rec", 4, "--set", "locals=1", "--set", "prototypes=32", "--set", "head_hidden=32",
@@ -49,7 +49,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """Like released weights: config.json and model.safetensors, 32 px, nothing about data"""
+    """As released weights: config.json and model.safetensors for 32 px, no run.json"""
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
     VTPModel(VTPConfig.of_size("nano", image=32)).save_pretrained(folder)
@@ -84,7 +84,7 @@ def test_each_number_is_printed_with_its_protocol_and_kept(run, here, capsys):
         assert m["name"] in said and m["protocol"] in said
     assert all(0 <= found[k]["value"] <= 1 for k in found if k not in ("PSNR", "SSIM"))
     protocol = found["zero-shot top1"]["protocol"]
-    assert "40 pictures" in protocol and "chance 0.100" in protocol
+    assert "40 images" in protocol and "chance 0.100" in protocol
 
 
 def test_the_batch_size_changes_no_number(run, here):
@@ -110,14 +110,14 @@ def test_samples_are_judged_by_a_classifier_whose_distance_is_not_called_fid(
             "classifier accuracy"} <= found.keys() and "FID" not in found
     first = found["FD-classifier"]
     assert "ONLY 60 SAMPLES" in first["protocol"]
-    # noise is further from images than images are
+    # the samples are noise, which is further from images than other images are
     assert first["value"] > found["FD-classifier of real"]["value"]
     here(*command, "--few")
-    assert "training the classifier" not in capsys.readouterr().out        # kept, not retrained
+    assert "training the classifier" not in capsys.readouterr().out        # read from its file
     assert metrics(run)["FD-classifier"]["value"] == pytest.approx(first["value"], rel=1e-4)
 
 
-def test_as_a_script_it_ends_with_a_sentence_and_no_traceback():
+def test_as_a_script_it_ends_with_an_error_message_and_no_traceback():
     done = python("eval.py", "zeroshot", "nowhere")
     assert done.returncode and "Traceback" not in done.stderr
     assert "eval.py zeroshot: nowhere holds no config.json" in done.stderr
@@ -125,18 +125,18 @@ def test_as_a_script_it_ends_with_a_sentence_and_no_traceback():
 
 @pytest.mark.parametrize("command, told", [
     (["zeroshot", "nowhere"], "holds no config.json"),
-    (["fid", "RUN/nothing.npz", "--run", "RUN"], "there is no"),
+    (["fid", "RUN/nothing.npz", "--run", "RUN"], "does not exist"),
     (["recon", "RUN", "--limit", "4", "--perceptual", "none", "--few", "--features", "inception"],
      "fetch inception.*--features classifier"),
     (["recon", "RUN", "--limit", "4"], "eval.py fetch"),
     (["recon", "RUN", "--limit", "4", "--perceptual", "none", "--few", "--features", "squeezenet"],
-     "squeezenet_v10.npz is missing.*Deep-Compression.*Put this file, sha256"),
+     "squeezenet_v10.npz is missing.*Deep-Compression.*Put this file, with SHA-256"),
     (["recon", "RUN", "--limit", "4", "--perceptual", "none", "--features", "squeezenet"],
      "4 samples: below 2048"),
     (["fetch", "squeezenet"], "cannot be downloaded.*songhan/SqueezeNet-Deep-Compression.*BSD"),
     (["fid", "RUN/nothing", "--run", "RUN"], "no samples.npz and no images"),
     (["probe", "RUN", "--data", "nowhere"], "no folder nowhere")])
-def test_what_cannot_be_measured_is_said_in_a_sentence(
+def test_an_error_message_says_what_cannot_be_measured(
         run, here, command, told, monkeypatch, tmp_path):
     monkeypatch.setenv("VTP_WEIGHTS", str(tmp_path))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
@@ -145,7 +145,8 @@ def test_what_cannot_be_measured_is_said_in_a_sentence(
 
 
 # ---------------------------------------------------------------- the released code's protocols
-def test_the_official_probe_names_the_best_on_validation_and_the_honest_choice(run, here, tmp_path):
+def test_the_official_probe_records_the_best_on_validation_and_the_held_out_choice(
+        run, here, tmp_path):
     here("probe", run, "--limit", 30, "--train-limit", 60, "--protocol", "official", "--out",
          tmp_path, "--set", "epochs=2", "--set", "epoch_length=2", "--set", "train_batch=16")
     found = metrics(tmp_path)
@@ -153,7 +154,7 @@ def test_the_official_probe_names_the_best_on_validation_and_the_honest_choice(r
         best, chosen = found[name], found[f"{name}, held-out choice"]
         assert best["value"] >= chosen["value"]
         assert "on the validation set ITSELF" in best["protocol"]
-        assert "chosen on the held-out pictures" in chosen["protocol"]
+        assert "chosen on the held-out images" in chosen["protocol"]
     protocol = found["linear probe official"]["protocol"]
     for part in ("last 1 or 4 layers", "best of 52", "54 train", "6 held out", "30 val", "13 rates",
                  "centre 16 of 18 px", "fp32 trunk", "seed 0"):
@@ -170,7 +171,7 @@ def test_names_that_occur_twice_are_counted_in_the_protocol(run, here, tmp_path)
     assert "3 classes (2 distinct names) x 80 templates" in protocol
 
 
-def test_lpips_is_a_mean_over_pictures_whatever_the_batch(weights, here, tmp_path, monkeypatch):
+def test_lpips_is_a_mean_over_images_for_any_batch_size(weights, here, tmp_path, monkeypatch):
     plain = perceptual.Perceptual
 
     def random_trunk(net):
@@ -208,7 +209,7 @@ def test_rfid_compares_reconstructions_with_the_crops_and_says_when_it_is_left_o
     shapes = eval.open_data("shapes", "val", 0, 32)
     originals = [np.array(shapes.load(10_000 * k // 6)[0]) for k in range(6)]
     originals = torch.from_numpy(np.stack(originals)).permute(0, 3, 1, 2)
-    # truncated after a round trip through floats: equal, or one below
+    # truncated after a round trip through floats: equal, or 1 lower
     difference = originals.int() - seen[0].int()
     assert seen[0].dtype == torch.uint8 and difference.min() >= 0 and difference.max() <= 1
 
@@ -235,14 +236,14 @@ def test_fid_is_the_same_from_a_folder_an_npz_and_saved_statistics(here, tmp_pat
     assert values[0]["value"] == pytest.approx(values[1]["value"], rel=1e-6)
     assert values[0]["value"] > 1
     for value in values:
-        for part in ("7 samples, ONLY 7 SAMPLES", "9 pictures of", "ONLY 9 SAMPLES"):
+        for part in ("7 samples, ONLY 7 SAMPLES", "9 images of", "ONLY 9 SAMPLES"):
             assert part in value["protocol"]
     statistics_file(tmp_path / "other.npz", 5, n=4000)
     a, b, other = (str(tmp_path / name) for name in ("a.npz", "b", "other.npz"))
     for command, told in (
-            ([a, "--few", "--reference", other], "5 numbers, but features of inception are 2048"),
-            ([a, "--few"], "against which real images"),
-            ([a, "--few", "--reference", b, "--features", "classifier"], "learns from the run's"),
+            ([a, "--few", "--reference", other], "5 numbers, but features of inception have 2048"),
+            ([a, "--few"], "there are no real images to compare with"),
+            ([a, "--few", "--reference", b, "--features", "classifier"], "is trained on"),
             ([f"{b}.npz", "--reference", b], "below 2048")):
         with pytest.raises(SystemExit, match=told):
             here("fid", *command)
@@ -261,7 +262,7 @@ def test_a_reference_that_does_not_say_how_many_images_it_has_is_a_reference(
     found = metrics(tmp_path)
     assert found.keys() == {"FID"}
     protocol = found["FID"]["protocol"]
-    assert f"against an unstated number of pictures of {tmp_path / 'adm.npz'}" in protocol
+    assert f"against an unstated number of images of {tmp_path / 'adm.npz'}" in protocol
 
 
 def squeeze_to(monkeypatch, side):
@@ -272,9 +273,9 @@ def squeeze_to(monkeypatch, side):
     monkeypatch.setattr("vtp_min.extras.judges.load_squeezenet", lambda device: features)
 
 
-def test_the_distance_on_squeezenets_features_says_that_it_is_no_fid_and_what_it_saw(
+def test_the_distance_on_squeezenets_features_is_not_called_fid_and_has_its_protocol(
         run, here, tmp_path, monkeypatch):
-    """Training images whose statistics are stored once replace themselves afterwards"""
+    """The stored statistics of the training images give the same distance as the images"""
     squeeze_to(monkeypatch, 2)
     samples = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), dtype=np.uint8)
     np.savez(tmp_path / "samples.npz", arr_0=samples)
@@ -287,13 +288,13 @@ def test_the_distance_on_squeezenets_features_says_that_it_is_no_fid_and_what_it
     first = metrics(kept)
     assert first.keys() == {"FD-squeezenet (no FID)", "FD-squeezenet (no FID) of real"}
     first = first["FD-squeezenet (no FID)"]
-    for part in ("12 samples, ONLY 12 SAMPLES", "30 training pictures of shapes", "ADM crop 16 px",
-                 "512-d average of fire9 of SqueezeNet v1.0", "squashed to 227 px"):
+    for part in ("12 samples, ONLY 12 SAMPLES", "30 training images of shapes", "ADM crop 16 px",
+                 "512-d average of fire9 of SqueezeNet v1.0", "resized to 227x227 px"):
         assert part in first["protocol"]
     here(*command, "--few", "--reference", real)
     again = metrics(kept)["FD-squeezenet (no FID)"]
     assert again["value"] == pytest.approx(first["value"], rel=1e-6)
-    told = "real.npz, saved statistics of 30 training pictures of shapes"
+    told = "real.npz, saved statistics of 30 training images of shapes"
     assert told in again["protocol"]
     with pytest.raises(SystemExit, match="save_real stores the statistics of the training images"):
         here(*command, "--few", "--reference", real, "--set", f"save_real={tmp_path / 'x.npz'}")
@@ -320,14 +321,14 @@ def test_at_half_size_a_checkerboard_is_its_grey_and_statistics_of_full_size_are
     with pytest.raises(SystemExit, match=told):
         here(*command, tmp_path / "full.npz")
     statistics_file(tmp_path / "unsaid.npz", 512, n=4000)
-    told = "do not say that the images were halved; save them anew"
+    told = "do not state that the images were halved; save them again"
     with pytest.raises(SystemExit, match=told):
         here(*command, tmp_path / "unsaid.npz")
     np.savez(tmp_path / "odd.npz", arr_0=np.zeros((12, 15, 16, 3), np.uint8))
     with pytest.raises(SystemExit, match="16x15 cannot be halved"):
         here("fid", tmp_path / "odd.npz", *halve, "--reference", tmp_path / "odd.npz")
     recon = ["recon", run, "--perceptual", "none", "--limit", 12, "--out", tmp_path / "kept"]
-    with pytest.raises(SystemExit, match="halve goes with --features squeezenet or inception"):
+    with pytest.raises(SystemExit, match="halve works only with --features squeezenet"):
         here(*recon, "--few", "--features", "classifier", "--set", "halve=true")
     here(*recon, *halve)
     assert "rFD-squeezenet, halved (no FID)" in metrics(tmp_path / "kept")
@@ -341,7 +342,7 @@ def test_an_unknown_or_foreign_setting_is_refused_with_the_known_ones(here, caps
 
 
 # ---------------------------------------------------------------- check, cost
-def test_check_paints_and_names_pictures_of_the_users(weights, here, tmp_path, capsys):
+def test_check_reconstructs_and_classifies_the_users_images(weights, here, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     for k, size in enumerate(((50, 33), (31, 90))):
         Image.new("RGB", size, (0, 90, 90 * k)).save(tmp_path / "mine" / f"{k}.jpg")
@@ -349,7 +350,7 @@ def test_check_paints_and_names_pictures_of_the_users(weights, here, tmp_path, c
     here("check", weights, "--images", tmp_path / "mine", "--names", "dog", "cat", "tree",
          "--image", 40, "--out", out)
     said = capsys.readouterr().out
-    assert "2 images, ADM crop to 32 px, because 40 is no multiple of the patch" in said
+    assert "2 images, ADM crop to 32 px, because 40 is not a multiple of the patch" in said
     assert "none to compare with" in said and "of 3 names" in said
     assert Image.open(out / "check.png").size == (64, 64)
     assert "1.jpg" in metrics(out)["PSNR"]["protocol"]
@@ -374,7 +375,7 @@ def test_check_of_weights_that_the_official_code_wrote(golden, here, tmp_path, c
         assert (tmp_path / "a" / "check.png").exists()
 
 
-def test_check_without_a_decoder_makes_no_picture(here, tmp_path, capsys):
+def test_check_without_a_decoder_writes_no_image(here, tmp_path, capsys):
     VTPModel(VTPConfig.of_size("nano", image=32, rec=False)).save_pretrained(tmp_path)
     here("check", tmp_path, "--names", "dog", "cat", "--out", tmp_path / "out")
     said = capsys.readouterr().out
@@ -382,7 +383,7 @@ def test_check_without_a_decoder_makes_no_picture(here, tmp_path, capsys):
     assert not (tmp_path / "out" / "check.png").exists()
 
 
-def test_cost_counts_a_size_or_a_run_and_keeps_what_it_counted_of_the_run(
+def test_cost_counts_a_size_or_a_run_and_records_the_numbers_of_a_run(
         run, here, tmp_path, capsys):
     here("cost", "--size", "L")
     said = capsys.readouterr().out
@@ -395,7 +396,7 @@ def test_cost_counts_a_size_or_a_run_and_keeps_what_it_counted_of_the_run(
     n = sum(p.numel() for p in trunk.parameters())
     assert metrics(tmp_path)["GFLOPs encoder"]["parameters"] == n
     assert "DINO head" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="no multiple of the patch, 8; try --image 24"):
+    with pytest.raises(SystemExit, match="not a multiple of the patch size, 8; try --image 24"):
         here("cost", run, "--image", 30)
 
 

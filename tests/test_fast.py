@@ -1,4 +1,4 @@
-"""extras/fast.py: each fast form has the value and the gradient of the textbook form."""
+"""extras/fast.py: each fast form has the same values and gradients as the textbook form."""
 import sys
 
 import numpy as np
@@ -21,14 +21,14 @@ def normal(*shape, seed=0, dtype=torch.float64):
 
 
 def agree(a, b, limit):
-    """Relative to the largest magnitude, and of one dtype"""
+    """True if a and b agree, relative to the largest magnitude; shape and dtype must be equal"""
     assert a.dtype == b.dtype and a.shape == b.shape
     a, b = a.detach().double(), b.detach().double()
     return (a - b).abs().max() <= limit * b.abs().max().clamp_min(1e-12)
 
 
 def value_and_gradients(function, inputs):
-    """The gradients are those of a random linear function of the value."""
+    """-> value, gradients of a random linear function of the value with respect to each input"""
     inputs = [x.clone().requires_grad_() for x in inputs]
     value = function(*inputs)
     weight = normal(*value.shape, seed=9, dtype=value.dtype)
@@ -44,7 +44,7 @@ def check(fast_form, plain, inputs, limit):
 
 # ---------------------------------------------------------------- vit.py
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scale", [1.0, 1e-3])             # at 1e-3 eps is as large as the square
+@pytest.mark.parametrize("scale", [1.0, 1e-3])             # at 1e-3 eps is larger than mean(x^2)
 def test_rms_norm(dtype, scale):
     x, weight = scale * normal(2, 5, 24), normal(24, seed=1)
     check(lambda x, w: fast.rms_norm(x, w, 1e-5), lambda x, w: vit.rms_norm(x, w, 1e-5),
@@ -52,7 +52,7 @@ def test_rms_norm(dtype, scale):
 
 
 def test_rms_norm_of_bfloat16_with_a_weight_in_float32():
-    """As under autocast"""
+    """This happens under autocast"""
     x, weight = normal(2, 5, 24, dtype=torch.bfloat16), normal(24, seed=1, dtype=torch.float32)
     assert torch.equal(fast.rms_norm(x, weight, 1e-5), vit.rms_norm(x, weight, 1e-5))
     check(lambda x, w: fast.rms_norm(x, w, 1e-5), lambda x, w: vit.rms_norm(x, w, 1e-5),
@@ -134,8 +134,8 @@ def test_cross_entropy_of_a_confident_student_is_finite():
 
 
 # ---------------------------------------------------------------- augment.py
-def test_views_are_equal_to_the_bit():
-    """Of images of several sizes, and so many that they are computed in several groups"""
+def test_views_are_equal_in_every_bit():
+    """For images of several sizes, and so many crops that they are computed in several groups"""
     pixels = np.random.default_rng(0)
     images = []
     for height, width in ((40, 40), (33, 71), (120, 50)):
@@ -177,7 +177,7 @@ def model_outputs(dtype, autocast):
 @pytest.mark.parametrize("dtype, autocast, limit", [
     (torch.float64, False, 1e-12), (torch.float32, False, 2e-6), (torch.float32, True, 0.05)])
 def test_a_whole_model_has_the_same_outputs_and_gradients(dtype, autocast, limit):
-    """Under autocast the two forms round differently, as two orders of a bfloat16 sum would."""
+    """Under autocast both forms round to bfloat16 at different places, hence the larger limit."""
     plain = model_outputs(dtype, autocast)
     fast.install()
     found = model_outputs(dtype, autocast)
@@ -205,11 +205,11 @@ def test_install_replaces_the_functions_and_undo_restores_them():
     assert forms(REPLACED) == fast_forms and forms(REPLACED_IN_DIT) == before_dit
     undo()
     assert forms(REPLACED) == before
-    undo()                                                 # again: nothing changes
+    undo()                                                 # a second call changes nothing
     assert forms(REPLACED) == before
 
 
-def test_install_replaces_the_functions_of_dit_if_it_is_given():
+def test_install_replaces_the_functions_of_dit_if_the_module_is_given():
     before, before_dit = forms(REPLACED), forms(REPLACED_IN_DIT)
     undo = fast.install(dit)
     assert forms(REPLACED_IN_DIT) == [function for _, _, function in REPLACED_IN_DIT]
@@ -219,7 +219,7 @@ def test_install_replaces_the_functions_of_dit_if_it_is_given():
 
 
 def calls(run):
-    """-> names of the functions of extras/fast.py that run() executes"""
+    """-> names of the functions of extras/fast.py that are called during run()"""
     seen = set()
 
     def profile(frame, event, _):
@@ -234,7 +234,7 @@ def calls(run):
     return seen
 
 
-def test_installed_forms_are_those_that_models_and_losses_call():
+def test_models_and_losses_call_the_installed_forms():
     student, teacher = normal(2, 3, 8), normal(2, 3, 8).softmax(-1)
 
     def run():

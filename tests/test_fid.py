@@ -1,4 +1,4 @@
-"""FID's network and distance, PSNR and SSIM."""
+"""The network and the distance of FID, PSNR and SSIM."""
 import os
 import zlib
 from pathlib import Path
@@ -14,8 +14,8 @@ GOLDEN = np.load(Path(__file__).parent / "golden" / "fid.npz")
 
 
 def drawn_inception():
-    """Inception with weights that any implementation can draw: each key seeds a generator by its
-    own crc32, scaled so that the signal survives."""
+    """Inception with random weights that any implementation can reproduce: the crc32 of each key
+    seeds its generator. The scale keeps activations from vanishing with depth."""
     model, drawn = Inception(), {}
     for key, x in model.state_dict().items():
         n = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(tuple(x.shape))
@@ -44,7 +44,7 @@ def chw(images):
 
 
 def gaussian(rows, dim, rank, seed):
-    """-> (rows, dim) of that rank"""
+    """-> (rows, dim) matrix of the given rank"""
     a = torch.randn(rows, rank, generator=torch.Generator().manual_seed(seed)).double()
     b = torch.randn(rank, dim, generator=torch.Generator().manual_seed(seed + 1)).double()
     return a @ b
@@ -72,7 +72,7 @@ def test_inception_gives_the_features_of_pytorch_fid_at_every_size(inception):
         assert abs(found - full[f"{size}/pool3_2048_f64"]).max() < 1e-5
 
 
-def test_shrinking_by_three_sees_only_every_third_pixel_because_fid_does_not_antialias(inception):
+def test_shrinking_by_three_reads_only_every_third_pixel_because_fid_does_not_antialias(inception):
     rng = torch.Generator().manual_seed(0)
     small = torch.randint(256, (1, 3, 299, 299), dtype=torch.uint8, generator=rng)
     large = torch.zeros(1, 3, 897, 897, dtype=torch.uint8)
@@ -80,7 +80,7 @@ def test_shrinking_by_three_sees_only_every_third_pixel_because_fid_does_not_ant
     assert torch.allclose(inception(large), inception(small), atol=1e-5)
 
 
-def test_inception_asks_for_uint8(inception):
+def test_inception_raises_unless_images_are_uint8(inception):
     with pytest.raises(ValueError, match="uint8"):
         inception(torch.rand(1, 3, 64, 64))
 
@@ -89,7 +89,7 @@ def test_inception_is_frozen(inception):
     assert not inception.training and not any(p.requires_grad for p in inception.parameters())
 
 
-def test_load_inception_forgives_missing_counters_and_nothing_else(
+def test_load_inception_accepts_missing_counters_and_no_other_missing_key(
         inception, tmp_path, monkeypatch):
     monkeypatch.setattr("vtp_min.extras.weights.find", lambda name: tmp_path / f"{name}.pth")
     weights = {key: x for key, x in inception.state_dict().items()
@@ -104,7 +104,7 @@ def test_load_inception_forgives_missing_counters_and_nothing_else(
 
 # ---- the distance
 
-def test_statistics_are_numpys_and_do_not_depend_on_the_batch_size():
+def test_statistics_equal_numpys_and_do_not_depend_on_the_batch_size():
     x = torch.from_numpy(GOLDEN["dim8/x1"])
     for size in (1, 7, 500):
         mu, cov = statistics(x.split(size))
@@ -114,7 +114,7 @@ def test_statistics_are_numpys_and_do_not_depend_on_the_batch_size():
         statistics([x[:1]])
 
 
-def test_frechet_distance_is_that_of_pytorch_fid():
+def test_frechet_distance_equals_that_of_pytorch_fid():
     given = [GOLDEN[f"dim8/{name}"] for name in ("mu1", "sigma1", "mu2", "sigma2")]
     assert np.isclose(frechet_distance(*given), GOLDEN["dim8/distance"], rtol=1e-10)
 
@@ -136,7 +136,7 @@ def test_frechet_distance_of_commuting_gaussians_compares_standard_deviations():
 def test_frechet_distance_is_exact_and_symmetric_with_fewer_samples_than_dimensions():
     x, y = gaussian(20, 300, 300, seed=2), gaussian(30, 300, 300, seed=4)
     X, Y = statistics([x]), statistics([y])
-    # the exact value, without any covariance
+    # the exact value, computed without covariances
     products = (x - x.mean(0)) @ (y - y.mean(0)).T
     overlap = torch.linalg.svdvals(products).sum() / (19 * 29) ** 0.5
     exact = (X[0] - Y[0]).square().sum() + X[1].trace() + Y[1].trace() - 2 * overlap
@@ -164,7 +164,7 @@ def test_psnr_of_a_constant_offset_is_known():
     assert psnr(a, a).isinf().all()
 
 
-def test_psnr_is_the_protocols_on_255_values():
+def test_psnr_equals_the_protocols_psnr_on_values_up_to_255():
     a, b = pair()
     mse = F.mse_loss(255 * a, 255 * b, reduction="none").mean((1, 2, 3))
     assert torch.allclose(psnr(a, b), 10 * (255 ** 2 / mse).log10())
@@ -176,9 +176,9 @@ def test_ssim_of_an_image_with_itself_is_one_and_the_measure_is_symmetric():
     assert torch.allclose(ssim(a, b), ssim(b, a)) and (ssim(a, b) < 1).all()
 
 
-def test_ssim_is_that_of_torchmetrics():
-    theirs = torch.tensor([0.9954416, 0.9954490])                       # torchmetrics 1.9.0
-    assert torch.allclose(ssim(*pair()), theirs, atol=1e-6)
+def test_ssim_equals_that_of_torchmetrics():
+    expected = torch.tensor([0.9954416, 0.9954490])                     # torchmetrics 1.9.0
+    assert torch.allclose(ssim(*pair()), expected, atol=1e-6)
 
 
 def test_ssim_of_two_flat_images_compares_their_means():

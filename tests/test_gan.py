@@ -1,5 +1,4 @@
-"""Stage 2: the equation of its step, what is frozen, the same run after an interruption and on two
-processes."""
+"""Stage 2: losses and gradients of a step, frozen parameters, resuming, two processes, flags."""
 import json
 import math
 import os
@@ -22,8 +21,8 @@ from data import TrainBatches, clean_batches, open_data, prefetch
 from vtp_min import VTPConfig, VTPModel
 from vtp_min.augment import STD, normalize
 from vtp_min.extras import fast, gan
-from vtp_min.extras.gan import (EMA, Discriminator, adaptive_weight, discriminator_for,
-                                discriminator_warnings, hinge_d, hinge_g, train_with_gan)
+from vtp_min.extras.gan import (EMA, Discriminator, adaptive_weight, build_discriminator,
+                                discriminator_warnings, hinge_d_loss, hinge_g_loss, train_with_gan)
 from vtp_min.extras.perceptual import Perceptual
 from vtp_min.run import EXIT_RESUME, TIMING
 
@@ -39,16 +38,16 @@ MODEL = VTPConfig(image_size=16, vision_patch_size=8, vision_embed_dim=32, visio
 
 
 @pytest.fixture(autouse=True)
-def as_before():
-    """A run in this process sets signal handlers, the default dtype and the fast forms: afterwards
-    all is as before."""
+def restore_global_state():
+    """A run in this process changes signal handlers, the default dtype and functions of the core.
+    Restore them after each test."""
     handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    textbook = fast.install()
-    textbook()
+    restore_textbook_forms = fast.install()
+    restore_textbook_forms()
     yield
-    textbook()
+    restore_textbook_forms()
     torch.set_num_threads(threads)
     torch.set_default_dtype(torch.float32)
     for s, handler in handlers.items():
@@ -57,7 +56,7 @@ def as_before():
 
 @pytest.fixture(scope="module")
 def stage1(tmp_path_factory):
-    """A run of stage 1 as train.py would leave it, untrained"""
+    """The files that train.py writes for a run of stage 1, with untrained weights"""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("stage1")
     VTPModel(MODEL).save_pretrained(folder)
@@ -80,14 +79,14 @@ def go(stage1, out, *words):
 
 
 def log(out):
-    """Logged steps without the values that may differ between equal runs"""
+    """Lines of log.jsonl without the fields that may differ between equal runs"""
     lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
 
 
 @pytest.fixture(scope="module")
 def whole(stage1, tmp_path_factory):
-    """Four steps, checkpoints at 2 and 4 -> folder. Read it, do not change it."""
+    """Four steps, with checkpoints at steps 2 and 4 -> folder, which tests must not change"""
     out = tmp_path_factory.mktemp("whole") / "gan"
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -103,15 +102,15 @@ def weights(folder):
 
 
 # ---------------------------------------------------------------- the losses
-def test_logits_of_zero_cost_one_and_beyond_the_margin_nothing_is_gained():
+def test_the_hinge_loss_is_1_for_zero_logits_and_0_beyond_the_margin():
     zero = torch.zeros(2, 1, 3, 3)
-    assert hinge_d(zero, zero) == 1
-    assert hinge_d(zero + 1, zero - 1) == 0 == hinge_d(zero + 9, zero - 9)
-    assert hinge_d(zero - 1, zero + 1) == 2
-    assert hinge_g(zero + 3) == -3
+    assert hinge_d_loss(zero, zero) == 1
+    assert hinge_d_loss(zero + 1, zero - 1) == 0 == hinge_d_loss(zero + 9, zero - 9)
+    assert hinge_d_loss(zero - 1, zero + 1) == 2
+    assert hinge_g_loss(zero + 3) == -3
 
 
-def test_the_adaptive_weight_makes_both_gradients_equally_long_and_is_bounded():
+def test_the_adaptive_weight_gives_both_gradients_the_same_norm_and_is_bounded():
     last = nn.Parameter(torch.randn(5, 7))
     a, b = torch.randn(5, 7), 40 * torch.randn(5, 7)
     rec, g = (last * a).sum(), (last * b).sum()               # their gradients are a and b
@@ -125,8 +124,8 @@ def test_the_adaptive_weight_makes_both_gradients_equally_long_and_is_bounded():
 
 
 @pytest.mark.parametrize("layers, side", [(2, 34), (3, 70)])
-def test_one_logit_reads_a_square_of_this_side(layers, side):
-    """Without the norms, which average over the whole image."""
+def test_the_receptive_field_of_a_logit(layers, side):
+    """Without the norms, whose statistics cover the whole image"""
     net = Discriminator(layers, channels=32).net
     net = nn.Sequential(*(m for m in net if not isinstance(m, nn.GroupNorm)))
     img = torch.randn(1, 3, 192, 192, requires_grad=True)
@@ -136,25 +135,25 @@ def test_one_logit_reads_a_square_of_this_side(layers, side):
     assert rows.max() - rows.min() + 1 == side
 
 
-def test_a_logit_depends_on_one_image_alone():
+def test_a_logit_depends_on_one_image_only():
     torch.manual_seed(0)
     disc, img = Discriminator(2).double(), torch.randn(3, 3, 16, 16).double()
     assert torch.allclose(disc(img)[1:2], disc(img[1:2]), atol=1e-12)
     assert disc(img).shape == (3, 1, 2, 2)
 
 
-def test_the_discriminator_has_vqgan_s_depth_and_start():
+def test_the_discriminator_has_the_layers_and_initialisation_of_vqgan():
     torch.manual_seed(0)
-    convs = [m for m in discriminator_for(256).net if isinstance(m, nn.Conv2d)]
+    convs = [m for m in build_discriminator(256).net if isinstance(m, nn.Conv2d)]
     assert [m.out_channels for m in convs] == [64, 128, 256, 512, 1]
     assert [m.stride[0] for m in convs] == [2, 2, 2, 1, 1]
     assert all(abs(m.weight.std() - 0.02) < 1e-3 for m in convs)
-    assert len([m for m in discriminator_for(64).net if isinstance(m, nn.Conv2d)]) == 4
+    assert len([m for m in build_discriminator(64).net if isinstance(m, nn.Conv2d)]) == 4
 
 
 @pytest.mark.parametrize("data_range, low", [(1, 0), (2, -1)])
-def test_l1_is_that_of_pixels_in_the_source_s_range(data_range, low):
-    """RAE takes L1 + LPIPS of pixels in [0, 1], LDM and VA-VAE of pixels in [-1, 1]"""
+def test_l1_is_computed_in_the_pixel_range_of_the_source(data_range, low):
+    """RAE: pixels in [0, 1]. LDM and VA-VAE: pixels in [-1, 1]."""
     a, b = torch.rand(2, 2, 3, 8, 8)
     expected = ((low + data_range * a) - (low + data_range * b)).abs().mean()
     pixels, target = normalize(255 * a), normalize(255 * b)
@@ -166,7 +165,7 @@ def test_l1_is_that_of_pixels_in_the_source_s_range(data_range, low):
     assert gan.pixel_losses(pixels, target, squared, data_range)[1] > 0
 
 
-def test_an_average_follows_at_once_slowly_or_never_and_swaps_places_with_its_parameters():
+def test_ema_update_load_and_swap():
     p = nn.Parameter(torch.tensor(1.0))
     ema = EMA({"w": p})
     p.data.fill_(3.0)
@@ -178,7 +177,7 @@ def test_an_average_follows_at_once_slowly_or_never_and_swaps_places_with_its_pa
     assert p == 7 and ema.state_dict()["w"] == 3
 
 
-def test_a_one_sided_game_is_explained_once_a_kind_and_logged_while_it_lasts(capsys):
+def test_a_warning_is_logged_at_each_step_and_each_kind_is_explained_once(capsys):
     check = discriminator_warnings()
     found = [check(step, {"gan": 0.1, "right": right})
              for step, right in enumerate((0.8, 0.5, 0.5, 1.0, 0.8))]
@@ -191,8 +190,8 @@ def test_a_one_sided_game_is_explained_once_a_kind_and_logged_while_it_lasts(cap
 
 
 # ---------------------------------------------------------------- the step
-def test_the_gradient_of_a_step_is_that_of_the_equation(stage1, tmp_path, monkeypatch):
-    """Written out once more: the gradient of the weighted sum, then that of the discriminator."""
+def test_the_gradients_of_a_step_follow_from_the_equations(stage1, tmp_path, monkeypatch):
+    """The equations are written out again here, for the decoder and for the discriminator."""
     grads, clip = [], gan.clip_grad_norm_
 
     def kept(parameters, top):
@@ -203,8 +202,8 @@ def test_the_gradient_of_a_step_is_that_of_the_equation(stage1, tmp_path, monkey
     line = go(stage1, tmp_path / "gan", "--steps", 1, "--set", "gan_start=0",
               "--precision", "fp64", "--w-gan", 0.7, "--data", "shapes:objects=1")[0]
 
-    torch.manual_seed(3)                                      # stage 1's seed, and its data
-    disc, model = discriminator_for(16), VTPModel.from_pretrained(stage1)
+    torch.manual_seed(3)                                      # seed and data of stage 1
+    disc, model = build_discriminator(16), VTPModel.from_pretrained(stage1)
     source = open_data("shapes:objects=1", "train", 3, side=16)
     batches = TrainBatches(source, None, 3, 4, 4, 4, clip=False, ssl=False, rec=True, image=16,
                            local_image=16, n_local=0, patch=8)
@@ -232,7 +231,7 @@ def test_the_gradient_of_a_step_is_that_of_the_equation(stage1, tmp_path, monkey
 def one_step(stage1, scaler):
     """-> model and discriminator with the gradients of one step"""
     torch.manual_seed(0)
-    model, disc = VTPModel.from_pretrained(stage1), discriminator_for(16)
+    model, disc = VTPModel.from_pretrained(stage1), build_discriminator(16)
     model.requires_grad_(False).pixel_decoder.requires_grad_(True)
     args, img = Namespace(perceptual="none", w_gan=0.5), torch.randn(2, 3, 16, 16)
     amp = torch.autocast("cpu", enabled=False)
@@ -242,13 +241,13 @@ def one_step(stage1, scaler):
     pixels, _, _ = gan.decoder_gradients(img, model, gan.reconstruct, disc,
                                          model.pixel_decoder.proj_out.weight, args, pixel_loss,
                                          amp, scaler)
-    # else the discriminator would also learn from the decoder's loss
+    # the loss of the decoder gives the discriminator no gradient
     assert all(p.grad is None and p.requires_grad for p in disc.parameters())
     gan.discriminator_gradients(img, pixels, disc, amp, scaler)
     return model, disc
 
 
-def test_the_loss_scale_of_fp16_changes_no_gradient(stage1):
+def test_the_loss_scale_of_fp16_does_not_change_the_gradients(stage1):
     plain = one_step(stage1, torch.amp.GradScaler("cpu", enabled=False))
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     scaled = one_step(stage1, scaler)
@@ -259,26 +258,26 @@ def test_the_loss_scale_of_fp16_changes_no_gradient(stage1):
         assert torch.allclose(a.grad, b.grad, rtol=1e-5, atol=1e-7)
 
 
-def test_only_the_decoder_moves_and_what_is_saved_is_its_average(stage1, whole):
+def test_only_the_decoder_is_trained_and_its_average_is_saved(stage1, whole):
     before, after, state = weights(stage1), weights(whole), torch.load(whole / "last.pt")
     decoder = {k for k in before if k.startswith("pixel_decoder.") and not k.endswith("periods")}
     assert decoder and before.keys() == after.keys()
     for k in before:
-        assert torch.equal(before[k], after[k]) == (k not in decoder), k      # bit for bit
+        assert torch.equal(before[k], after[k]) == (k not in decoder), k
     assert state["ema"].keys() == decoder
     for k in decoder:
         assert torch.equal(after[k], state["ema"][k])
         assert not torch.equal(after[k], state["model"][k])
 
 
-def test_latents_are_those_of_stage_1_to_the_bit(stage1, whole):
+def test_latents_are_equal_to_those_of_stage_1_in_every_bit(stage1, whole):
     img = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     one, two = (VTPModel.from_pretrained(run).get_reconstruction_latents(img)
                 for run in (stage1, whole))
     assert torch.equal(one, two)
 
 
-def test_the_decoder_has_the_gan_loss_from_gan_start_on(stage1, whole, tmp_path):
+def test_the_gan_loss_of_the_decoder_starts_at_gan_start(stage1, whole, tmp_path):
     lines = log(whole)                                        # gan_start=1
     assert ["gan" in line for line in lines] == [False, True, True, True]
     assert all("disc" in line for line in lines)
@@ -292,7 +291,7 @@ def test_the_decoder_has_the_gan_loss_from_gan_start_on(stage1, whole, tmp_path)
     assert never[1]["grad_norm"] != lines[1]["grad_norm"]
 
 
-def test_the_discriminator_starts_after_6_of_16_parts_and_the_gan_loss_after_8(stage1, tmp_path):
+def test_by_default_the_discriminator_starts_at_6_16_and_the_gan_loss_at_8_16(stage1, tmp_path):
     """RAE: disc_upd_start 6 and disc_start 8 of 16 epochs"""
     lines = go(stage1, tmp_path / "gan", "--steps", 16, "--save-every", 16, "--set", "max_bad=0.1")
     assert ["disc" in line for line in lines] == [False] * 6 + [True] * 10
@@ -300,8 +299,8 @@ def test_the_discriminator_starts_after_6_of_16_parts_and_the_gan_loss_after_8(s
 
 
 def test_the_learning_rate_falls_by_a_cosine_to_a_tenth(stage1, tmp_path):
-    """RAE: warm-up during one epoch of 16, then from 2e-4 to 2e-5; the discriminator's rate counts
-    the discriminator's own steps"""
+    """RAE: warm-up during 1 epoch of 16, then from 2e-4 to 2e-5. The schedule of the discriminator
+    begins at the first step of the discriminator."""
     def rate(step, warmup=2, steps=16):
         if step < warmup:
             return 2e-4 * (step + 1) / warmup
@@ -317,8 +316,8 @@ def test_the_learning_rate_falls_by_a_cosine_to_a_tenth(stage1, tmp_path):
     assert state["optimizer_disc"]["param_groups"][0]["lr"] == pytest.approx(rate(15 - 6))
 
 
-def test_gradients_are_not_clipped_unless_asked(stage1, tmp_path, monkeypatch):
-    """RAE clips none; 0 is none, too"""
+def test_gradients_are_not_clipped_by_default(stage1, tmp_path, monkeypatch):
+    """As in RAE. clip_grad=0 also disables clipping."""
     tops, clip = [], gan.clip_grad_norm_
 
     def kept(parameters, top):
@@ -330,8 +329,8 @@ def test_gradients_are_not_clipped_unless_asked(stage1, tmp_path, monkeypatch):
     assert tops == [math.inf, math.inf, 2.5]
 
 
-def test_the_average_starts_with_two_elevenths_as_ldm_s_does(stage1, tmp_path, monkeypatch):
-    """LDM's LitEma counts the step before it averages"""
+def test_the_first_ema_decay_is_2_11_as_in_ldm(stage1, tmp_path, monkeypatch):
+    """LDM's LitEma counts a step before it averages"""
     decays, update = [], gan.update_ema
 
     def kept(target, source, decay):
@@ -343,15 +342,15 @@ def test_the_average_starts_with_two_elevenths_as_ldm_s_does(stage1, tmp_path, m
 
 
 def killed_after_step_2(whole, out):
-    """The folder of a run of which only step 2's checkpoint was written"""
+    """-> the folder of a run that was killed after the checkpoint of step 2"""
     out.mkdir()
     for old, new in (("previous.pt", "last.pt"), ("log.jsonl",) * 2, ("run.json",) * 2):
         shutil.copy(whole / old, out / new)
     return out
 
 
-def test_a_resumed_run_is_the_same_run(stage1, whole, tmp_path):
-    """Bit for bit: the decoder, its average, the discriminator and both optimizers."""
+def test_a_resumed_run_is_equal_to_an_uninterrupted_one(stage1, whole, tmp_path):
+    """In every bit: the decoder, its average, the discriminator and both optimizers"""
     out = killed_after_step_2(whole, tmp_path / "killed")
     assert go(stage1, out) == log(whole)
     one, two = (torch.load(run / "last.pt") for run in (whole, out))
@@ -360,7 +359,7 @@ def test_a_resumed_run_is_the_same_run(stage1, whole, tmp_path):
 
 
 def same(a, b):
-    """Nested states, equal to the bit; folders may differ"""
+    """True if nested states are equal in every bit; the entry "out" may differ"""
     if torch.is_tensor(a):
         return torch.equal(a, b)
     if isinstance(a, dict):
@@ -370,7 +369,7 @@ def same(a, b):
     return a == b
 
 
-def test_two_processes_take_the_steps_of_one(stage1, tmp_path):
+def test_two_processes_give_the_result_of_one(stage1, tmp_path):
     flags = ["--precision", "fp64", "--steps", 3]
     go(stage1, tmp_path / "one", *flags)
     with socket.socket() as s:
@@ -393,20 +392,20 @@ def test_two_processes_take_the_steps_of_one(stage1, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*pretrained:UserWarning",          # lpips calls torchvision
                             "ignore:Arguments other than a weight enum")
-def test_lpips_joins_the_sum(stage1, tmp_path, monkeypatch):
-    """With a random network: this is about the sum only."""
+def test_lpips_is_added_to_the_loss(stage1, tmp_path, monkeypatch):
+    """With random weights, because only the sum is tested"""
     monkeypatch.setattr(gan, "Perceptual", lambda net: Perceptual(net, random_trunk=True))
     out = tmp_path / "gan"
     for line in go(stage1, out, "--image", 32, "--perceptual", "squeeze", "--steps", 2):
         assert line["lpips"] > 0 and line["perceptual"] == "squeeze"
         expected = line["l1"] + line["lpips"] + 0.5 * line.get("adaptive", 0) * line.get("gan", 0)
         assert math.isclose(line["loss"], expected, rel_tol=1e-4)
-    # it is evaluated at the size at which it was fine-tuned
+    # evaluation uses the image size of stage 2
     assert VTPModel.from_pretrained(out).config.image_size == 32
 
 
 class MeanColour(nn.Module):
-    """The least that can be trained: each image's mean colour, with a learned gain"""
+    """A minimal model: the mean colour of each image, multiplied by a learned gain"""
     def __init__(self):
         super().__init__()
         self.gain = nn.Parameter(torch.ones(3, 1, 1))
@@ -416,7 +415,7 @@ class MeanColour(nn.Module):
         safetensors.torch.save_file(self.state_dict(), folder + "/model.safetensors")
 
 
-def test_further_losses_are_added_and_noise_is_the_same_after_a_resume(tmp_path):
+def test_further_losses_are_added_and_noise_is_the_same_after_resuming(tmp_path):
     stop_in = []
 
     def reconstruct(model, img):
@@ -447,12 +446,12 @@ def test_further_losses_are_added_and_noise_is_the_same_after_a_resume(tmp_path)
     assert same(weights(tmp_path / "parts"), saved)
 
 
-# ---------------------------------------------------------------- a run like any other
+# ---------------------------------------------------------------- flags and run folder
 def arguments(*words):
     return gan.parse_arguments(["--stage", "2", *map(str, words)])
 
 
-def test_what_was_not_given_comes_from_stage_1_and_the_rest_from_a_table(stage1, tmp_path):
+def test_flags_not_given_come_from_stage_1_and_the_others_from_the_tables(stage1, tmp_path):
     args = arguments("--init", stage1, "--lr", 1e-3)
     assert args.out == f"{stage1}-gan" and args.data is None and args.lr == 1e-3
     gan.inherit_settings(args, VTPConfig(image_size=16, vision_patch_size=8))
@@ -469,14 +468,14 @@ def test_what_was_not_given_comes_from_stage_1_and_the_rest_from_a_table(stage1,
     assert (args.ema_decoder, args.clip_grad, args.max_bad) == (0.5, 2.0, 0.1)
 
 
-def test_run_json_holds_every_setting_by_its_name(whole):
+def test_run_json_holds_every_setting_under_its_name(whole):
     settings = json.loads((whole / "run.json").read_text())
     assert {"init", "stage", "data", "seed", "image", "patch", "precision", "machine",
             *gan.FLAG_DEFAULTS, *gan.RECIPE} <= settings.keys()
     assert "set" not in settings and settings["gan_start"] == 1 and settings["stage"] == 2
 
 
-def test_help_shows_its_own_flags_and_the_settings_with_their_sources(capsys):
+def test_help_shows_the_flags_of_stage_2_and_the_settings_with_their_sources(capsys):
     with pytest.raises(SystemExit) as end:
         train.command(["--stage", "2", "--help"])
     printed = capsys.readouterr().out
@@ -486,7 +485,7 @@ def test_help_shows_its_own_flags_and_the_settings_with_their_sources(capsys):
     assert "--w-gan W_GAN" in printed and "VQGAN 0.8" in printed
 
 
-def test_evaluation_reads_it(whole, monkeypatch, tmp_path):
+def test_eval_py_reads_a_run_of_stage_2(whole, monkeypatch, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     recon = ["recon", run, "--limit", "8", "--perceptual", "none"]
@@ -499,21 +498,22 @@ def test_evaluation_reads_it(whole, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("words, sentence", [
-    ("", "name its folder with --init RUN"),
+    ("", "name the folder with --init RUN"),
     ("--init RUN --out RUN", "is the run of stage 1 itself"),
-    ("--init RUN --set ema_decoder=1.5", "ema_decoder=1.5: wanted a number from 0 to 1"),
+    ("--init RUN --set ema_decoder=1.5", "ema_decoder=1.5: must be a number from 0 to 1"),
     ("--init RUN --set ema=0.5", "ema=0.5: wanted name=value, where name is one of clip_grad"),
-    ("--init RUN --set gan_start=half", "gan_start=half: wanted a step, 0 or more"),
-    ("--init RUN --set clip_grad=-1", "clip_grad=-1.0: wanted 0 or more"),
-    ("--init RUN --w-gan -1", "--w-gan -1.0: wanted 0 or more"),
-    ("--init RUN --steps 0", "--steps 0: wanted 1 or more"),
+    ("--init RUN --set gan_start=half", "gan_start=half: must be the number of a step, 0 or more"),
+    ("--init RUN --set clip_grad=-1", "clip_grad=-1.0: must be 0 or more"),
+    ("--init RUN --w-gan -1", "--w-gan -1.0: must be 0 or more"),
+    ("--init RUN --steps 0", "--steps 0: must be 1 or more"),
     ("--init EMPTY --data shapes", "holds no config.json"),
     ("--init RUN --image 8",
-     "--image 8 is too small for the discriminator: wanted 12 px or more"),
-    ("--init RUN --image 20", "--image 20 is no multiple of the patch, 8"),
+     "--image 8 is too small for the discriminator; use at least 12 pixels"),
+    ("--init RUN --image 20", "--image 20 is not a multiple of the patch size 8; try --image 16"),
     ("--init RUN --perceptual vgg", "python eval.py fetch vgg"),
 ])
-def test_a_mistake_is_answered_with_a_sentence(stage1, tmp_path, monkeypatch, words, sentence):
+def test_a_wrong_flag_raises_an_error_that_explains_it(stage1, tmp_path, monkeypatch, words,
+                                                       sentence):
     monkeypatch.setenv("VTP_WEIGHTS", str(tmp_path))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     places = {"RUN": str(stage1), "EMPTY": str(tmp_path)}
@@ -525,13 +525,13 @@ def test_a_mistake_is_answered_with_a_sentence(stage1, tmp_path, monkeypatch, wo
 
 
 @pytest.mark.parametrize("words", ["--w-clip 1", "--micro 2", "--recompute"])
-def test_flags_of_stage_1_are_refused_in_stage_2(stage1, capsys, words):
+def test_stage_2_rejects_flags_of_stage_1(stage1, capsys, words):
     with pytest.raises(SystemExit):
         arguments("--init", stage1, *words.split())
     assert f"unrecognized arguments: {words}" in capsys.readouterr().err
 
 
-def test_flags_of_stage_2_are_refused_in_stage_1(capsys):
+def test_stage_1_rejects_flags_of_stage_2(capsys):
     for words, sentence in ((["--w-gan", "0.5"], "unrecognized arguments: --w-gan"),
                             (["--init", "runs/vtp"], "add --stage 2")):
         with pytest.raises(SystemExit):
@@ -539,7 +539,7 @@ def test_flags_of_stage_2_are_refused_in_stage_1(capsys):
         assert sentence in capsys.readouterr().err
 
 
-def test_a_run_without_a_decoder_or_without_data_is_refused(stage1, tmp_path):
+def test_a_run_without_a_decoder_or_without_data_raises_an_error(stage1, tmp_path):
     config = VTPConfig(train_reconstruction=False, train_clip=False, vision_embed_dim=32,
                        vision_depth=1, vision_num_heads=2)
     VTPModel(config).save_pretrained(tmp_path / "blind")
@@ -547,5 +547,5 @@ def test_a_run_without_a_decoder_or_without_data_is_refused(stage1, tmp_path):
         stage2("--stage", 2, "--init", tmp_path / "blind", "--data", "shapes", "--device", "cpu")
     shutil.copytree(stage1, tmp_path / "released")
     (tmp_path / "released" / "run.json").unlink()
-    with pytest.raises(ValueError, match="does not say what it was trained on; give --data"):
+    with pytest.raises(ValueError, match="no run.json that names its training data; give --data"):
         stage2("--stage", 2, "--init", tmp_path / "released", "--device", "cpu")

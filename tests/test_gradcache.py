@@ -1,4 +1,4 @@
-"""Gradient caching: targets, losses and gradients from parts of a batch are those of the whole."""
+"""Gradient caching: micro-batches give the targets, losses and gradients of the whole batch."""
 from contextlib import nullcontext
 
 import pytest
@@ -11,7 +11,7 @@ from vtp_min.extras.gradcache import sinkhorn_center, update_center
 from vtp_min.losses import centered_softmax, sinkhorn
 from vtp_min.model import Student, Teacher
 
-# sizes of the parts of 16 rows
+# sizes of the micro-batches, 16 rows together
 PARTS = {"whole": [16], "halves": [8, 8], "unequal": [3, 1, 12], "with zero rows": [0, 7, 0, 9, 0]}
 WITH_PARTS = pytest.mark.parametrize("sizes", PARTS.values(), ids=PARTS)
 
@@ -22,7 +22,7 @@ def random_logits(dtype=torch.float64, scale=1.0):
 
 
 def in_parts(logits, sizes):
-    """-> a function that yields the parts; sinkhorn_center calls it in each iteration"""
+    """-> a function that yields micro-batches; sinkhorn_center calls it in each iteration"""
     return lambda: iter(logits.split(sizes))
 
 
@@ -30,7 +30,7 @@ def in_parts(logits, sizes):
 @WITH_PARTS
 @pytest.mark.parametrize("temp", [1.0, 0.1, 0.04])
 @pytest.mark.parametrize("iterations", [1, 2, 3, 10])
-def test_the_softmax_with_the_sinkhorn_center_is_sinkhorn(sizes, temp, iterations):
+def test_softmax_with_the_sinkhorn_center_equals_sinkhorn(sizes, temp, iterations):
     logits = random_logits()
     center = sinkhorn_center(in_parts(logits, sizes), temp, iterations)
     assert center.shape == (24,)
@@ -39,20 +39,20 @@ def test_the_softmax_with_the_sinkhorn_center_is_sinkhorn(sizes, temp, iteration
 
 
 @WITH_PARTS
-def test_the_same_in_float32(sizes):
-    """Logits of the DINO head are cosines times a length that starts at 1."""
+def test_softmax_with_the_sinkhorn_center_equals_sinkhorn_in_float32(sizes):
+    """With logits in the range of the DINO head: cosines, multiplied by a gain that starts at 1"""
     logits = random_logits(torch.float32, scale=0.5)
     found = centered_softmax(logits, sinkhorn_center(in_parts(logits, sizes), 0.04), 0.04)
     assert torch.allclose(found, sinkhorn(logits, 0.04), rtol=0, atol=2e-6)
 
 
-def test_the_default_number_of_iterations_is_that_of_sinkhorn():
+def test_the_default_number_of_iterations_is_the_same_as_in_sinkhorn():
     logits = random_logits()
     found = centered_softmax(logits, sinkhorn_center(lambda: [logits], 0.1), 0.1)
     assert torch.allclose(found, sinkhorn(logits, 0.1), rtol=0, atol=1e-12)
 
 
-def test_the_center_is_finite_where_the_exponential_overflows_or_a_prototype_is_never_chosen():
+def test_the_center_is_finite_if_exp_overflows_or_a_prototype_has_probability_zero():
     logits = torch.cat([50 + torch.randn(16, 7), torch.full((16, 1), -100.0)], 1)
     center = sinkhorn_center(in_parts(logits, [0, 10, 6]), 0.04)
     p = centered_softmax(logits, center, 0.04)
@@ -73,14 +73,14 @@ def test_the_center_has_no_gradient_and_is_the_same_inside_autocast():
 
 # ---------------------------------------------------------------- DINO's center
 @WITH_PARTS
-def test_the_center_after_parts_is_the_center_after_the_whole(sizes):
+def test_the_center_of_micro_batches_is_the_center_of_the_batch(sizes):
     logits, center = random_logits(), torch.randn(24, dtype=torch.float64)
     found = update_center(center, in_parts(logits, sizes))
     wanted = losses.update_center(center, logits)
     assert torch.allclose(found, wanted, rtol=0, atol=1e-14)
 
 
-def test_a_center_without_rows_stays():
+def test_a_center_without_rows_is_unchanged():
     center = torch.randn(24)
     assert torch.equal(update_center(center, lambda: [torch.zeros(0, 24)]), center)
 
@@ -92,8 +92,8 @@ def test_the_gradient_of_the_inner_product_is_the_cached_gradient():
     assert torch.equal(feature.grad, grad)
 
 
-def test_the_parts_of_kept_rows_are_renumbered_and_none_is_lost():
-    """Two crops of 6 images in 3 micro-batches; kept rows count crops first."""
+def test_kept_rows_are_renumbered_in_each_micro_batch_and_none_is_lost():
+    """Two crops of 6 images, in 3 micro-batches. Row r is crop r // 6 of image r % 6."""
     rows, scale = torch.tensor([0, 1, 4, 5, 7, 8, 11]), 1.7
     found = []
     for k in range(3):

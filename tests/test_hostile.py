@@ -1,5 +1,5 @@
-"""Any file in a folder or a tar: right pixels and captions where there are any, else it is skipped,
-named and counted. All files are made here."""
+"""Damaged, unusual and hostile files in folders and tars: a readable image has the right pixels and
+caption, any other file is skipped, reported and counted. All files are made by these tests."""
 import io
 import os
 import struct
@@ -51,9 +51,10 @@ def chunk(name, content):
 
 
 def png(width, height, depth, color, rows, extra=b""):
-    """A PNG made by hand.   color  0 gray, 2 RGB, 3 palette, 4 gray and alpha, 6 RGBA
+    """A PNG, written chunk by chunk because Pillow cannot write all of these kinds -> bytes
 
-    rows  bytes; each row begins with its filter, 0
+    color  0 gray, 2 RGB, 3 palette, 4 gray and alpha, 6 RGBA
+    rows   bytes; each row begins with the number of its filter, 0
     """
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0))
     body = chunk(b"IDAT", zlib.compress(rows))
@@ -85,14 +86,14 @@ def pairs(n, start=0):
 # ---------------------------------------------------------------- right pixels
 
 @pytest.mark.parametrize("gray", [0, 1, 128, 129, 200, 255])
-def test_sixteen_bits_of_gray_become_eight(gray):
+def test_16_bit_gray_becomes_8_bit(gray):
     row = b"\0" + struct.pack(">H", 257 * gray) * 3
     assert (decoded(png(3, 1, 16, 0, row)) == gray).all()
     tiff = encoded(Image.fromarray(np.full((2, 2), 257 * gray, np.uint16)), "TIFF")
     assert (decoded(tiff) == gray).all()
 
 
-def test_sixteen_bits_of_color_and_alpha_become_eight():
+def test_16_bit_color_and_alpha_become_8_bit():
     rgb = png(1, 1, 16, 2, b"\0" + struct.pack(">HHH", 65535, 32896, 257))
     rgba = png(1, 1, 16, 6, b"\0" + struct.pack(">HHHH", 65535, 0, 0, 32896))
     gray_alpha = png(1, 1, 16, 4, b"\0" + struct.pack(">HH", 0, 32896))
@@ -102,7 +103,7 @@ def test_sixteen_bits_of_color_and_alpha_become_eight():
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
-def test_a_gray_that_a_png_calls_transparent_is_white_and_its_neighbours_stay(depth):
+def test_a_gray_level_marked_as_transparent_becomes_white_and_others_stay(depth):
     low = 1 if depth < 16 else 257
     bits = "".join(f"{v:0{depth}b}" for v in (0, low)).ljust(32, "0")
     row = b"\0" + int(bits, 2).to_bytes(4, "big")[:max(1, 2 * depth // 8)]
@@ -110,7 +111,7 @@ def test_a_gray_that_a_png_calls_transparent_is_white_and_its_neighbours_stay(de
     assert found.tolist() == [255, {1: 255, 2: 85, 4: 17, 8: 1, 16: 1}[depth]]
 
 
-def test_a_color_that_a_png_calls_transparent_is_white_in_8_and_16_bits():
+def test_a_color_marked_as_transparent_becomes_white_in_8_and_16_bits():
     for depth, code, unit in ((8, "B", 1), (16, "H", 257)):
         transparent, other = (0, 9 * unit, 200 * unit), (1 * unit, 2 * unit, 3 * unit)
         row = b"\0" + struct.pack(f">6{code}", *transparent, *other)
@@ -143,7 +144,7 @@ def test_every_mode_becomes_rgb_on_white(mode, color, wanted):
 @pytest.mark.parametrize("ink, wanted", [
     ((0, 0, 0, 0), (255, 255, 255)), ((0, 255, 255, 0), (255, 0, 0)),
     ((255, 0, 255, 0), (0, 255, 0)), ((0, 0, 0, 255), (0, 0, 0))])
-def test_cmyk_is_not_inverted_with_adobes_mark_nor_without(ink, wanted):
+def test_cmyk_is_not_inverted_with_or_without_adobes_marker(ink, wanted):
     # Pillow stores it inverted and marked, as Adobe does
     adobe = encoded(Image.new("CMYK", (16, 16), ink), "JPEG", quality=100)
     assert abs(decoded(adobe) - wanted).max() <= 2
@@ -157,11 +158,11 @@ def test_cmyk_is_not_inverted_with_adobes_mark_nor_without(ink, wanted):
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
-def test_of_an_animation_the_first_frame_is_seen(kind):
+def test_an_animation_gives_its_first_frame(kind):
     frames = [Image.new("RGB", (8, 8), c) for c in ("red", "lime", "blue")]
     how = {"lossless": True} if kind == "WEBP" else {}
-    moving = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **how)
-    assert (decoded(moving) == (255, 0, 0)).all()
+    animation = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **how)
+    assert (decoded(animation) == (255, 0, 0)).all()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
@@ -182,13 +183,13 @@ def test_images_stored_in_any_orientation_are_upright(kind, turn):
     assert found[13, 2].min() > 245 and found[2, 21].min() > 245
 
 
-def test_damaged_exif_costs_the_rotation_not_the_image():
+def test_an_image_with_damaged_exif_is_read_without_rotation():
     for exif in (b"nonsense", b"II*\0\xff\xff\xff\x7f", b"MM\0*\0\0\0\x08\xff\xff" + bytes(9)):
         image = encoded(Image.new("RGB", (16, 16), "red"), "JPEG", exif=b"Exif\0\0" + exif)
         assert (decoded(image)[:, :, 0] > 250).all()
 
 
-def test_the_content_of_a_file_decides_not_its_name(tmp_path):
+def test_the_format_is_detected_from_the_content_not_from_the_name(tmp_path):
     for name, kind in (("a.jpg", "PNG"), ("b.png", "JPEG"), ("c.bmp", "WEBP"), ("d.JPEG", "GIF"),
                        ("e.webp", "BMP")):
         (tmp_path / name).write_bytes(encoded(Image.new("RGB", (16, 16), "red"), kind))
@@ -196,7 +197,7 @@ def test_the_content_of_a_file_decides_not_its_name(tmp_path):
 
 
 @pytest.mark.parametrize("width, height", [(1, 1), (3000, 4), (4, 3000), (1, 50000), (2, 1)])
-def test_the_smallest_and_the_longest_can_be_cut(width, height):
+def test_very_small_and_very_long_images_can_be_cropped(width, height):
     image = read_image(io.BytesIO(encoded(Image.new("RGB", (width, height), "red"))))
     rng = np.random.default_rng(0)
     assert clip_view(rng, image, 32).shape == (3, 32, 32)
@@ -206,7 +207,7 @@ def test_the_smallest_and_the_longest_can_be_cut(width, height):
     assert crop.shape == (32, 32, 3) and (crop == [255, 0, 0]).all()
 
 
-def test_of_a_very_wide_image_the_middle_is_cut_before_it_is_enlarged():
+def test_a_very_wide_image_is_cropped_before_it_is_enlarged():
     pixels = np.random.default_rng(0).integers(0, 256, (4, 400, 3), dtype=np.uint8)
     for wide in (pixels, pixels.transpose(1, 0, 2)):
         image = Image.fromarray(np.ascontiguousarray(wide))
@@ -215,19 +216,19 @@ def test_of_a_very_wide_image_the_middle_is_cut_before_it_is_enlarged():
         whole = whole.crop((x, y, x + 32, y + 32))
         difference = np.asarray(adm_crop(image, 32)).astype(int) - np.asarray(whole)
         assert abs(difference).max() <= 1
-    # enlarged whole, this one would take 400 GB
+    # the whole image would take 400 GB after enlarging
     assert adm_crop(Image.new("RGB", (2_000_000, 1)), 256).size == (256, 256)
 
 
-def test_a_large_photograph_is_read_without_a_warning_and_a_bomb_is_not_decoded():
+def test_a_large_image_is_read_without_a_warning_and_a_decompression_bomb_raises():
     large = encoded(Image.new("1", (10000, 9500)))                # Pillow warns from 89 million on
     with warnings.catch_warnings(action="error"):
         assert read_image(io.BytesIO(large)).size == (10000, 9500)
-        with pytest.raises(Image.DecompressionBombError):         # refused for its header
+        with pytest.raises(Image.DecompressionBombError):         # because of its header
             read_image(io.BytesIO(png(50000, 50000, 8, 0, b"")))
 
 
-# ---------------------------------------------------------------- files that hold no image
+# ---------------------------------------------------------------- files without a usable image
 
 def broken():
     """{name: bytes} of files that hold no usable image"""
@@ -250,20 +251,21 @@ def broken():
 
 
 @pytest.mark.parametrize("name", broken())
-def test_what_is_no_image_raises_the_same_sentence_each_time_and_warns_of_nothing(name):
+def test_a_file_without_an_image_raises_the_same_error_each_time_without_warnings(name):
     messages = set()
     with warnings.catch_warnings(action="error"):
         for _ in range(2):
             with pytest.raises(Exception) as problem:
                 read_image(io.BytesIO(broken()[name]))
             messages.add(str(problem.value))
-    assert len(messages) == 1                                     # it is to be reported once
-    assert "0x" not in messages.pop()                             # so it has no memory address
+    # each file is reported once, so its message must not contain a memory address
+    assert len(messages) == 1
+    assert "0x" not in messages.pop()
 
 
 @pytest.fixture
 def zoo(tmp_path):
-    """Twelve classes of 4 sound images, and everything else there is"""
+    """Twelve classes of 4 readable images, and files of many other kinds"""
     for c in range(12):
         (tmp_path / f"kind {c}").mkdir()
         for i in range(4):
@@ -286,10 +288,10 @@ def zoo(tmp_path):
     return tmp_path
 
 
-LOST = len(broken()) + 3             # and the undecodable name, the link, the pipe
+LOST = len(broken()) + 3             # and the undecodable name, the broken link, the pipe
 
 
-def test_a_folder_of_everything_gives_the_sound_images_and_names_and_counts_the_rest(zoo, capsys):
+def test_a_folder_of_many_kinds_of_files_gives_its_images_and_reports_the_others(zoo, capsys):
     source = open_data(zoo, "val", whole=True)
     out = capsys.readouterr().out
     assert "2 files are ignored" in out and "stray.png" in out
@@ -311,7 +313,7 @@ def small_batches(source, rank=0, world_size=1, **changes):
                         world_size=world_size)
 
 
-def test_training_replaces_each_by_a_sound_one_equally_on_every_rank(zoo):
+def test_training_replaces_unreadable_images_by_the_same_ones_for_any_number_of_ranks(zoo):
     whole = small_batches(open_data(zoo))
     left, right = (small_batches(open_data(zoo), r, 2) for r in range(2))
     bad = set()
@@ -320,12 +322,12 @@ def test_training_replaces_each_by_a_sound_one_equally_on_every_rank(zoo):
         assert torch.equal(a.image, torch.cat([b.image, c.image]))
         assert sorted(a.bad) == sorted(b.bad + c.bad)
         bad |= set(a.bad)
-    assert 15 <= len(bad) <= LOST      # 80 draws of 72: nearly all are met, each by one name
+    assert 15 <= len(bad) <= LOST      # 80 draws from 72 files: most are drawn, each has one name
     assert all("\n" not in name for name in bad)
 
 
 @pytest.mark.parametrize("problem", [MemoryError, KeyboardInterrupt])
-def test_lack_of_memory_and_ctrl_c_are_not_the_samples_fault(zoo, monkeypatch, problem):
+def test_memory_errors_and_ctrl_c_do_not_count_as_unreadable_samples(zoo, monkeypatch, problem):
     batches = small_batches(open_data(zoo), ssl=False)
 
     def load(self, index, rng):
@@ -340,14 +342,14 @@ def test_lack_of_memory_and_ctrl_c_are_not_the_samples_fault(zoo, monkeypatch, p
 @pytest.mark.parametrize("language", [
     {"LANG": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
     {"LANG": "C", "PYTHONIOENCODING": "utf-8:strict"}])
-def test_the_contact_sheet_of_such_a_folder_is_drawn_in_any_language(zoo, tmp_path, language):
+def test_the_contact_sheet_of_such_a_folder_is_written_in_any_locale(zoo, tmp_path, language):
     env = {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG", "PYTHON"))}
     words = [sys.executable, str(ROOT / "data.py"), "--data", str(zoo), "--out",
              str(tmp_path / "sheet.png"), "--image", "24", "--local-image", "12", "--patch", "12"]
     run = subprocess.run(words, capture_output=True, env=env | language, cwd=ROOT)
     assert run.returncode == 0, run.stderr.decode(errors="replace")
     assert b"Traceback" not in run.stderr and b"Warning" not in run.stderr
-    # the class, and so its captions, is the same in any locale
+    # the class name, and therefore the captions, are the same in any locale
     assert b"caf\\xe9 au lait" in run.stdout or "caf\u00e9 au lait".encode() in run.stdout
     assert b"could not be read" in run.stdout and (tmp_path / "sheet.png").exists()
 
@@ -357,7 +359,7 @@ def test_the_contact_sheet_of_such_a_folder_is_drawn_in_any_language(zoo, tmp_pa
 def test_a_tar_that_ends_early_gives_the_samples_before_that(tmp_path, capsys):
     whole = Path(tar_of(tmp_path / "x.tar", pairs(5))).read_bytes()
     tar = tmp_path / "cut.tar"
-    # where 0004.png begins: each member is a header and a block
+    # offset of 0004.png: each member before it is a header and a block, 1024 bytes
     header = 1024 * 2 * 4
     for cut, flaw in ((header + 512 + 30, "0004.png is cut off"), (header + 100, "ends early"),
                       (header, "ends early")):
@@ -368,17 +370,17 @@ def test_a_tar_that_ends_early_gives_the_samples_before_that(tmp_path, capsys):
         assert captions == [f"number {i}" for i in range(4)]
         assert "1 of 1 tars are damaged" in out and flaw in out and "cut.tar" in out
     tar.write_bytes(whole + whole)
-    assert len(open_data(str(tar))) == 5 and "something follows" in capsys.readouterr().out
-    # a header overwritten: tarfile stops there silently
+    assert len(open_data(str(tar))) == 5 and "data after the end-of-archive block" in capsys.readouterr().out
+    # tarfile stops silently at an overwritten header
     tar.write_bytes(whole[:header] + b"\xaa" * 512 + whole[header + 512:])
     assert len(open_data(str(tar))) == 4 and "ends early" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", [b"0", b"Z"])
-def test_a_negative_size_does_not_lead_into_an_endless_loop(tmp_path, kind, capsys):
+def test_a_negative_size_does_not_cause_an_endless_loop(tmp_path, kind, capsys):
     body = bytearray(Path(tar_of(tmp_path / "x.tar", pairs(2))).read_bytes())
     at = 2 * 1024                                                 # the header of 0001.png
-    # -1536 in GNU's base 256: the next header would be 0000.txt, again and again
+    # -1536 in GNU's base 256: the next header would be that of 0000.txt, and so on without end
     body[at + 124:at + 136] = b"\xff" * 10 + b"\xfa\x00"
     body[at + 156:at + 157] = kind
     body[at + 148:at + 156] = b" " * 8
@@ -387,7 +389,7 @@ def test_a_negative_size_does_not_lead_into_an_endless_loop(tmp_path, kind, caps
     assert len(open_data(str(tmp_path / "x.tar"))) == 1 and "damaged" in capsys.readouterr().out
 
 
-def test_bad_tars_among_good_ones_are_named_counted_and_skipped(tmp_path, capsys):
+def test_unreadable_tars_among_readable_ones_are_reported_counted_and_skipped(tmp_path, capsys):
     for n in (0, 1, 2, 4, 5, 6):
         tar_of(tmp_path / f"x-{n}.tar", pairs(2, 2 * n))
     (tmp_path / "x-1.tar").write_bytes(b"")
@@ -403,7 +405,7 @@ def test_bad_tars_among_good_ones_are_named_counted_and_skipped(tmp_path, capsys
 @pytest.mark.parametrize("content, reason", [
     (b"", "empty"), (bytes(10240), "holds no pairs"), (b"\x1f\x8b" + bytes(999), "gunzip"),
     (b"<html>" * 300, "header")])
-def test_what_is_no_tar_says_why(tmp_path, content, reason):
+def test_a_file_that_is_not_a_tar_raises_with_the_reason(tmp_path, content, reason):
     (tmp_path / "x.tar").write_bytes(content)
     with pytest.raises(ValueError, match=reason):
         open_data(str(tmp_path / "x.tar"))
@@ -417,14 +419,14 @@ def test_incomplete_samples_duplicates_and_links_are_skipped_and_counted(tmp_pat
         ("._b.png", b"\0"), ("._b.txt", b"\0"), ("c.TXT", b"c"), ("c.JPG", image)],
         links=[("link.png", "/etc/passwd"), ("link.txt", "a.txt")])
     source = open_data(tar)
-    # a's second image, lonely, void, mute; a link is not counted as a file
+    # skipped: the second image of a, lonely, void, mute; links are not counted
     assert "4 of 6 samples are skipped" in capsys.readouterr().out
     assert [source.load(i)[1] for i in range(len(source))] == ["a", "c"]
     assert source.load(0)[0].size == (8, 8)
 
 
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-def test_names_of_any_length_and_letters_are_read_in_place_and_nothing_is_written(tmp_path, format):
+def test_names_of_any_length_and_any_characters_are_read_and_nothing_is_unpacked(tmp_path, format):
     names = ["x" * 300, "../../evil", "/tmp/absolute-vtp", "caf\u00e9 \u6f22", "a b/c d"]
     members = []
     for name in names:
@@ -450,12 +452,12 @@ def test_captions_are_cleaned(raw, plain, wanted):
     (b"", True), (b" \n", True), (b"{", False), (b"[]", False), (b"null", False),
     (b'{"text": "x"}', False), (b'{"caption": null}', False), (b'{"caption": ["a"]}', False),
     (b'{"caption": 7}', False), (b'{"caption": ""}', False), (b"[" * 100_000, False)])
-def test_what_is_no_caption_raises(raw, plain):
+def test_a_file_without_a_caption_raises(raw, plain):
     with pytest.raises(Exception):
         read_caption(raw, plain)
 
 
-def test_a_pair_without_a_readable_caption_is_replaced_and_named_by_its_member(tmp_path):
+def test_a_pair_without_a_readable_caption_is_replaced_and_reported_by_its_member_name(tmp_path):
     members = []
     for name, caption in (("good", b'{"caption": "fine"}'), ("bad", b"{"), ("none", b"{}")):
         members += [(f"{name}.png", encoded(noise(16))), (f"{name}.json", caption)]
@@ -471,13 +473,13 @@ def test_a_pair_without_a_readable_caption_is_replaced_and_named_by_its_member(t
     assert names == {f"{tar}:bad.png", f"{tar}:none.png"}
 
 
-def test_an_index_that_cannot_be_kept_is_made_again_and_says_so(tmp_path, monkeypatch, capsys):
+def test_an_index_that_cannot_be_stored_is_made_again_with_a_message(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("VTP_CACHE", str(tmp_path / "file" / "below"))
     assert len(open_data(tar_of(tmp_path / "x.tar", pairs(2)))) == 2
     assert "set VTP_CACHE=DIR" in capsys.readouterr().out
 
 
-def test_names_become_one_printable_line():
+def test_printable_gives_one_line_without_control_characters():
     name = "a\nb\t\x1b[31m\udcff caf\u00e9"
     assert printable(name) == r"a\nb\t\x1b[31m\udcff caf" + "\u00e9"

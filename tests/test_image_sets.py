@@ -25,7 +25,7 @@ def read(samples, size):
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_a_folder_and_an_npz_give_the_same_pictures_in_any_batches(tmp_path, save):
+def test_a_folder_and_an_npz_give_the_same_images_in_batches_of_any_size(tmp_path, save):
     images = noise()
     save(tmp_path / "s.npz", arr_0=images, labels=np.arange(5))
     a, b = open_samples(saved(tmp_path / "png", images)), open_samples(tmp_path / "s.npz")
@@ -35,7 +35,7 @@ def test_a_folder_and_an_npz_give_the_same_pictures_in_any_batches(tmp_path, sav
         assert torch.equal(read(a, size), chw(images)) and torch.equal(read(b, size), chw(images))
 
 
-def test_two_processes_read_halves_that_make_the_whole(tmp_path, monkeypatch):
+def test_two_processes_together_read_every_image_once(tmp_path, monkeypatch):
     images, halves = noise(), []
     np.savez(tmp_path / "s.npz", arr_0=images)
     for r in range(2):
@@ -45,7 +45,7 @@ def test_two_processes_read_halves_that_make_the_whole(tmp_path, monkeypatch):
     assert [len(h) for h in halves] == [2, 3] and torch.equal(torch.cat(halves), chw(images))
 
 
-def test_a_folder_is_read_in_the_order_of_names_and_not_below_itself(tmp_path):
+def test_a_folder_is_read_in_the_order_of_names_without_its_subfolders(tmp_path):
     images = noise(2)
     Image.fromarray(images[0]).save(tmp_path / "b.png")
     Image.fromarray(images[1]).save(tmp_path / "a.bmp")
@@ -53,7 +53,7 @@ def test_a_folder_is_read_in_the_order_of_names_and_not_below_itself(tmp_path):
     assert torch.equal(read(open_samples(tmp_path), 2), chw(images[::-1].copy()))
 
 
-def test_statistics_come_back_as_they_were_saved_and_say_how_many(tmp_path):
+def test_saved_statistics_are_read_back_with_their_number_of_images(tmp_path):
     mu, cov = statistics([gaussian(50, 6, 6, seed=1)])
     np.savez(tmp_path / "s.npz", arr_0=noise(50))
     save_statistics(tmp_path / "stats.npz", (mu, cov), open_samples(tmp_path / "s.npz"), "six")
@@ -61,33 +61,33 @@ def test_statistics_come_back_as_they_were_saved_and_say_how_many(tmp_path):
     assert torch.equal(found.mu, mu) and torch.equal(found.sigma, cov)
     assert found.n == 50 and found.features == "six"
     assert found.name.endswith(f"saved statistics of {tmp_path / 's.npz'}")
-    with pytest.raises(ValueError, match="6 numbers, but features of squeezenet are 512"):
+    with pytest.raises(ValueError, match="6 numbers, but features of squeezenet have 512"):
         found.statistics(None, "squeezenet", "")
-    # as ADM's reference files: float32, with a few images, without their number
+    # like ADM's reference files: float32, with a few images, without their total number
     np.savez(tmp_path / "adm.npz", mu=mu.numpy().astype(np.float32),
              sigma=cov.numpy().astype(np.float32), arr_0=noise())
     adm = open_samples(tmp_path / "adm.npz")
     assert adm.n == 0 and frechet_distance(found.mu, found.sigma, adm.mu, adm.sigma) < 1e-4
 
 
-@pytest.mark.parametrize("held, told", [
+@pytest.mark.parametrize("arrays, message", [
     ({"arr_0": noise().astype(np.float32)}, "float32 .*wanted uint8"),
     ({"arr_0": noise()[..., :1]}, r"wanted uint8 \(n, H, W, 3\)"),
     ({"arr_0": np.asfortranarray(noise())}, "column by column"),
-    ({"images": noise()}, "holds images; wanted arr_0"),
+    ({"images": noise()}, "contains images; wanted arr_0"),
     ({"mu": np.zeros(4), "sigma": np.zeros((4, 5))}, r"wanted \(F,\) and \(F, F\)"),
-    ({"mu": np.zeros(2), "sigma": np.array([[1., 2], [0, 1]])}, "no covariance"),
+    ({"mu": np.zeros(2), "sigma": np.array([[1., 2], [0, 1]])}, "not symmetric"),
     ({"mu": np.array([np.nan, 0]), "sigma": np.eye(2)}, "not finite")])
-def test_an_npz_that_is_no_samples_is_refused_in_a_sentence(tmp_path, held, told):
-    np.savez(tmp_path / "x.npz", **held)
-    with pytest.raises(ValueError, match=told):
+def test_an_npz_without_samples_is_rejected_with_an_explanation(tmp_path, arrays, message):
+    np.savez(tmp_path / "x.npz", **arrays)
+    with pytest.raises(ValueError, match=message):
         open_samples(tmp_path / "x.npz")
 
 
-def test_mixed_sizes_jpeg_damage_and_nothing_are_refused_in_a_sentence(tmp_path):
-    with pytest.raises(ValueError, match="holds no samples.npz and no images"):
+def test_mixed_sizes_jpeg_damaged_and_missing_files_are_rejected_with_an_explanation(tmp_path):
+    with pytest.raises(ValueError, match="contains no samples.npz and no images"):
         open_samples(tmp_path)
-    with pytest.raises(ValueError, match="there is no"):
+    with pytest.raises(ValueError, match="does not exist"):
         open_samples(tmp_path / "x.npz")
     mixed = saved(tmp_path / "mixed", noise(2))
     Image.fromarray(noise(1, 9)[0]).save(mixed / "z.png")
@@ -98,10 +98,10 @@ def test_mixed_sizes_jpeg_damage_and_nothing_are_refused_in_a_sentence(tmp_path)
         open_samples(lossy)
     assert "2 of them JPEG" in open_samples(lossy, jpeg=True).name
     broken = saved(tmp_path / "broken", noise(2))
-    (broken / "000.png").write_bytes(b"no picture")
+    (broken / "000.png").write_bytes(b"not an image")
     with pytest.raises(ValueError, match="000.png cannot be read as an image"):
         open_samples(broken)
     np.savez(tmp_path / "short.npz", arr_0=noise())
     (tmp_path / "short.npz").write_bytes((tmp_path / "short.npz").read_bytes()[:300])
-    with pytest.raises(ValueError, match="is no npz"):
+    with pytest.raises(ValueError, match="is not an npz file"):
         open_samples(tmp_path / "short.npz")

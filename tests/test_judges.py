@@ -1,4 +1,4 @@
-"""The networks that stand in for Inception: SqueezeNet and a classifier of the data."""
+"""The networks that replace Inception: SqueezeNet and a classifier trained on the user's data."""
 import os
 from pathlib import Path
 
@@ -31,21 +31,21 @@ def random_squeezenet():
     return SqueezeNet()
 
 
-def test_squeezenet_has_the_published_count_of_parameters_and_512_features_of_any_picture():
+def test_squeezenet_has_the_published_number_of_parameters_and_512_features():
     net = random_squeezenet()
-    # Iandola et al. 2016, Table 1, and its biases
+    # Iandola et al. 2016, Table 1, plus the biases
     assert sum(p.numel() for p in net.parameters()) == 1_248_424
     img = torch.randint(256, (3, 3, 40, 70), dtype=torch.uint8)
     assert net.grid(img).shape == (3, 512, 13, 13) and net(img).shape == (3, 512)
     assert net.logits(img).shape == (3, 1000) and not net.training
 
 
-def test_features_of_a_picture_do_not_depend_on_its_neighbours():
+def test_features_of_an_image_do_not_depend_on_the_rest_of_the_batch():
     net, img = random_squeezenet(), torch.randint(256, (5, 3, 64, 64), dtype=torch.uint8)
     assert torch.allclose(net(img), torch.cat([net(x) for x in img.split(1)]), rtol=1e-5, atol=1e-6)
 
 
-def test_squeezenet_sees_blue_first_around_caffes_mean():
+def test_the_input_of_squeezenet_is_bgr_minus_caffes_mean():
     net = random_squeezenet()
     mean = torch.tensor([123, 117, 104], dtype=torch.uint8)             # red, green, blue
     mean = mean[:, None, None].expand(1, 3, 8, 8)
@@ -56,7 +56,7 @@ def test_squeezenet_sees_blue_first_around_caffes_mean():
     assert torch.allclose(seen[1].mean((0, 2, 3)), torch.tensor([9., 0, 0]), atol=1e-4)
 
 
-def test_squeezenet_shrinks_pictures_as_pil_does():
+def test_squeezenet_resizes_images_as_pil_does():
     net, seen = random_squeezenet(), []
     net.conv1.register_forward_pre_hook(lambda layer, x: seen.append(x[0]))
     img = noise(1, 300)[0]
@@ -67,7 +67,7 @@ def test_squeezenet_shrinks_pictures_as_pil_does():
     assert (seen[0][0] - pil).abs().max() < 1.01                        # PIL rounds twice
 
 
-def test_load_squeezenet_takes_half_precision_and_every_layer(tmp_path, monkeypatch):
+def test_load_squeezenet_accepts_half_precision_and_needs_every_layer(tmp_path, monkeypatch):
     monkeypatch.setattr("vtp_min.extras.judges.find", lambda name: tmp_path / f"{name}.npz")
     weights = {k: v.numpy().astype(np.float16) for k, v in random_squeezenet().state_dict().items()}
     np.savez(tmp_path / "squeezenet.npz", **weights)
@@ -79,39 +79,40 @@ def test_load_squeezenet_takes_half_precision_and_every_layer(tmp_path, monkeypa
         load_squeezenet()
 
 
-def test_the_real_squeezenet_gives_the_features_it_gave(squeezenet):
+def test_the_features_of_the_real_squeezenet_are_the_recorded_ones(squeezenet):
     x = squeezenet(chw(GOLDEN["images"][:1]))
     known = torch.tensor([0.0812554, 2.204534, 41.73498, 0])
     assert torch.allclose(x[0, :4], known, rtol=1e-4, atol=1e-5)
 
 
-def test_the_real_squeezenet_names_photographs(squeezenet):
-    """VTP_PHOTOS: a folder of ImageNet pictures, a folder a class, named by WordNet id"""
+def test_the_real_squeezenet_classifies_photographs(squeezenet):
+    """VTP_PHOTOS: a folder of ImageNet images, one folder per class, named by WordNet id"""
     if "VTP_PHOTOS" not in os.environ:
-        pytest.skip("VTP_PHOTOS names no folder of ImageNet pictures")
+        pytest.skip("VTP_PHOTOS is not set to a folder of ImageNet images")
     files = sorted(Path(os.environ["VTP_PHOTOS"]).glob("n*/*"))
     ids = (ASSETS / "imagenet_wnids.txt").read_text().split()
-    right = 0
+    n_correct = 0
     for file in files:
         with Image.open(file) as image:
             logits = squeezenet.logits(chw(np.array(image.convert("RGB"))[None]))
-        right += logits.argmax().item() == ids.index(file.parent.name)
-    assert right / len(files) > 0.5                    # 59.5 % of 200 were right; chance is 0.1 %
+        n_correct += logits.argmax().item() == ids.index(file.parent.name)
+    # 59.5 % of 200 images were correct; chance is 0.1 %
+    assert n_correct / len(files) > 0.5
 
 
 # ---- the classifier
 
 def stripes(n, seed):
-    """Two classes: horizontal and vertical stripes, in noise."""
-    draw = torch.Generator().manual_seed(seed)
+    """Two classes: horizontal and vertical stripes, with noise"""
+    rng = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % 2
     wave = (torch.arange(32) // 4 % 2 * 120.)
     vertical = labels.bool()[:, None, None, None]
     images = torch.where(vertical, wave[None, None, None, :], wave[None, None, :, None])
-    return (images + torch.rand(n, 3, 32, 32, generator=draw) * 100).to(torch.uint8), labels
+    return (images + torch.rand(n, 3, 32, 32, generator=rng) * 100).to(torch.uint8), labels
 
 
-def test_the_classifier_learns_to_tell_horizontal_from_vertical_stripes():
+def test_the_classifier_learns_to_distinguish_horizontal_and_vertical_stripes():
     model, accuracy = train_classifier(*stripes(64, 0), 2, *stripes(40, 1), steps=30, batch=16,
                                        progress=False)
     assert accuracy == 1
@@ -127,7 +128,7 @@ def trained(seed):
                             progress=False)[0]
 
 
-def test_the_same_seed_trains_the_same_classifier_and_leaves_the_callers_random_numbers_alone():
+def test_the_same_seed_trains_the_same_classifier_and_keeps_the_callers_random_state():
     torch.manual_seed(5)
     before = torch.get_rng_state()
     one, two, other = trained(0), trained(0), trained(1)
@@ -136,14 +137,14 @@ def test_the_same_seed_trains_the_same_classifier_and_leaves_the_callers_random_
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_a_classifier_reads_any_side_from_32_to_96():
+def test_a_classifier_accepts_images_of_32_to_96_pixels():
     model = Classifier(3).eval()
     for side in (32, 48, 96):
         images = torch.zeros(1, 3, side, side, dtype=torch.uint8)
         assert model(images)[0].shape == (1, 256)
 
 
-def test_a_stored_classifier_is_trained_once_and_anew_for_other_images(tmp_path):
+def test_a_stored_classifier_is_trained_once_and_again_for_other_images(tmp_path):
     calls = []
 
     def images():

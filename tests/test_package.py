@@ -1,5 +1,5 @@
-"""The package needs neither the scripts nor data.py nor tokenizer.py, and its core needs no extra
-to be imported: it works from any folder."""
+"""The package imports neither the scripts nor data.py nor tokenizer.py, so it can be imported from
+any folder. Importing its core imports no extra."""
 import ast
 import os
 import subprocess
@@ -18,16 +18,16 @@ SCRIPTS = {"train", "eval", "dit", "data", "tokenizer"}
 
 
 def tree(module):
-    """module  a name below vtp_min, or '' or 'extras' for the package itself"""
+    """Syntax tree of a module.   module  name below vtp_min; '' and 'extras' are the packages"""
     path = PACKAGE.joinpath(*module.split("."))
     path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     return ast.parse(path.read_text())
 
 
 def imported(node, package):
-    """Absolute names that an import statement imports; `from a import b` may mean module a.b
+    """Absolute names that an import statement may import, since `from a import b` can mean a.b
 
-    package  of the file that holds the statement: 'vtp_min' or 'vtp_min.extras'
+    package  package of the file with the statement: 'vtp_min' or 'vtp_min.extras'
     """
     if isinstance(node, ast.Import):
         return {alias.name for alias in node.names}
@@ -42,7 +42,7 @@ def imported(node, package):
 
 
 def module_level(node):
-    """The statements that run on import: all but the bodies of functions"""
+    """Yield the nodes that run on import: all except the bodies of functions."""
     for child in ast.iter_child_nodes(node):
         if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             yield child
@@ -69,7 +69,7 @@ def test_a_core_module_imports_no_extra_at_module_level(module):
     assert not {name for name in names if name.startswith("vtp_min.extras")}
 
 
-def test_the_two_tests_above_find_imports_of_each_form():
+def test_the_two_tests_above_detect_every_form_of_import():
     code = ("import data\nfrom . import extras\nfrom .extras import fast\nimport vtp_min.extras.a\n"
             "if True:\n    from .extras.b import f\ndef g():\n    from .extras import late\n"
             "class C:\n    from vtp_min.extras import c\n")
@@ -83,8 +83,8 @@ def test_the_two_tests_above_find_imports_of_each_form():
     assert "vtp_min.losses.sinkhorn" in imported(node, "vtp_min.extras")
 
 
-def imports(tmp_path, code):
-    """Run code in another folder, with the package alone on the path -> its output"""
+def run_elsewhere(tmp_path, code):
+    """Run code in another folder, with only the package on the path -> its output"""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "vtp_min").symlink_to(PACKAGE, target_is_directory=True)
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
@@ -98,11 +98,11 @@ def test_every_module_can_be_imported_from_another_folder_without_the_scripts(tm
     lines = ["import vtp_min"]
     lines += [f"import vtp_min.{module}" for module in MODULES]
     lines.append("print('all imported')")
-    assert imports(tmp_path, "\n".join(lines)) == "all imported\n"
+    assert run_elsewhere(tmp_path, "\n".join(lines)) == "all imported\n"
 
 
 def test_importing_the_core_loads_no_extra(tmp_path):
     lines = ["import sys", "import vtp_min"]
     lines += [f"import vtp_min.{module}" for module in CORE]
     lines.append("print([name for name in sys.modules if name.startswith('vtp_min.extras')])")
-    assert imports(tmp_path, "\n".join(lines)) == "[]\n"
+    assert run_elsewhere(tmp_path, "\n".join(lines)) == "[]\n"

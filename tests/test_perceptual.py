@@ -1,4 +1,4 @@
-"""LPIPS as a loss: a distance of images, with frozen weights, in the scale that it expects."""
+"""LPIPS as a loss: a distance between images, with frozen weights, on inputs of the right scale."""
 import pytest
 import torch
 import torchvision
@@ -27,11 +27,11 @@ def test_the_gradient_of_lpips_reaches_the_pixels_but_not_its_weights(squeeze):
     assert all(not p.requires_grad and p.grad is None for p in squeeze.parameters())
 
 
-def test_lpips_stays_in_eval_mode_whatever_its_parent_does(squeeze):
+def test_lpips_stays_in_eval_mode_when_its_parent_is_in_train_mode(squeeze):
     parent = nn.ModuleList([squeeze]).train()
     assert parent.training and not any(m.training for m in squeeze.modules())
     a, b = torch.randn(2, 1, 3, 32, 32)
-    assert squeeze(a, b) == squeeze(a, b)                     # dropout would differ
+    assert squeeze(a, b) == squeeze(a, b)                     # with dropout they would differ
 
 
 def test_lpips_is_the_same_inside_and_outside_autocast(squeeze):
@@ -62,7 +62,7 @@ def test_lpips_undoes_imagenet_s_normalisation():
 
 
 def test_the_trunk_of_lpips_is_torchvision_s_network(tmp_path, monkeypatch):
-    """The names match: LPIPS compares the outputs of torchvision's layers."""
+    """The parameter names are mapped correctly: the features are those of torchvision's network."""
     torch.manual_seed(3)
     net = torchvision.models.squeezenet1_1(weights=None).eval()
     torch.save(net.state_dict(), tmp_path / "squeeze.pth")

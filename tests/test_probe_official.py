@@ -1,4 +1,4 @@
-"""The released code's linear probe: many linear heads trained by SGD on augmented crops."""
+"""The linear probe of the released code: many linear heads trained by SGD on augmented crops."""
 import numpy as np
 import pytest
 import torch
@@ -15,21 +15,22 @@ from vtp_min.probes import probe_features
 
 
 def jittered(iterations, kinds, n=24, n_classes=3, seed=0):
-    """The same clouds, jittered anew each iteration, seen through feature sets of several widths"""
+    """Gaussian clouds with new noise in each iteration; each kind of features is the first `width`
+    columns"""
     for t in range(iterations):
         x, y = clouds(n, n_classes, 8, 0.3, seed + t)
         yield {kind: x[:, :width] for kind, width in kinds.items()}, y
 
 
-def test_heads_trained_together_are_those_that_torchs_sgd_trains_alone():
+def test_heads_trained_together_equal_heads_trained_one_by_one_with_torchs_sgd():
     kinds, rates, iterations = {"a": 8, "b": 5}, (0.5, 20.0), 7
     test, y = clouds(60, seed=99, spread=0.5)
     features = {kind: test[:, :width] for kind, width in kinds.items()}
     found = sgd_probe(jittered(iterations, kinds), iterations, 3, {"val": (features, y)},
                       every=iterations, rates=rates)["val"]
-    draw = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     for kind, width in kinds.items():
-        start = (0.01 * torch.randn(width + 1, 6, generator=draw)).view(width + 1, 2, 3)
+        start = (0.01 * torch.randn(width + 1, 6, generator=rng)).view(width + 1, 2, 3)
         for r, rate in enumerate(rates):
             head = torch.nn.Linear(width, 3)
             with torch.no_grad():
@@ -42,11 +43,11 @@ def test_heads_trained_together_are_those_that_torchs_sgd_trains_alone():
                 F.cross_entropy(head(x[kind]), labels).backward()
                 opt.step()
                 decay.step()
-            right = head(test[:, :width]).argmax(1) == y
-            assert found[kind][0, r] == right.double().mean()
+            correct = head(test[:, :width]).argmax(1) == y
+            assert found[kind][0, r] == correct.double().mean()
 
 
-def test_heads_learn_clouds_and_the_released_code_has_thirteen_rates():
+def test_heads_learn_to_classify_clouds_and_there_are_thirteen_rates():
     x, y = clouds(90, seed=5, spread=0.3)
     sets = {"val": ({"all": x}, y)}
     found = sgd_probe(jittered(40, {"all": 8}), 40, 3, sets, every=20)["val"]["all"]
@@ -55,7 +56,8 @@ def test_heads_learn_clouds_and_the_released_code_has_thirteen_rates():
 
 
 class Squares:
-    """Pictures 0 to 6, picture k of colour 30 k and label k; picture 3 cannot be read"""
+    """A data source of 7 images: image k is a ramp from 0 to 30 k with label k; image 3 cannot be
+    read"""
     spec = "squares"
 
     def __len__(self):
@@ -71,7 +73,7 @@ class Squares:
         return Image.fromarray(np.tile(line[None, :, None], (24, 1, 3))), "", int(index)
 
 
-def test_rows_of_two_processes_are_the_rows_of_one_and_an_epoch_shows_every_picture(capsys):
+def test_two_processes_get_the_rows_of_one_and_an_epoch_contains_every_image(capsys):
     whole = [augmented_batch(Squares(), 8, 7, 0, range(7), step) for step in range(2)]
     for images, labels in whole:
         assert images.shape == (7, 3, 8, 8) and images.dtype == torch.uint8
@@ -96,7 +98,7 @@ def test_the_center_crop_is_torchvision_s_resize_256_and_center_crop_224_at_any_
     assert np.array_equal(np.asarray(center_crop(image, 28)), np.asarray(theirs))
 
 
-def test_probed_layers_are_the_released_code_s_and_the_latent_is_the_mean_of_the_grid():
+def test_features_are_the_layers_of_the_released_code_and_the_mean_latent():
     torch.manual_seed(0)
     model = VTPModel(VTPConfig.of_size("nano", image=24, patch=12)).eval()
     x = torch.randn(2, 3, 24, 24)

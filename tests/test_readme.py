@@ -1,5 +1,6 @@
-"""Every command that README, Makefile and study/ show is one that its script understands; the
-Python code of the README runs."""
+"""The documentation matches the code: the scripts accept every command that README, docs/, Makefile
+and study/ show, the Python code of docs/weights.md runs, and the README is short and lists every
+file."""
 import ast
 import re
 import shlex
@@ -33,14 +34,26 @@ def parse_eval(words):
         return eval.arguments()
 
 
-# each exits, or raises ValueError, if it does not know a flag
+# script: parser of its flags, which exits or raises ValueError for an unknown flag
 PARSERS = {"train.py": parse_train, "eval.py": parse_eval, "dit.py": dit.parse}
 
 
-def code_that_we_show():
-    """The shell code of README, Makefile and study/, with the variables that hold several flags
-    replaced by their flags"""
-    text = "".join(re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S))
+def shell_blocks(path):
+    """The shell code of a Markdown file: its sh blocks, and commands between backquotes (tables
+    contain some)"""
+    text = path.read_text()
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.S)
+    outside = re.sub(r"```.*?```", "", text, flags=re.S)
+    inline = re.findall(r"`([^`\n]+)`", outside)
+    blocks += [code for code in inline if re.match(r"(python|torchrun|train\.py) ?.*\.py \S", code)]
+    return "\n".join(blocks)
+
+
+def documented_code():
+    """The shell code of README, docs/, Makefile and study/. A variable that contains several flags
+    is replaced by these flags."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "study/README.md"]
+    text = "\n".join(shell_blocks(page) for page in pages) + "\n"
     for path in [ROOT / "Makefile", *sorted((ROOT / "study").glob("*.sh"))]:
         code = path.read_text()
         for name, flags in re.findall(r'^(\w+)="(--.*)"$', code, re.M):
@@ -50,30 +63,32 @@ def code_that_we_show():
 
 
 def commands():
-    """-> (script, its words) of every line of code that calls one of our scripts; the remaining
-    $NAMES become plain words"""
-    text = code_that_we_show().replace("\\\n", " ")
+    """Yield (script, list of its arguments) for every command that calls one of our scripts. The
+    other variables are replaced by their names: $RUN becomes RUN."""
+    text = documented_code().replace("\\\n", " ")                # a backslash continues the line
     text = re.sub(r"\$[({]?(\w+)[)}]?", r"\1", text)
     for line in re.split(r"\n|&&", text):
-        words = shlex.split(re.sub(r" \d?>.*", "", line), comments=True)
+        without_redirection = re.sub(r" \d?>.*", "", line)
+        words = shlex.split(without_redirection, comments=True)
         for script in PARSERS:
             if script in words:
-                own = words[words.index(script) + 1:]
-                yield pytest.param(script, own, id=" ".join(words)[:80])
+                arguments = words[words.index(script) + 1:]
+                yield pytest.param(script, arguments, id=" ".join(words)[:80])
 
 
 @pytest.mark.parametrize("script, words", list(commands()))
-def test_a_command_that_we_show_is_understood(script, words):
+def test_a_documented_command_is_accepted_by_its_script(script, words):
     PARSERS[script](words)
 
 
-def test_no_command_hides_from_this_test():
+def test_at_least_20_commands_are_found_in_the_documentation():
     assert len(list(commands())) >= 20
 
 
 @pytest.mark.parametrize("script", [*PARSERS])
-def test_an_unknown_flag_is_refused(script):
-    words = {"train.py": [], "eval.py": ["zeroshot", "RUN"], "dit.py": ["latents", "RUN"]}[script]
+def test_an_unknown_flag_or_setting_is_an_error(script):
+    required = {"train.py": [], "eval.py": ["zeroshot", "RUN"], "dit.py": ["latents", "RUN"]}
+    words = required[script]
     PARSERS[script](words)
     with pytest.raises(SystemExit):
         PARSERS[script]([*words, "--unknown", "1"])
@@ -81,50 +96,80 @@ def test_an_unknown_flag_is_refused(script):
         PARSERS[script]([*words, "--set", "unknown=1"])
 
 
-def table_of_files():
-    """The files of the README's table, in its order"""
+def listed_files():
+    """Yield the files in the README's list, in its order. The entry vtp_min/extras/ is replaced by
+    the files that are listed in vtp_min/extras/__init__.py."""
     text = (ROOT / "README.md").read_text()
-    return re.findall(r"^\|[^|]*\| `([\w/]+\.py)` \|", text, re.M)
+    for name in re.findall(r"^([\w/]+(?:\.py|/))  +\S", text, re.M):
+        if name == "vtp_min/extras/":
+            yield from listed_extras()
+        else:
+            yield name
+
+
+def listed_extras():
+    text = (ROOT / "vtp_min/extras/__init__.py").read_text()
+    return [f"vtp_min/extras/{name}" for name in re.findall(r"^    (\w+\.py)  +\S", text, re.M)]
 
 
 def files_of(folder):
-    """Its Python files, relative to the repository"""
+    """The Python files of a folder, as paths relative to the repository"""
     paths = (ROOT / folder).glob("*.py")
     return {path.relative_to(ROOT).as_posix() for path in paths if path.name != "__init__.py"}
 
 
 def imported_files(file):
-    """Files that may be imported when this file is imported"""
+    """Yield the files that the statements "from ... import ..." of a file may refer to. They need
+    not exist: "from a import b" may import a.py or a/b.py."""
     for node in ast.parse((ROOT / file).read_text()).body:
         if not isinstance(node, ast.ImportFrom):
             continue
-        above = Path(file).parts[:-node.level] if node.level else ()
-        base = "/".join([*above, *(node.module or "").split(".")]).strip("/")
+        folders = ()
+        if node.level:                                     # relative import with `level` dots
+            folders = Path(file).parts[:-node.level]
+        module = (node.module or "").split(".")
+        base = "/".join([*folders, *module]).strip("/")
         yield f"{base}.py"
-        yield from (f"{base}/{name.name}.py" for name in node.names)
+        for name in node.names:
+            yield f"{base}/{name.name}.py"
 
 
-def test_the_table_names_every_file():
+def test_the_lists_of_files_are_complete():
     wanted = files_of("") | files_of("vtp_min") | files_of("vtp_min/extras")
-    assert sorted(table_of_files()) == sorted(wanted)
+    assert sorted(listed_files()) == sorted(wanted)
 
 
-def test_a_file_imports_only_from_files_further_down_in_the_table():
-    order = table_of_files()
+def test_a_file_imports_only_from_files_further_down_in_the_list():
+    extras = set(listed_extras())
+    order = [file for file in listed_files() if file not in extras]
     for k, file in enumerate(order):
         assert not set(order[:k + 1]) & set(imported_files(file)), file
 
 
-@pytest.mark.filterwarnings("ignore:.*CUDA is not available")      # what autocast says without CUDA
-def test_the_quick_start_runs_and_gives_its_shapes(tmp_path, monkeypatch, capsys):
+def test_the_readme_has_at_most_10_kilobytes():
+    assert (ROOT / "README.md").stat().st_size <= 10_000
+
+
+def test_every_relative_link_in_the_documentation_leads_to_a_file():
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "study/README.md"]:
+        links = re.findall(r"\]\(([^)#\s]+)(?:#[\w-]+)?\)", page.read_text())
+        for link in links:
+            assert link.startswith("https://") or (page.parent / link).exists(), (page, link)
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")     # from autocast, without a GPU
+def test_the_code_in_weights_md_runs_and_its_outputs_have_the_right_shapes(
+        tmp_path, monkeypatch, capsys):
+    """It runs in a folder with a small model and an image in place of the released weights."""
     monkeypatch.chdir(tmp_path)
     config = VTPConfig(vision_embed_dim=48, vision_depth=5, vision_num_heads=2,
                        vision_feature_bottleneck=6, text_embed_dim=32, text_num_heads=2,
                        text_depth=1, decoder_embed_dim=32, decoder_num_heads=2, decoder_depth=1)
     VTPModel(config).save_pretrained("VTP-Large-f16d64")
     Image.new("RGB", (300, 200), "orange").save("dog.png")
-    text = (ROOT / "README.md").read_text()
-    code, names = re.search(r"```python\n(.*?)```", text, re.S)[1], {}
+    text = (ROOT / "docs/weights.md").read_text()
+    code = re.search(r"```python\n(.*?)```", text, re.S)[1]
+    names = {}                                             # the variables of the code
     exec(code, names)
 
     shapes = {"latents": (1, 6, 16, 16), "recon": (1, 3, 256, 256), "image_features": (1, 32),

@@ -1,4 +1,4 @@
-"""The report shows what it says, and its page is complete in one file, whatever the run learned."""
+"""The report: its computations are correct, and its page is one file for every kind of run."""
 import json
 import re
 from functools import partial
@@ -32,7 +32,7 @@ def make_model(clip=1, ssl=0, rec=0.1):
 
 
 def make_run(folder, clip=1, ssl=1, rec=0.1, data="shapes", val_data=None, **more):
-    """A run folder of train.py, but untrained"""
+    """A run folder as train.py writes it, with an untrained model"""
     make_model(clip, ssl, rec).save_pretrained(folder)
     settings = dict(w_clip=clip, w_ssl=ssl, w_rec=rec, data=data, val_data=val_data, size="nano",
                     batch=16, batch_ssl=8, batch_rec=8, steps=40, lr=1e-3, seed=0,
@@ -58,8 +58,8 @@ def write_lines(path, lines):
 
 # ---- attention
 
-def test_the_attention_of_the_class_token_is_what_the_last_block_itself_computes(monkeypatch):
-    """Attention to values that are one-hot returns its own weights."""
+def test_the_attention_of_the_class_token_is_that_of_the_last_block(monkeypatch):
+    """If the values are one-hot vectors, the output of attention is its weights."""
     model, img, found = make_model(), torch.randn(3, 3, 16, 24), []
     attention = vit.attention
 
@@ -80,14 +80,14 @@ def test_the_attention_of_the_class_token_is_what_the_last_block_itself_computes
 
 # ---- principal components, neighbours
 
-def test_three_components_explain_three_dimensional_features_and_colours_lie_in_0_to_1():
+def test_three_components_explain_three_dimensional_features_and_colours_are_in_0_to_1():
     x = torch.randn(2, 4, 5, 3) @ torch.randn(3, 20) + 7
-    rgb, share = pca_rgb(x)
+    rgb, explained = pca_rgb(x)
     assert rgb.shape == (2, 3, 4, 5) and rgb.min() == 0 and rgb.max() == 1
-    assert share == pytest.approx(1)
+    assert explained == pytest.approx(1)
 
 
-def test_red_is_the_first_component_and_shift_and_scale_change_nothing():
+def test_red_is_the_first_component_and_colours_are_invariant_to_shift_and_scale():
     ramp = torch.linspace(-1, 1, 16).view(1, 4, 4, 1)
     x = torch.cat([10 * ramp, ramp.roll(5, 1), ramp.roll(3, 2)], -1)
     red = pca_rgb(x)[0][0, 0].flatten()
@@ -96,8 +96,8 @@ def test_red_is_the_first_component_and_shift_and_scale_change_nothing():
 
 
 def test_equal_features_have_finite_colours():
-    rgb, share = pca_rgb(torch.ones(2, 3, 3, 8))
-    assert rgb.isfinite().all() and share == 0
+    rgb, explained = pca_rgb(torch.ones(2, 3, 3, 8))
+    assert rgb.isfinite().all() and explained == 0
 
 
 def test_nearest_neighbours_are_other_images_in_the_order_of_their_distance():
@@ -116,7 +116,7 @@ def test_classes_alternate_in_the_order_of_the_images():
 
 # ---- figures
 
-def test_small_images_are_enlarged_without_smoothing_and_large_ones_are_shrunk():
+def test_small_images_are_enlarged_without_interpolation_and_large_ones_are_reduced():
     x = torch.rand(1, 3, 5, 5)
     large = resize(x, 13)
     assert large.shape[-1] == 10 and torch.equal(large[..., ::2, 1::2], x)
@@ -133,8 +133,8 @@ def test_a_figure_escapes_its_texts_and_saves_its_image_as_a_file(tmp_path):
 
 # ---- numbers
 
-def test_of_equal_names_the_latest_number_is_shown_and_texts_are_escaped(tmp_path):
-    assert "Nothing has been measured" in metrics_table(tmp_path, tmp_path / "dit")
+def test_the_latest_value_of_each_metric_is_shown_and_texts_are_escaped(tmp_path):
+    assert "There are no metrics yet" in metrics_table(tmp_path, tmp_path / "dit")
     write_lines(tmp_path / "metrics.jsonl", [
         {"name": "FID", "value": 9.0, "protocol": "old"},
         {"name": "<i>", "value": "nan", "protocol": "p"},
@@ -148,8 +148,7 @@ def test_of_equal_names_the_latest_number_is_shown_and_texts_are_escaped(tmp_pat
 # ---- the page
 
 @pytest.mark.parametrize("mix", MIXES)
-def test_every_mix_of_objectives_has_a_page_that_is_complete_in_one_file(tmp_path, mix,
-                                                                          monkeypatch):
+def test_every_combination_of_objectives_has_a_self_contained_page(tmp_path, mix, monkeypatch):
     monkeypatch.setattr(report, "GALLERY", 12)
     clip, ssl, rec = MIXES[mix]
     page = write_report(make_run(tmp_path, clip, ssl, rec)).read_text("utf-8")
@@ -176,14 +175,14 @@ def test_images_without_classes_are_matched_to_captions_which_are_escaped(tmp_pa
     assert "the 12 captions" in page and "green frame" not in page
 
 
-def test_only_the_seed_chooses_the_images(tmp_path, monkeypatch):
+def test_the_choice_of_images_depends_on_the_seed_only(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "GALLERY", 12)
     make_run(tmp_path)
     first, again, other = (write_report(tmp_path, seed=s).read_text("utf-8") for s in (0, 0, 1))
     assert first == again != other
 
 
-def test_samples_of_the_diffusion_transformer_are_in_rows_of_their_class(tmp_path):
+def test_samples_of_the_diffusion_transformer_are_grouped_by_class(tmp_path):
     (tmp_path / "samples" / "png").mkdir(parents=True)
     for j, label in enumerate([1, 0, 1]):
         pixels = np.full((16, 16, 3), 200 * label + j, np.uint8)
@@ -192,12 +191,13 @@ def test_samples_of_the_diffusion_transformer_are_in_rows_of_their_class(tmp_pat
     (tmp_path / "samples" / "labels.json").write_text(json.dumps(info))
     page = samples(image_saver(tmp_path), tmp_path)
     shown = np.asarray(Image.open(tmp_path / "samples.png"))[64::130, 64::130, 0]
-    assert shown.tolist() == [[1, 255], [200, 202]]                # 255: white, no second cat
+    # 255: white, because there is no second cat
+    assert shown.tolist() == [[1, 255], [200, 202]]
     assert page.index("cat") < page.index("&lt;dog&gt;") and "3 samples" in page
     assert "no samples" in samples(image_saver(tmp_path), tmp_path / "elsewhere")
 
 
-def test_a_folder_without_weights_or_without_images_is_refused_with_what_to_type(tmp_path):
+def test_a_folder_without_weights_or_images_is_rejected_with_the_command_to_type(tmp_path):
     with pytest.raises(ValueError, match="train.py --out"):
         write_report(tmp_path)
     make_model().save_pretrained(tmp_path)

@@ -1,4 +1,5 @@
-"""A run folder: what is saved is whole, what goes on is the same run, and anything else is refused by name."""
+"""A run folder: files are always complete, a resumed run equals an uninterrupted one, and a folder
+with other settings is rejected with a message."""
 import json
 import math
 import os
@@ -19,11 +20,13 @@ from vtp_min.config import atomic_write
 from vtp_min.device import autocast, move_to, peak_flops, set_tf32, tf32_of
 from vtp_min.run import MUTABLE_FLAGS, Run, parse_settings, record_metric, to_json
 
-SETTINGS = {"size": "nano", "lr": 1e-3, "betas": (0.9, 0.98), "steps": 10, "workers": 0, "device": "cpu"}
+SETTINGS = {"size": "nano", "lr": 1e-3, "betas": (0.9, 0.98), "steps": 10, "workers": 0,
+            "device": "cpu"}
+SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 
 
 class Part:
-    """Stands for a model or an optimizer"""
+    """In place of a model or an optimizer"""
     def __init__(self, n):
         self.w = torch.full((3,), float(n))
 
@@ -38,11 +41,11 @@ def weights(n):
     return {"part": Part(n)}
 
 
-def holds(checkpoint, n):
+def contains_weights(checkpoint, n):
     return torch.equal(checkpoint["part"]["w"], weights(n)["part"].w)
 
 
-def three_checkpoints(folder):
+def save_three_checkpoints(folder):
     run = Run(folder, SETTINGS)
     for step in (1, 2, 3):
         run.log(step, loss=1 / step)
@@ -50,101 +53,122 @@ def three_checkpoints(folder):
     return run
 
 
-def steps_of(folder):
+def logged_steps(folder):
     return [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+def saved_steps(folder):
+    """Steps of the newest checkpoint and of the one before it"""
+    return [torch.load(folder / name)["step"] for name in ("last.pt", "previous.pt")]
+
+
+def handlers():
+    return {s: signal.getsignal(s) for s in SIGNALS}
+
+
+def restore_handlers(before):
+    for s, handler in before.items():
+        signal.signal(s, handler)
+
+
 # ---------------------------------------------------------------- saving
-def test_a_new_folder_holds_no_state_and_states_its_settings(tmp_path):
+def test_a_new_folder_has_no_checkpoint_and_contains_its_settings(tmp_path):
     run = Run(tmp_path / "a" / "b", SETTINGS)
-    assert run.checkpoint is None and json.loads((tmp_path / "a" / "b" / "run.json").read_text()) == SETTINGS | {"betas": [0.9, 0.98]}
+    found = json.loads((tmp_path / "a" / "b" / "run.json").read_text())
+    assert run.checkpoint is None and found == SETTINGS | {"betas": [0.9, 0.98]}
 
 
-def test_what_was_saved_comes_back_bit_for_bit(tmp_path):
-    three_checkpoints(tmp_path)
-    state = Run(tmp_path, SETTINGS).checkpoint
-    assert state["step"] == 3 and holds(state, 3)
+def test_a_saved_state_is_loaded_bit_for_bit(tmp_path):
+    save_three_checkpoints(tmp_path)
+    checkpoint = Run(tmp_path, SETTINGS).checkpoint
+    assert checkpoint["step"] == 3 and contains_weights(checkpoint, 3)
 
 
-def test_the_last_two_checkpoints_are_kept_and_no_scrap_lies_around(tmp_path):
-    three_checkpoints(tmp_path)
-    assert [torch.load(tmp_path / name)["step"] for name in ("last.pt", "previous.pt")] == [3, 2]
-    assert {p.name for p in tmp_path.iterdir()} == {"last.pt", "previous.pt", "log.jsonl", "run.json"}
+def test_the_last_two_checkpoints_are_kept_and_no_temporary_file_remains(tmp_path):
+    save_three_checkpoints(tmp_path)
+    assert saved_steps(tmp_path) == [3, 2]
+    names = {p.name for p in tmp_path.iterdir()}
+    assert names == {"last.pt", "previous.pt", "log.jsonl", "run.json"}
 
 
-def test_a_file_is_the_old_one_or_the_new_one_never_half(tmp_path):
+def test_an_interrupted_write_leaves_the_old_file_complete(tmp_path):
     path = tmp_path / "file"
-    atomic_write(path, lambda aside: aside.write_text("old"))
-    def die(aside):
-        aside.write_text("half of the ne")
+    atomic_write(path, lambda temporary: temporary.write_text("old"))
+
+    def interrupted(temporary):
+        temporary.write_text("half of the ne")
         raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
-        atomic_write(path, die)
+        atomic_write(path, interrupted)
     assert path.read_text() == "old"
 
 
-def test_a_kill_at_any_moment_of_saving_leaves_a_checkpoint_to_go_on_from(tmp_path, monkeypatch):
-    """Saving renames twice; whichever call is the last one, a whole checkpoint of step 3 or 4 is found."""
+def test_after_a_kill_at_any_moment_of_saving_a_complete_checkpoint_is_found(tmp_path, monkeypatch):
+    """Saving renames two files. A kill before either rename leaves the checkpoint of step 3."""
     class Killed(BaseException):
         pass
     replace = os.replace
-    for fatal in range(4):
-        folder = tmp_path / str(fatal)
-        run, calls = three_checkpoints(folder), iter(range(9))
-        def counted(a, b):
-            if next(calls) == fatal:
+    for fatal_call in range(4):
+        folder = tmp_path / str(fatal_call)
+        run, calls = save_three_checkpoints(folder), iter(range(9))
+
+        def replace_until_killed(a, b):
+            if next(calls) == fatal_call:
                 raise Killed
             replace(a, b)
-        monkeypatch.setattr(config.os, "replace", counted)
-        if fatal < 2:
+        monkeypatch.setattr(config.os, "replace", replace_until_killed)
+        if fatal_call < 2:
             with pytest.raises(Killed):
                 run.save(4, weights(4))
         else:
             run.save(4, weights(4))
         monkeypatch.undo()
-        state = Run(folder, SETTINGS).checkpoint
-        assert state["step"] == (3 if fatal < 2 else 4) and holds(state, state["step"])
+        checkpoint = Run(folder, SETTINGS).checkpoint
+        assert checkpoint["step"] == (3 if fatal_call < 2 else 4)
+        assert contains_weights(checkpoint, checkpoint["step"])
 
 
-# ---------------------------------------------------------------- going on
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_serves(tmp_path, capsys):
-    three_checkpoints(tmp_path)
-    whole = (tmp_path / "last.pt").read_bytes()
-    at = whole.index(torch.full((3,), 3.0).numpy().tobytes())
-    flipped = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:]                      # one bit of a weight: torch.load alone would not see it
-    for damaged in (b"", b"nonsense", whole[:len(whole) // 2], flipped):
+# ---------------------------------------------------------------- resuming
+def test_a_damaged_last_checkpoint_is_reported_and_the_previous_one_is_used(tmp_path, capsys):
+    save_three_checkpoints(tmp_path)
+    complete = (tmp_path / "last.pt").read_bytes()
+    start = complete.index(torch.full((3,), 3.0).numpy().tobytes())
+    # one bit of a weight: torch.load by itself would not detect it
+    flipped = complete[:start] + bytes([complete[start] ^ 1]) + complete[start + 1:]
+    for damaged in (b"", b"nonsense", complete[:len(complete) // 2], flipped):
         (tmp_path / "last.pt").write_bytes(damaged)
         run = Run(tmp_path, SETTINGS)
-        assert run.checkpoint["step"] == 2 and holds(run.checkpoint, 2)
-        said = capsys.readouterr().out
-        assert "last.pt is damaged" in said and "step 2" in said
+        assert run.checkpoint["step"] == 2 and contains_weights(run.checkpoint, 2)
+        printed = capsys.readouterr().out
+        assert "last.pt is damaged" in printed and "step 2" in printed
 
 
-def test_when_no_checkpoint_can_be_read_nothing_is_thrown_away(tmp_path):
-    three_checkpoints(tmp_path)
+def test_if_no_checkpoint_can_be_read_nothing_is_deleted(tmp_path):
+    save_three_checkpoints(tmp_path)
     for name in ("last.pt", "previous.pt"):
         (tmp_path / name).write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="no checkpoint.*--fresh"):
         Run(tmp_path, SETTINGS)
-    assert steps_of(tmp_path) == [1, 2, 3]
+    assert logged_steps(tmp_path) == [1, 2, 3]
 
 
-def test_log_lines_beyond_the_checkpoint_and_half_written_ones_are_dropped(tmp_path):
-    run = three_checkpoints(tmp_path)
+def test_log_lines_after_the_checkpoint_and_incomplete_lines_are_removed(tmp_path):
+    run = save_three_checkpoints(tmp_path)
     run.log(4, loss=0.25)
     with open(tmp_path / "log.jsonl", "a") as f:
-        f.write('{"step": 5, "lo')                                                     # the kill came here
-    assert Run(tmp_path, SETTINGS).checkpoint["step"] == 3 and steps_of(tmp_path) == [1, 2, 3]
+        f.write('{"step": 5, "lo')                              # as if the process was killed here
+    assert Run(tmp_path, SETTINGS).checkpoint["step"] == 3
+    assert logged_steps(tmp_path) == [1, 2, 3]
 
 
 def test_a_log_without_a_checkpoint_starts_over(tmp_path):
     Run(tmp_path, SETTINGS).log(1, loss=1.0)
     Run(tmp_path, SETTINGS)
-    assert steps_of(tmp_path) == []
+    assert logged_steps(tmp_path) == []
 
 
-def test_other_settings_are_refused_by_name_with_both_values(tmp_path):
-    three_checkpoints(tmp_path)
+def test_other_settings_raise_an_error_with_their_names_and_both_values(tmp_path):
+    save_three_checkpoints(tmp_path)
     with pytest.raises(ValueError, match=r"lr: was 0\.001, now 0\.002.*--fresh"):
         Run(tmp_path, SETTINGS | {"lr": 2e-3})
     with pytest.raises(ValueError, match="size: was 'nano', now 'S'"):
@@ -153,44 +177,52 @@ def test_other_settings_are_refused_by_name_with_both_values(tmp_path):
         Run(tmp_path, SETTINGS | {"new": 1})
 
 
-def test_what_does_not_touch_the_mathematics_may_change(tmp_path):
-    three_checkpoints(tmp_path)
+def test_mutable_flags_may_change(tmp_path):
+    save_three_checkpoints(tmp_path)
     other = SETTINGS | {name: "other" for name in MUTABLE_FLAGS}
     assert Run(tmp_path, other).checkpoint["step"] == 3
     assert {"steps", "workers", "device", "save_every", "log_every"} <= MUTABLE_FLAGS
 
 
-def test_fresh_forgets_checkpoints_and_log_even_with_other_settings(tmp_path):
-    three_checkpoints(tmp_path)
-    (tmp_path / "mine.txt").write_text("not ours to delete")
+def test_fresh_deletes_checkpoints_and_log_even_with_other_settings(tmp_path):
+    save_three_checkpoints(tmp_path)
+    (tmp_path / "mine.txt").write_text("a file of the user")
     assert Run(tmp_path, SETTINGS | {"size": "S"}, fresh=True).checkpoint is None
     assert {p.name for p in tmp_path.iterdir()} == {"run.json", "mine.txt"}
 
 
 # ---------------------------------------------------------------- log, metrics, signals
-def test_the_log_is_plain_json_with_a_name_for_what_is_not_finite(tmp_path):
-    Run(tmp_path, SETTINGS).log(7, loss=torch.tensor(0.123456789), clip=math.nan, rec=math.inf, perceptual="none", bad=0)
+def test_the_log_is_valid_json_with_strings_for_numbers_that_are_not_finite(tmp_path):
+    Run(tmp_path, SETTINGS).log(7, loss=torch.tensor(0.123456789), clip=math.nan, rec=math.inf,
+                                perceptual="none", bad=0)
     line, = (tmp_path / "log.jsonl").read_text().splitlines()
-    assert json.loads(line, parse_constant=pytest.fail) == {"step": 7, "loss": 0.123457, "clip": "nan", "rec": "inf", "perceptual": "none", "bad": 0}
+    # json.loads calls parse_constant for NaN and Infinity, which JSON does not allow
+    assert json.loads(line, parse_constant=pytest.fail) == {
+        "step": 7, "loss": 0.123457, "clip": "nan", "rec": "inf", "perceptual": "none", "bad": 0}
 
 
-def test_plain_rounds_to_six_digits_and_leaves_whole_numbers_alone():
-    assert to_json(1234567.89) == 1234570.0 and to_json(12345678) == 12345678 and to_json(torch.tensor(3)) == 3
+def test_to_json_rounds_floats_to_six_digits_and_does_not_change_integers():
+    assert to_json(1234567.89) == 1234570.0
+    assert to_json(12345678) == 12345678
+    assert to_json(torch.tensor(3)) == 3
 
 
-def test_a_metric_is_printed_and_kept_with_its_protocol(tmp_path, capsys):
-    record_metric("nobody/some-model", "psnr", 31.25, "a Hub id is no folder")
-    assert "not kept: nobody/some-model" in capsys.readouterr().out and not Path("nobody").exists()
+def test_a_metric_is_printed_and_saved_with_its_protocol(tmp_path, capsys):
+    record_metric("nobody/some-model", "psnr", 31.25, "a Hub id is not a folder")
+    assert "not saved: nobody/some-model" in capsys.readouterr().out
+    assert not Path("nobody").exists()
     (tmp_path / "new").mkdir()
     record_metric(tmp_path / "new", "psnr", 31.25, "adm crop, 64 images", step=7)
     record_metric(tmp_path / "new", "fid", torch.tensor(12.5), "2048 samples")
-    rows = [json.loads(line) for line in (tmp_path / "new" / "metrics.jsonl").read_text().splitlines()]
-    assert rows == [{"name": "psnr", "value": 31.25, "protocol": "adm crop, 64 images", "step": 7}, {"name": "fid", "value": 12.5, "protocol": "2048 samples"}]
+    lines = (tmp_path / "new" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"name": "psnr", "value": 31.25, "protocol": "adm crop, 64 images", "step": 7},
+        {"name": "fid", "value": 12.5, "protocol": "2048 samples"}]
     assert "31.25" in capsys.readouterr().out
 
 
-def test_a_signal_asks_the_loop_to_stop_and_kills_nothing(tmp_path):
-    run, before = Run(tmp_path, SETTINGS), {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+def test_a_signal_requests_a_stop_and_does_not_end_the_process(tmp_path):
+    run, before = Run(tmp_path, SETTINGS), handlers()
     try:
         run._catch_signals()
         for s in before:
@@ -198,60 +230,67 @@ def test_a_signal_asks_the_loop_to_stop_and_kills_nothing(tmp_path):
             os.kill(os.getpid(), s)
             assert run.stop_requested
     finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+        restore_handlers(before)
 
 
 @pytest.fixture
-def listening(tmp_path, monkeypatch):
-    """A run that listens to signals; Python's handlers come back afterwards"""
+def catching_run(tmp_path, monkeypatch):
+    """A run that catches signals. Python's handlers are restored after the test."""
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    run, before = Run(tmp_path, SETTINGS), {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    run, before = Run(tmp_path, SETTINGS), handlers()
     run._catch_signals()
     yield run
-    for s, handler in before.items():
-        signal.signal(s, handler)
+    restore_handlers(before)
 
 
-def test_the_first_ctrl_c_says_what_happens_and_the_second_ends_at_once(listening, capsys):
+def test_the_first_ctrl_c_prints_a_message_and_the_second_stops_immediately(catching_run, capsys):
+    message = "\nstopping after this step; press Ctrl-C again to stop immediately\n"
     os.kill(os.getpid(), signal.SIGINT)
-    assert listening.stop_requested and capsys.readouterr().out == "\nstopping after this step; press Ctrl-C again to end at once\n"
+    assert catching_run.stop_requested and capsys.readouterr().out == message
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
     assert capsys.readouterr().out == ""
 
 
-def test_sigterm_before_or_after_ctrl_c_still_lets_the_step_finish(listening, capsys):
+def test_after_sigterm_and_ctrl_c_in_any_order_the_step_still_finishes(catching_run, capsys):
     for s in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         os.kill(os.getpid(), s)
-    assert listening.stop_requested and capsys.readouterr().out.count("stopping") == 1
+    assert catching_run.stop_requested
+    assert capsys.readouterr().out.count("stopping") == 1
 
 
-def test_a_ctrl_c_that_torchrun_delivers_twice_lets_the_step_finish_and_is_said_once(listening, monkeypatch, capsys):
+def test_a_ctrl_c_that_torchrun_delivers_twice_is_reported_once(catching_run, monkeypatch, capsys):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     for s in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
         os.kill(os.getpid(), s)
-    assert listening.stop_requested and capsys.readouterr().out == "\nstopping after this step\n"
+    assert catching_run.stop_requested
+    assert capsys.readouterr().out == "\nstopping after this step\n"
 
 
 # ---------------------------------------------------------------- the loop
 CPU = torch.device("cpu")
 FLAGS = Namespace(steps=6, batch=4, log_every=2, save_every=3, max_bad=0.1)
-SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 
 
-def loop(folder, do=lambda run, step: None, batches=None, args=FLAGS, exported=None):
-    """A training loop without a model; `do` is called in each step -> the run"""
-    run, before = Run(folder, SETTINGS), {s: signal.getsignal(s) for s in SIGNALS}
+def loop(folder, in_step=lambda run, step: None, batches=None, args=FLAGS, exported=None):
+    """Run a training loop without a model -> the run
+
+    in_step   called as in_step(run, step) in each step
+    exported  list to which the steps of all exports are appended
+    """
+    run, before = Run(folder, SETTINGS), handlers()
+
+    def export(step):
+        if exported is not None:
+            exported.append(step)
     try:
-        export = (lambda step: exported.append(step)) if exported is not None else lambda step: None
         run.start(args, args.batch, CPU, "fp32", export)
-        given = batches or [Namespace(bad=[])] * (args.steps - run.step)
-        given = run.watch(iter(given))
+        batches = batches or [Namespace(bad=[])] * (args.steps - run.step)
+        batches = run.watch(iter(batches))
         for step in range(run.step, args.steps):
-            next(given)
-            do(run, step)
+            next(batches)
+            in_step(run, step)
             losses = {"loss": torch.tensor(float(step))}
             finite, stop = run.agree(losses, torch.tensor(1.0))
             assert finite
@@ -260,51 +299,51 @@ def loop(folder, do=lambda run, step: None, batches=None, args=FLAGS, exported=N
                 break
         run.status = run.finish()
     finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+        restore_handlers(before)
     return run
 
 
-def test_a_loop_logs_and_saves_at_the_stated_steps_and_continues_where_it_stopped(tmp_path):
-    seen = []
-    loop(tmp_path, lambda run, step: seen.append(step))
-    assert seen == list(range(6)) and steps_of(tmp_path) == [1, 2, 4, 6]    # the first is logged
-    saved = [torch.load(tmp_path / name)["step"] for name in ("last.pt", "previous.pt")]
-    assert saved == [6, 3]
+def test_a_loop_logs_and_saves_at_the_given_intervals_and_continues_at_its_last_step(tmp_path):
+    steps = []
+    loop(tmp_path, lambda run, step: steps.append(step))
+    assert steps == list(range(6))
+    assert logged_steps(tmp_path) == [1, 2, 4, 6]               # the first step is always logged
+    assert saved_steps(tmp_path) == [6, 3]
     longer = Namespace(**vars(FLAGS) | {"steps": 8})
-    loop(tmp_path, lambda run, step: seen.append(step), args=longer)
-    assert seen[6:] == [6, 7] and steps_of(tmp_path) == [1, 2, 4, 6, 8]
+    loop(tmp_path, lambda run, step: steps.append(step), args=longer)
+    assert steps[6:] == [6, 7] and logged_steps(tmp_path) == [1, 2, 4, 6, 8]
 
 
-def test_restore_gives_each_part_what_was_saved_of_it(tmp_path):
-    three_checkpoints(tmp_path)
+def test_restore_loads_the_saved_state_of_each_part(tmp_path):
+    save_three_checkpoints(tmp_path)
     run, part = Run(tmp_path, SETTINGS), Part(0)
     run.restore({"part": part})
     assert run.step == 3 and torch.equal(part.w, Part(3).w) and run.checkpoint is None
 
 
-def test_a_run_that_ended_without_its_weights_writes_them_when_it_is_called_again(tmp_path):
-    """The last checkpoint was saved, but a kill or a full disk came before the export."""
+def test_a_complete_run_without_exported_weights_exports_them_when_it_is_started_again(tmp_path):
+    """The last checkpoint was saved, but a kill or a full disk prevented the export."""
     loop(tmp_path)
     exported = []
     loop(tmp_path, exported=exported)
     assert exported == [6]
 
 
-def test_what_a_kill_left_half_written_is_swept_away(tmp_path):
-    three_checkpoints(tmp_path)
+def test_incomplete_files_of_a_killed_process_are_deleted(tmp_path):
+    save_three_checkpoints(tmp_path)
     (tmp_path / "last.pt.part").write_bytes(b"half")
-    assert Run(tmp_path, SETTINGS).checkpoint["step"] == 3 and not list(tmp_path.glob("*.part"))
+    assert Run(tmp_path, SETTINGS).checkpoint["step"] == 3
+    assert not list(tmp_path.glob("*.part"))
 
 
-def test_a_damaged_checkpoint_never_takes_the_place_of_a_good_one(tmp_path):
-    three_checkpoints(tmp_path)
+def test_a_damaged_checkpoint_never_replaces_a_readable_one(tmp_path):
+    save_three_checkpoints(tmp_path)
     (tmp_path / "last.pt").write_bytes(b"nonsense")
     Run(tmp_path, SETTINGS).save(4, weights(4))
-    assert [torch.load(tmp_path / name)["step"] for name in ("last.pt", "previous.pt")] == [4, 2]
+    assert saved_steps(tmp_path) == [4, 2]
 
 
-def test_a_signal_ends_the_loop_after_its_step_with_a_checkpoint(tmp_path):
+def test_a_signal_ends_the_loop_after_the_current_step_with_a_checkpoint(tmp_path):
     def send(run, step):
         if step == 3:
             os.kill(os.getpid(), signal.SIGUSR1)
@@ -312,12 +351,13 @@ def test_a_signal_ends_the_loop_after_its_step_with_a_checkpoint(tmp_path):
     assert run.status == runs.EXIT_RESUME and torch.load(tmp_path / "last.pt")["step"] == 4
 
 
-def test_a_loss_or_gradient_that_is_not_finite_skips_the_step_and_many_end_the_run(tmp_path, capsys):
-    run, one, nan = Run(tmp_path, SETTINGS), torch.tensor(1.0), torch.tensor(math.nan)
+def test_a_loss_or_gradient_that_is_not_finite_skips_the_step_and_many_end_the_run(tmp_path,
+                                                                                   capsys):
+    run, one = Run(tmp_path, SETTINGS), torch.tensor(1.0)
+    nan, infinite = torch.tensor(math.nan), torch.tensor(math.inf)
 
     def finite(loss, norm):
         return run.agree({"clip": one, "rec": loss}, norm)[0]
-    infinite = torch.tensor(math.inf)
     assert finite(one, one) and not finite(nan, one) and not finite(infinite, one)
     assert not finite(one, nan) and finite(one, one)
     assert run.skipped == 3 and run.bad_steps == 0
@@ -335,56 +375,60 @@ def test_unreadable_samples_are_reported_once_counted_and_too_many_end_the_run(t
     many = []
     for step in range(6):
         many.append(Namespace(bad=[f"{step}{k}.jpg (OSError)" for k in range(4)] * 2))
-    with pytest.raises(ValueError, match="16 of 24 samples could not be read, more than max_bad 0.1"):
+    message = "16 of 24 samples could not be read, more than the fraction max_bad = 0.1"
+    with pytest.raises(ValueError, match=message):
         loop(tmp_path / "many", batches=many)
-    said = capsys.readouterr().err
-    assert said.count("skipped a.jpg") == 1 and said.count("skipped 01.jpg") == 1
+    printed = capsys.readouterr().err
+    assert printed.count("skipped a.jpg") == 1 and printed.count("skipped 01.jpg") == 1
 
 
-def test_a_full_disk_is_a_sentence_and_the_checkpoint_before_it_stays_whole(tmp_path):
-    three_checkpoints(tmp_path)
+def test_a_full_disk_raises_an_error_and_the_previous_checkpoint_stays_complete(tmp_path):
+    save_three_checkpoints(tmp_path)
     run, limits = Run(tmp_path, SETTINGS), resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    message = (r"last.pt could not be written .*the old file is unchanged.*free some space: "
+               r"the same command")
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))                   # no file may grow beyond 20 kB
-        with pytest.raises(ValueError, match=r"last.pt could not be written .*the old file is unchanged.*free some space: the same command"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))     # at most 20 kB per file
+        with pytest.raises(ValueError, match=message):
             large = Part(0)
             large.w = torch.zeros(100_000)
             run.save(4, {"part": large})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, ignored)
-    assert Run(tmp_path, SETTINGS).checkpoint["step"] == 3 and not list(tmp_path.glob("*.part"))
+        signal.signal(signal.SIGXFSZ, before)
+    assert Run(tmp_path, SETTINGS).checkpoint["step"] == 3
+    assert not list(tmp_path.glob("*.part"))
 
 
-def test_torchrun_s_restart_goes_on_though_the_first_start_was_fresh(tmp_path, monkeypatch):
-    three_checkpoints(tmp_path)
+def test_a_restart_by_torchrun_continues_the_run_also_with_fresh(tmp_path, monkeypatch):
+    save_three_checkpoints(tmp_path)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert Run(tmp_path, SETTINGS, fresh=True).checkpoint["step"] == 3
 
 
-# ---------------------------------------------------------------- the machine
-def test_autocast_narrows_matrix_products_alone():
+# ---------------------------------------------------------------- device and precision
+def test_autocast_changes_the_precision_of_matrix_products_only():
     a = torch.randn(4, 4)
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         with autocast(torch.device("cpu"), precision):
             assert (a @ a).dtype == dtype and (a + a).dtype == torch.float32
 
 
-def test_the_machine_s_peak_is_measured_not_assumed():
+def test_the_peak_is_a_plausible_number_of_flops_per_second():
     assert 1e7 < peak_flops(torch.device("cpu"), "fp32", seconds=0.02) < 1e15
 
 
 @pytest.mark.parametrize("device, asynchronous", [("cuda", True), ("mps", False), ("cpu", False)])
-def test_only_cuda_is_sent_tensors_asynchronously(device, asynchronous):
-    """On MPS the values may be read before they have arrived."""
+def test_tensors_are_copied_asynchronously_to_cuda_only(device, asynchronous):
+    """On MPS the values could be read before the copy is complete."""
     class Recorder:
         def to(self, device, non_blocking=False):
             return device.type, non_blocking
     assert move_to(Recorder(), torch.device(device)) == (device, asynchronous)
 
 
-def test_non_blocking_stands_in_one_place():
+def test_only_device_py_contains_non_blocking():
     found = [path.name for path in sources() if "non_blocking" in path.read_text()]
     assert found == ["device.py"]
 
@@ -394,59 +438,63 @@ def sources():
     return [*root.glob("*.py"), *root.glob("vtp_min/**/*.py"), *root.glob("study/**/*.py")]
 
 
-def test_tf32_is_set_and_named_on_cuda_alone():
+def test_tf32_is_set_and_printed_on_cuda_only():
     matmul, cuda = torch.backends.cuda.matmul, torch.device("cuda")
     before = matmul.allow_tf32
     try:
-        for on in (True, False):
+        for on, suffix in ((True, ", tf32 on"), (False, ", tf32 off")):
             set_tf32(cuda, on)
-            assert matmul.allow_tf32 == on and tf32_of(cuda) == (", tf32 on" if on else ", tf32 off")
+            assert matmul.allow_tf32 == on and tf32_of(cuda) == suffix
             set_tf32(CPU, not on)
             assert matmul.allow_tf32 == on and tf32_of(CPU) == "" == tf32_of(torch.device("mps"))
     finally:
         matmul.allow_tf32 = before
 
 
-@pytest.mark.parametrize("words, on", [(("train.py",), True), (("dit.py", "latents"), True), (("dit.py", "train"), False),
-                                       (("dit.py", "sample"), True), (("eval.py", "recon"), False)],
-                         ids=str)
-def test_each_script_sets_tf32_as_its_reference_does(words, on, monkeypatch, tmp_path):
-    """Asked of the script itself, on a machine that pretends to have CUDA and stops there."""
-    class Enough(Exception):
+@pytest.mark.parametrize("command, on", [
+    (("train.py",), True), (("dit.py", "latents"), True), (("dit.py", "train"), False),
+    (("dit.py", "sample"), True), (("eval.py", "recon"), False)], ids=str)
+def test_each_script_sets_tf32_as_its_reference_does(command, on, monkeypatch, tmp_path):
+    """The scripts run with a replaced init_distributed that returns a CUDA device, and stop when
+    they set TF32."""
+    class Stop(Exception):
         pass
 
-    def seen(device, allowed):
-        raise Enough(device.type, allowed)
-    def pretend(device):
+    def record(device, allowed):
+        raise Stop(device.type, allowed)
+
+    def cuda_device(device):
         return torch.device("cuda")
-    monkeypatch.setattr(devices, "set_tf32", seen)
-    monkeypatch.setattr(devices, "init_distributed", pretend)
-    monkeypatch.setattr("vtp_min.dist.init_distributed", pretend)
-    folders = ["--out", str(tmp_path)] + [str(tmp_path)] * (len(words) - 1)
-    monkeypatch.setattr("sys.argv", [*words, *folders])
-    with pytest.raises(Enough) as stopped:
-        runpy.run_path(str(Path(runs.__file__).parents[1] / words[0]), run_name="__main__")
+    monkeypatch.setattr(devices, "set_tf32", record)
+    monkeypatch.setattr(devices, "init_distributed", cuda_device)
+    monkeypatch.setattr("vtp_min.dist.init_distributed", cuda_device)
+    folders = ["--out", str(tmp_path)] + [str(tmp_path)] * (len(command) - 1)
+    monkeypatch.setattr("sys.argv", [*command, *folders])
+    with pytest.raises(Stop) as stopped:
+        runpy.run_path(str(Path(runs.__file__).parents[1] / command[0]), run_name="__main__")
     assert stopped.value.args == ("cuda", on)
 
 
 # ---------------------------------------------------------------- --set name=value
-DEFAULTS = {"ema": 0.99, "locals": 2, "teacher": "sinkhorn", "light_decoder": False, "decoder": None}
+DEFAULTS = {"ema": 0.99, "locals": 2, "teacher": "sinkhorn", "light_decoder": False,
+            "decoder": None}
 
 
-def test_set_takes_the_type_of_the_default():
+def test_a_setting_gets_the_type_of_its_default():
     pairs = ["ema=1", "locals=8", "teacher=centering", "light_decoder=true", "decoder=B"]
     found = parse_settings(pairs, DEFAULTS)
     assert found == {"ema": 1.0, "locals": 8, "teacher": "centering", "light_decoder": True,
                      "decoder": "B"}
-    assert isinstance(found["ema"], float) and parse_settings(["decoder=none"], DEFAULTS) == {"decoder": None}
+    assert isinstance(found["ema"], float)
+    assert parse_settings(["decoder=none"], DEFAULTS) == {"decoder": None}
 
 
 @pytest.mark.parametrize("pair", ["emma=0.9", "ema", "ema=fast", "locals=1.5", "light_decoder=3"])
-def test_a_setting_that_does_not_exist_or_fit_is_refused_with_what_was_wanted(pair):
+def test_a_setting_with_an_unknown_name_or_a_wrong_type_raises_an_error(pair):
     with pytest.raises(ValueError, match=f"--set {pair}: wanted"):
         parse_settings([pair], DEFAULTS)
 
 
-def test_an_unknown_setting_lists_the_known_ones():
+def test_the_error_for_an_unknown_setting_lists_the_known_names():
     with pytest.raises(ValueError, match="ema, locals, teacher, light_decoder, decoder"):
         parse_settings(["x=1"], DEFAULTS)

@@ -1,4 +1,4 @@
-"""The built-in images: what is drawn, what the captions say, and how often."""
+"""The built-in images: drawing, captions, and the frequency of each property."""
 import math
 import re
 
@@ -14,8 +14,8 @@ SINGLES = [scene(i, objects=(1, 1)) for i in range(2000)]
 
 
 def independent(table):
-    """Whether a table of counts (rows, columns) is what independent rows and columns give:
-    chi-square within five standard deviations of its mean"""
+    """Whether a table of counts (rows, columns) agrees with independent rows and columns: its
+    chi-square is within five standard deviations of the mean"""
     table = np.asarray(table, float)
     expected = table.sum(1, keepdims=True) * table.sum(0, keepdims=True) / table.sum()
     freedom = (table.shape[0] - 1) * (table.shape[1] - 1)
@@ -34,7 +34,7 @@ def centers(side):
     return (np.arange(side, dtype=np.float32) + 0.5) / side
 
 
-def test_an_image_follows_from_its_arguments_alone():
+def test_an_image_depends_only_on_its_arguments():
     image, words, label = draw(7, 48, seed=3)
     draw(8, 48, seed=3)
     again = draw(7, 48, seed=3)
@@ -67,7 +67,7 @@ def test_odd_and_tiny_sides_are_drawn_too():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_outline_stays_inside_its_disc_and_has_slope_one_at_its_edge(kind):
+def test_an_outline_is_inside_the_unit_disc_and_has_gradient_norm_one_at_its_edge(kind):
     grid = np.linspace(-1.5, 1.5, 1201)
     step = grid[1] - grid[0]
     x, y = np.meshgrid(grid, -grid)
@@ -80,10 +80,10 @@ def test_an_outline_stays_inside_its_disc_and_has_slope_one_at_its_edge(kind):
     assert (abs(slope - 1) < 0.1).mean() > 0.9
 
 
-def test_edges_are_anti_aliased_so_that_a_drawn_area_is_the_true_area():
+def test_edges_are_anti_aliased_so_the_drawn_area_is_the_exact_area():
     for side in (16, 32, 64):
-        at = centers(side)
-        d = np.hypot(at[None] - 0.51, at[:, None] - 0.47) - 0.3
+        xy = centers(side)
+        d = np.hypot(xy[None] - 0.51, xy[:, None] - 0.47) - 0.3
         share = coverage(d * side)
         assert share.mean() == pytest.approx(math.pi * 0.09, rel=0.01)
         assert ((share > 0) & (share < 1)).sum() > side           # some pixels are partly covered
@@ -97,14 +97,14 @@ def test_edges_are_one_pixel_wide_at_every_resolution():
         assert 1 <= between.sum() <= 2 * 10               # ten edges, at most two pixels each
 
 
-def test_silhouettes_of_different_kinds_differ_at_48_pixels():
+def test_outlines_of_different_kinds_differ_at_48_pixels():
     x, y = (centers(48)[None] - 0.5) * 2, (0.5 - centers(48)[:, None]) * 2
     masks = [OUTLINES[kind](x, y) < 0 for kind in KINDS]
     overlap = [(a & b).sum() / (a | b).sum() for i, a in enumerate(masks) for b in masks[:i]]
     assert max(overlap) < 0.8                             # 0.78 for circle and heart
 
 
-@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"ring", "moon"}))       # empty in the middle
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"ring", "moon"}))       # empty in the center
 def test_a_shape_has_the_color_of_its_name(kind):
     for color in COLORS:
         canvas = draw_background(Background("light", "red", "plain", 0, 0, 0.2, 0), centers(32))
@@ -134,7 +134,7 @@ def test_caption_and_label_name_the_main_shape_which_is_the_largest():
         assert words.count("background") == words.count(tone_and_color) <= 1
 
 
-def test_a_known_share_of_the_captions_names_the_color_and_the_background():
+def test_captions_name_the_color_and_the_background_with_probability_p_mention():
     colors = sum(f"{shape.color} {shape.kind}" in words for _, (shape,), words in SINGLES)
     backgrounds = sum("background" in words for _, _, words in SINGLES)
     assert abs(colors / len(SINGLES) - P_MENTION) < 0.05
@@ -189,7 +189,7 @@ def test_captions_are_grammatical():
     assert len(captions) > 2000
 
 
-def test_large_and_small_are_said_only_of_large_and_small_shapes():
+def test_captions_call_only_large_shapes_large_and_only_small_shapes_small():
     for _, shapes, words in SCENES:
         for shape in shapes:
             size = re.search(rf"\b(large|small) ([a-z]+ ){{0,2}}{shape.kind}", words)
@@ -208,19 +208,20 @@ def test_every_kind_is_equally_frequent_and_every_number_of_shapes_too():
         assert all(abs(c - mean) < 5 * math.sqrt(mean) for c in counts), counts
 
 
-@pytest.mark.parametrize("what, values, of", [
+@pytest.mark.parametrize("name, values, property_of", [
     ("color", list(COLORS), lambda background, shape: shape.color),
     ("background color", list(COLORS), lambda background, shape: background.color),
     ("background texture", BACKGROUND_TEXTURES, lambda background, shape: background.texture),
     ("texture", sorted(set(TEXTURES)), lambda background, shape: shape.texture),
     ("size", [False, True], lambda background, shape: shape.r > 0.225),
     ("position", [False, True], lambda background, shape: shape.x > 0.5)])
-def test_no_property_but_the_outline_tells_the_kind(what, values, of):
-    pairs = [(shapes[0].kind, of(background, shapes[0])) for background, shapes, _ in SCENES]
+def test_only_the_outline_depends_on_the_kind(name, values, property_of):
+    pairs = [(shapes[0].kind, property_of(background, shapes[0]))
+             for background, shapes, _ in SCENES]
     assert independent(count(pairs, KINDS, values))
 
 
-def test_one_large_shape_stays_inside_but_not_always_in_the_middle():
+def test_one_large_shape_is_inside_the_image_but_not_always_in_the_center():
     scenes = [scene(i, objects=(1, 1), size=(0.6, 0.9))[1] for i in range(200)]
     assert all(len(shapes) == 1 for shapes in scenes)
     assert np.std([shapes[0].x for shapes in scenes]) > 0.03
@@ -232,6 +233,6 @@ def test_one_large_shape_stays_inside_but_not_always_in_the_middle():
     (dict(objects=(3, 2)), "objects"), (dict(objects=(1, 9)), "objects"),
     (dict(size=(0.5, 0.4)), "size"), (dict(size=(0.3, 1.2)), "size"),
     (dict(size=(0, 0.5)), "size"), (dict(size=(0.6, 0.9)), "no space")])
-def test_what_cannot_be_drawn_is_refused_in_words(wrong, message):
+def test_arguments_out_of_range_raise(wrong, message):
     with pytest.raises(ValueError, match=message):
         draw(**dict(index=0, side=32) | wrong)

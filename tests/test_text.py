@@ -1,4 +1,4 @@
-"""The text transformer: causal, read at the end token, without padding; it is torch's encoder."""
+"""The text transformer: it is causal, padding has no effect, and it equals torch's encoder."""
 import numpy as np
 import pytest
 import torch
@@ -20,7 +20,7 @@ def tower(**fields):
 
 
 def captions(rows=4):
-    """Random tokens, an end token at position 3, 4, 5, ..., zeros behind it"""
+    """(rows, 10) ids: random tokens, an end token at position 3, 4, 5, ..., zeros after it"""
     text = torch.randint(1, 50, (rows, 10), generator=torch.Generator().manual_seed(1))
     for row, end in zip(text, range(3, 10)):
         row[end] = END
@@ -29,7 +29,7 @@ def captions(rows=4):
 
 
 def change_of_token_4(text):
-    """-> (6,) the largest change of each output token if input token 4 changes"""
+    """-> (6,) largest change of each output token if input token 4 changes"""
     x = torch.randn(1, 6, 24)
     other = x.clone()
     other[:, 4] = torch.randn(24)
@@ -45,13 +45,13 @@ def test_without_the_causal_mask_each_token_influences_all_others():
     assert change_of_token_4(TextTransformer(24, 2, 3, causal=False)).min() > 1e-5
 
 
-def test_cutting_the_padding_changes_nothing():
+def test_removing_the_padding_changes_nothing():
     model, text = tower(), captions()
     whole, cut = model.get_clip_text_feature(text), model.get_clip_text_feature(text[:, :7])
     assert torch.allclose(whole, cut, atol=1e-6)
 
 
-def test_tokens_behind_the_end_token_have_no_influence():
+def test_tokens_after_the_end_token_have_no_influence():
     model, text = tower(), captions()
     other = text.clone()
     other[0, 4:] = 7
@@ -66,25 +66,25 @@ def test_normalized_features_have_unit_length_and_the_same_direction():
     assert torch.allclose(F.normalize(raw, dim=-1), unit)
 
 
-def test_pool_takes_the_first_end_token_the_first_token_or_the_last_one():
+def test_pool_selects_the_first_end_token_the_first_token_or_the_last_token():
     x, text = torch.arange(8.0).view(2, 4, 1), torch.tensor([[1, 9, 9, 0], [1, 2, 9, 0]])
     assert pool(x, text, "argmax").flatten().tolist() == [1, 6]
     assert pool(x, text, "first").flatten().tolist() == [0, 4]
     assert pool(x, text, "last").flatten().tolist() == [3, 7]
 
 
-def test_pool_none_gives_all_tokens():
+def test_pool_none_returns_all_tokens():
     x = torch.randn(2, 4, 3)
     assert pool(x, torch.ones(2, 4, dtype=torch.long), "none") is x
 
 
-def test_a_text_longer_than_the_context_is_refused_with_the_function_that_cuts_it():
+def test_the_error_for_a_text_longer_than_the_context_names_the_function_that_cuts_it():
     sentence = r"11 tokens long, wanted at most 10; get_tokenizer\(context_length=10\)"
     with pytest.raises(ValueError, match=sentence):
         tower().get_clip_text_feature(torch.ones(1, 11, dtype=torch.long))
 
 
-def test_the_tower_is_torch_s_transformer_encoder(form):
+def test_the_tower_equals_torch_s_transformer_encoder(form):
     torch.manual_seed(0)
     ours, x = TextTransformer(24, 2, 3), torch.randn(2, 7, 24)
     layer = nn.TransformerEncoderLayer(24, 3, 96, dropout=0.0, activation="gelu",
@@ -96,7 +96,7 @@ def test_the_tower_is_torch_s_transformer_encoder(form):
     for a, b in zip(ours.resblocks, theirs.layers):
         state = {}
         for name, value in a.state_dict().items():
-            # the last name belongs to the parameter: ln_1.weight, attn.in_proj_bias
+            # the part after the last dot is the parameter: ln_1.weight, attn.in_proj_bias
             module, _, parameter = name.rpartition(".")
             state[f"{names[module]}.{parameter}"] = value
         b.load_state_dict(state)
@@ -104,7 +104,7 @@ def test_the_tower_is_torch_s_transformer_encoder(form):
     assert torch.allclose(ours(x), theirs(x, mask=mask, is_causal=True), atol=1e-5)
 
 
-def test_activations_are_the_reference_s(golden):
+def test_activations_equal_the_reference(golden):
     u = np.load(golden / "units.npz")
     x = torch.from_numpy(u["act.x"])
     assert np.allclose(quick_gelu(x), u["act.quick_gelu"], atol=1e-6)
@@ -117,7 +117,7 @@ def test_activations_are_the_reference_s(golden):
     ({"text_pool_type": "none"}, (4, 10, 24)),
     ({"text_quick_gelu": True, "text_ls_init_value": 0.1}, (4, 24)),
 ])
-def test_every_official_option_of_the_tower_runs(fields, shape):
+def test_every_official_option_of_the_tower_works(fields, shape):
     assert tower(**fields).get_clip_text_feature(captions(), normalize=False).shape == shape
 
 

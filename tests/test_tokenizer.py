@@ -1,4 +1,4 @@
-"""The tokenizer gives CLIP's ids, and its parts do what byte-pair encoding says they do."""
+"""The tokenizer gives CLIP's ids, and each of its parts does its step of byte-pair encoding."""
 import hashlib
 import json
 import pickle
@@ -14,23 +14,24 @@ from tokenizer import END, START, bytes_to_unicode, clean, get_tokenizer, join, 
 
 HERE = Path(__file__).parent
 ASSETS = HERE.parent / "vtp_min" / "assets"
-GOLDEN = json.loads((HERE / "golden" / "bpe.json").read_text())       # 77 texts with the official
-TEXTS = [case["text"] for case in GOLDEN]                             # tokenizer's answers
+# 77 texts with the ids of the official tokenizer
+GOLDEN = json.loads((HERE / "golden" / "bpe.json").read_text())
+TEXTS = [case["text"] for case in GOLDEN]
 
 
 @pytest.mark.parametrize("length", [77, 32])
-def test_rows_are_those_of_the_official_tokenizer(length):
+def test_rows_equal_those_of_the_official_tokenizer(length):
     rows = get_tokenizer("ViT-B-32", context_length=length)(TEXTS).tolist()
     assert rows == [case[f"ids{length}"] for case in GOLDEN]
 
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case["kind"])
-def test_encoding_and_decoding_are_those_of_the_official_tokenizer(case):
+def test_encoding_and_decoding_equal_those_of_the_official_tokenizer(case):
     assert get_tokenizer().encode(case["text"]) == case["encode"]
     assert get_tokenizer().decode(case["encode"]) == case["decoded"]
 
 
-def test_each_byte_has_one_character_and_no_two_share_it():
+def test_each_byte_has_a_character_of_its_own():
     table = bytes_to_unicode()
     assert sorted(table) == list(range(256)) and len(set(table.values())) == 256
     assert not any(character.isspace() for character in table.values())
@@ -54,12 +55,12 @@ def test_join_works_from_left_to_right_and_uses_no_part_twice():
     assert join(list("aaa"), ("a", "a")) == ["aa", "a"]
 
 
-def test_no_text_is_unknown_because_any_bytes_have_characters():
+def test_any_text_can_be_encoded_because_every_byte_has_a_character():
     for word in ("猫", "🍕", "\U0010ffff", "qqqzzzxxx"):
         assert get_tokenizer().decode(merge(word)) == word + " "
 
 
-def test_decoding_what_was_encoded_gives_the_words_back_separated_by_spaces():
+def test_decoding_an_encoded_text_gives_its_words_separated_by_spaces():
     tok = get_tokenizer()
     for text in ("a photo of a cat", "größe", "красная площадь", "三 cats", "5 stars !"):
         assert tok.decode(tok.encode(text)).split() == re.sub(r"(\d)", r"\1 ", text).split()
@@ -84,7 +85,7 @@ def test_a_row_is_start_ids_end_and_zeros():
     assert tok("").dtype == torch.long
 
 
-def test_the_largest_id_of_a_row_is_its_end_even_when_the_caption_was_cut():
+def test_the_largest_id_of_a_row_is_its_end_even_if_the_caption_was_truncated():
     tok = get_tokenizer(context_length=8)
     rows = tok(["dog", "dog " * 5, "dog " * 6, "dog " * 7, "dog " * 100])
     assert rows.argmax(-1).tolist() == [2, 6, 7, 7, 7]
@@ -105,12 +106,12 @@ def test_models_of_clips_family_share_one_vocabulary(name):
 
 @pytest.mark.parametrize("name", ["ViT-B-16-SigLIP", "roberta-ViT-B-32", "ViT-L-14-CLIPA",
                                   "ViT-H-14-worldwide", "gpt2", ""])
-def test_models_with_another_vocabulary_are_refused(name):
+def test_models_with_another_vocabulary_raise(name):
     with pytest.raises(ValueError, match="get_tokenizer"):
         get_tokenizer(name)
 
 
-def test_a_length_without_space_for_start_and_end_is_refused():
+def test_a_length_without_space_for_start_and_end_raises():
     with pytest.raises(ValueError, match="context_length is 1"):
         get_tokenizer("ViT-B-32", context_length=1)
 
@@ -121,13 +122,13 @@ def test_a_tokenizer_is_sent_to_a_worker_process_in_a_few_bytes():
     assert pickle.loads(pickled)("a dog").shape == (1, 20)
 
 
-def test_tables_load_in_well_under_a_second():
+def test_tables_load_in_less_than_a_second():
     start = time.perf_counter()
     vocabulary.__wrapped__()
     assert time.perf_counter() - start < 1
 
 
-def test_assets_are_the_files_that_their_list_of_sources_says():
+def test_the_list_of_sources_names_each_asset_with_its_hash():
     sources = (ASSETS / "SOURCES.md").read_text()
     rows = re.findall(r"^\| `(\S+)` .* `([0-9a-f]{64})` \|$", sources, re.MULTILINE)
     files = {path.name for path in ASSETS.iterdir()}
@@ -137,8 +138,8 @@ def test_assets_are_the_files_that_their_list_of_sources_says():
 
 
 def test_imagenet_has_1000_names_1000_folders_in_order_and_80_templates():
-    def lines(what):
-        return (ASSETS / f"imagenet_{what}.txt").read_text().splitlines()
+    def lines(name):
+        return (ASSETS / f"imagenet_{name}.txt").read_text().splitlines()
     names, wnids, templates = lines("classnames"), lines("wnids"), lines("templates")
     assert len(names) == len(set(wnids)) == 1000 and wnids == sorted(wnids)
     assert (wnids[0], names[0]) == ("n01440764", "tench")

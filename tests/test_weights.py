@@ -1,4 +1,5 @@
-"""External files are found, checked and downloaded; a wrong one is never used. All on 127.0.0.1."""
+"""External files are found, checked and downloaded; a file with a wrong hash is never used. The
+downloads come from a server on 127.0.0.1."""
 import errno
 import hashlib
 import threading
@@ -11,14 +12,14 @@ import torch
 from vtp_min.extras import weights
 from vtp_min.extras.weights import FILES, fetch, find
 
-BYTES = bytes(range(256)) * 4096                                        # 1 MB in place of weights
+BYTES = bytes(range(256)) * 4096                                        # 1 MB instead of weights
 DIGEST = hashlib.sha256(BYTES).hexdigest()[:8]
 FILE = f"tiny-{DIGEST}.pth"
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
-    """Our folder, torch.hub's folder, and a table with one tiny file that no server has"""
+    """Set our folder, torch.hub's folder, and a table with one tiny file that no server offers."""
     monkeypatch.setenv("VTP_WEIGHTS", str(tmp_path / "ours"))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setitem(FILES, "tiny", (1, f"file://{tmp_path}/nowhere/{FILE}"))
@@ -30,7 +31,12 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A web server. .sent: the bytes that it sends; .requests: how often; .breaks: it sends half"""
+    """An HTTP server
+
+    .sent      the bytes that it sends
+    .requests  number of requests so far
+    .breaks    True: it sends only half of the bytes
+    """
     class Answer(BaseHTTPRequestHandler):
         def do_GET(self):
             http.requests += 1
@@ -78,9 +84,9 @@ def test_a_missing_file_is_reported_with_size_address_folder_and_command(home):
 
 
 def test_a_name_outside_the_table_is_refused_with_the_names_in_it():
-    for seek in (find, fetch):
+    for function in (find, fetch):
         with pytest.raises(ValueError, match="vgg, alex, squeeze, inception.*squeezenet"):
-            seek("resnet")
+            function("resnet")
 
 
 def test_a_file_is_found_in_our_folder_and_in_that_of_torch_hub_ours_first(home):
@@ -100,22 +106,22 @@ def test_a_damaged_file_is_refused_and_hashed_again_once_it_is_replaced(home, co
     assert find("tiny") == path
 
 
-def test_a_file_without_an_address_is_described_and_not_sought_on_the_network(home, server):
-    for seek, error in ((find, FileNotFoundError), (fetch, SystemExit)):
+def test_a_file_without_an_address_is_described_and_not_requested_from_the_network(home, server):
+    for function, error in ((find, FileNotFoundError), (fetch, SystemExit)):
         with pytest.raises(error, match="squeezenet_v10.npz is missing.* no address") as found:
-            seek("squeezenet")
+            function("squeezenet")
         for part in ("songhan/SqueezeNet-Deep-Compression", "BSD 2-clause",
                      weights.BY_HAND["squeezenet"][1], str(home / "ours")):
             assert part in str(found.value)
     put(home / "ours" / "squeezenet_v10.npz", BYTES)
-    for seek, error in ((find, ValueError), (fetch, SystemExit)):
-        message = "is damaged: its sha256 begins with .*, not with 1e67ccb7; copy it again"
+    for function, error in ((find, ValueError), (fetch, SystemExit)):
+        message = "is damaged: its SHA-256 begins with .*, not with 1e67ccb7; copy it again"
         with pytest.raises(error, match=message):
-            seek("squeezenet")
+            function("squeezenet")
     assert server.requests == 0
 
 
-def test_without_the_variable_files_live_in_the_users_cache(monkeypatch):
+def test_without_the_variable_files_are_in_the_users_cache_folder(monkeypatch):
     monkeypatch.delenv("VTP_WEIGHTS")
     assert weights.folder() == Path.home() / ".cache" / "vtp_min"
 
@@ -171,7 +177,7 @@ def test_only_rank_0_downloads_and_the_others_wait_for_it(home, server, monkeypa
     assert fetch("tiny").read_bytes() == BYTES and server.requests == 0
 
 
-def test_a_folder_that_cannot_be_written_is_reported_in_a_sentence(home, server):
+def test_a_folder_that_cannot_be_written_is_reported_without_a_traceback(home, server):
     put(home / "ours", b"a file in place of the folder")
     with pytest.raises(SystemExit, match="could not be downloaded into .*ours.*VTP_WEIGHTS"):
         fetch("tiny")

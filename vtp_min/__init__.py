@@ -1,6 +1,7 @@
-"""vtp_min: the training code of VTP.
+"""vtp_min: a minimal implementation of VTP (Visual Tokenizer Pre-training).
 
-VTP is "Towards Scalable Pre-training of Visual Tokenizers for Generation".
+Paper: Yao et al., "Towards Scalable Pre-training of Visual Tokenizers for Generation",
+arXiv:2512.13687.
 """
 from .model import SIZES, VTPConfig, VTPModel
 

@@ -1,8 +1,11 @@
 """Device and precision of a run.
 
-    setup_device       --device, --precision -> torch.device, name of the precision
-    autocast           the forward pass in bf16 or fp16
-    full_precision     the losses in float32, whatever surrounds them
+    setup_device       --device and --precision -> torch.device, name of the precision
+    autocast           context for the forward pass: matrix products in bf16 or fp16
+    full_precision     decorator for the losses: float32, also under autocast
+    peak_flops         speed of matrix products on this device, measured
+
+Precisions have the names fp64, fp32, bf16 and fp16.
 """
 import os
 import resource
@@ -17,143 +20,159 @@ from .dist import init_distributed, print0
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16,
           "fp16": torch.float16}
 
-# values of ONEDNN_MAX_CPU_ISA with which oneDNN still multiplies bfloat16
+# values of ONEDNN_MAX_CPU_ISA that still allow oneDNN to use bfloat16 instructions
 ISA_WITH_BF16 = ("ALL", "DEFAULT", "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX",
                  "AVX10")
 
 
 def setup_device(args):
-    """args.device, args.precision (None: choose) -> torch.device of this process, precision
+    """args.device, args.precision (None: choose the best) -> torch.device, name of the precision
 
-    fp64 becomes PyTorch's default type.
+    Joins the process group, allows TF32, and sets PyTorch's default dtype: float64 for fp64, else
+    float32. ValueError for fp16 on a CPU.
     """
     device = init_distributed(args.device)
-    set_tf32(device, True)
+    set_tf32(device, True)                    # as in DINOv2 and OpenCLIP
     precision = args.precision or choose_precision(device)
     if precision == "fp16" and device.type == "cpu":
-        raise ValueError("--precision fp16 is for GPUs; on a CPU take bf16 or fp32")
+        raise ValueError("--precision fp16 works on GPUs only; on a CPU, use bf16 or fp32")
     if args.precision:
+        # choose_precision never chooses an emulated type, so only the user's choice is checked
         warn_if_emulated(device, precision)
+    # the default type of parameters and of new tensors; bf16 and fp16 are applied by autocast
     torch.set_default_dtype(torch.float64 if precision == "fp64" else torch.float32)
     return device, precision
 
 
 def move_to(x, device):
-    """Copy x to the device, asynchronously only on CUDA.
+    """Copy x to the device; on CUDA, the copy is asynchronous.
 
-    On MPS an asynchronous copy may not be complete when x is read.
+    On MPS, x could be read before an asynchronous copy is complete.
     """
     return x.to(device, non_blocking=device.type == "cuda")
 
 
 # ---------------------------------------------------------------- precision
 def autocast(device, precision):
-    """A context for the forward pass. 'bf16' and 'fp16' cast the inputs of matrix products."""
+    """Context for the forward pass. With bf16 and fp16, matrix products are in that precision.
+
+    The parameters and the optimizer stay in float32: the inputs of each product are converted.
+    """
     if precision in ("fp32", "fp64"):
         return nullcontext()
     return torch.autocast(device.type, dtype=DTYPES[precision])
 
 
 def to_fp32(x):
-    """bfloat16 and float16 become float32; float32 and float64 stay."""
+    """Convert bfloat16 and float16 to float32. float32 and float64 are returned as they are."""
+    # float64 stays, so that losses can be compared with float64 references
     return x if x.dtype == torch.float64 else x.float()
 
 
 @contextmanager
 def full_precision():
-    """A decorator for losses: neither autocast nor TF32 rounds the inputs of their matrix products.
+    """Decorator for losses: matrix products in their forward pass use neither autocast nor TF32.
 
-    KoLeo needs it most: with 512 features at distance 0.1 from a common direction, a bfloat16
+    KoLeo needs it most: for 512 features at distance 0.1 from a common direction, a bfloat16
     product finds the wrong nearest neighbour for 99 % of them. DINOv2 disables autocast there too.
-    This covers the forward pass. The backward pass follows the settings in force when backward()
-    is called: call it outside autocast, as PyTorch recommends.
+
+    The backward pass follows the settings at the time of backward(). PyTorch recommends to call
+    backward() outside autocast.
     """
     tf32 = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
-    off = [torch.autocast(device, enabled=False) for device in ("cpu", "cuda", "mps")]
     try:
-        with off[0], off[1], off[2]:
+        # The device of the loss is not known here, so autocast is disabled for all three types.
+        with (torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False),
+              torch.autocast("mps", enabled=False)):
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
 def set_tf32(device, on):
-    """Whether float32 matrix products on CUDA may round their inputs to TF32 (10 mantissa bits
-    instead of 23).
+    """Allow or forbid TF32 on CUDA: float32 matrix products round their inputs to 10 mantissa bits
+    instead of 23, which makes them faster.
 
-    On for training, as in DINOv2 and OpenCLIP, for encoding latents, as in VTP, and for sampling,
-    as in LightningDiT. Off, PyTorch's default, for training the DiT, as in LightningDiT, and for
-    evaluation, as in VTP. The forward pass of the losses never uses TF32 (full_precision above).
-    Convolutions always may: this is PyTorch's default for them.
+    True for training (as DINOv2 and OpenCLIP), for encoding latents (as VTP) and for sampling (as
+    LightningDiT). False, which is PyTorch's default, for training the DiT (as LightningDiT) and for
+    evaluation (as VTP). The forward pass of the losses never uses TF32, see full_precision.
+    Convolutions may always use it, which is PyTorch's default.
     """
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = on
 
 
 def tf32_of(device):
-    """For printed lines and protocols: ", tf32 on" or ", tf32 off" on CUDA, else nothing"""
+    """Suffix for printed lines and protocols: ", tf32 on" or ", tf32 off" on CUDA, otherwise "" """
     if device.type != "cuda":
         return ""
     return f", tf32 {'on' if torch.backends.cuda.matmul.allow_tf32 else 'off'}"
 
 
 def choose_precision(device):
-    """bf16 where the hardware multiplies it, else fp16 on GPUs, else fp32 -> its name"""
+    """-> "bf16" if the hardware supports it, else "fp16" on CUDA, else "fp32" """
     if multiplies_bf16(device):
         return "bf16"
+    # older GPUs multiply fp16 in hardware, but not bf16
     return "fp16" if device.type == "cuda" else "fp32"
 
 
 def multiplies_bf16(device):
-    """True if this device is known to multiply bfloat16 in hardware: CUDA that reports it, or an
-    x86 CPU with AVX512-BF16 or AMX. Other devices give False.
+    """True if the device is known to multiply bfloat16 in hardware.
 
-    ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA (formerly DNNL_MAX_CPU_ISA) can disable these
-    instructions. torch.cpu.get_capabilities() ignores them, so they are checked separately.
+    These are CUDA devices that report it, and x86 CPUs with AVX512-BF16 or AMX. On other devices
+    PyTorch emulates bfloat16, which is slower than float32, or we do not know.
     """
     if device.type == "cuda":
+        # with the default, True, the answer for emulated bf16 would also be True
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return False
-    hardware = torch.cpu.get_capabilities()
-    present = bool(hardware.get("avx512_bf16") or hardware.get("amx_bf16"))
-    pytorch_may = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "NO AVX", "AVX2")
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "ALL"
-    onednn_may = limit.upper().startswith(ISA_WITH_BF16)
-    return present and pytorch_may and onednn_may
+    capabilities = torch.cpu.get_capabilities()
+    # x86 only: other CPUs do not have these keys
+    in_hardware = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    # Environment variables can disable these instructions, and get_capabilities() ignores them:
+    # ATEN_CPU_CAPABILITY for PyTorch, ONEDNN_MAX_CPU_ISA (formerly DNNL_MAX_CPU_ISA) for oneDNN.
+    in_pytorch = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "NO AVX", "AVX2")
+    isa = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "ALL"
+    in_onednn = isa.upper().startswith(ISA_WITH_BF16)
+    return in_hardware and in_pytorch and in_onednn
 
 
 def warn_if_emulated(device, precision):
     """Print a warning, with the measured slowdown, if bf16 is only emulated on this device.
 
-    MPS is left out: whether a Mac emulates bf16 is not known here.
+    There is no warning on MPS: we do not know whether a Mac emulates bf16.
     """
     if precision != "bf16" or multiplies_bf16(device) or device.type == "mps":
         return
     ratio = peak_flops(device, "fp32") / peak_flops(device, "bf16")
-    print0(f"note         --precision bf16 is only emulated by this {device.type}: a matrix "
+    print0(f"note         --precision bf16 is only emulated on this {device.type}: a matrix "
            f"product takes {ratio:.1f} times as long as in fp32 (measured now). The default here "
            f"is {choose_precision(device)}.")
 
 
-# ---------------------------------------------------------------- what the machine can do
+# ---------------------------------------------------------------- speed and memory
 def peak_flops(device, precision, seconds=0.3):
-    """FLOP/s of one large matrix product in this precision, measured now"""
+    """Speed of one large matrix product in this precision, measured for `seconds` -> FLOP/s"""
+    # large enough that the time is spent in multiplications, small enough to repeat on a CPU
     n = 1024 if device.type == "cpu" else 8192
     a = torch.randn(n, n, device=device, dtype=DTYPES[precision])
-    a @ a
+    a @ a                                                     # warm-up, not measured
     synchronize(device)
-    start, count = time.perf_counter(), 0
+    start = time.perf_counter()
+    count = 0
     while time.perf_counter() - start < seconds:
         a @ a
-        synchronize(device)
+        synchronize(device)                                   # GPU operations are asynchronous
         count += 1
+    # n^2 entries of n multiplications and n additions each
     return 2 * n ** 3 * count / (time.perf_counter() - start)
 
 
 def synchronize(device):
-    """Wait until the device has finished its work"""
+    """Wait until the device has finished its operations."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -161,8 +180,8 @@ def synchronize(device):
 
 
 def peak_memory(device):
-    """Largest memory of this process so far, in GB"""
+    """Peak memory of this process in GB: CUDA memory of its tensors, otherwise resident memory"""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1e9 if sys.platform == "darwin" else 1e6           # bytes on macOS, else KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    unit = 1 if sys.platform == "darwin" else 1024            # bytes on macOS, else KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

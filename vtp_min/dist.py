@@ -1,6 +1,7 @@
-"""One process or many: helpers over torch.distributed that do nothing on a single process.
+"""Data parallelism with one process or many.
 
-Start with plain python (one process) or with torchrun (many).
+Helpers over torch.distributed. On a single process they return their input or do nothing, so other
+files call them in both cases. `python train.py` starts one process, `torchrun` starts many.
 """
 import os
 import sys
@@ -14,10 +15,12 @@ def is_distributed():
 
 
 def rank():
+    """Number of this process, from 0 to world_size() - 1"""
     return dist.get_rank() if is_distributed() else 0
 
 
 def world_size():
+    """Number of processes"""
     return dist.get_world_size() if is_distributed() else 1
 
 
@@ -25,71 +28,82 @@ def under_torchrun():
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def print0(*words):
-    """print, on rank 0 only"""
+def print0(*values):
+    """Print on rank 0 only."""
     if rank() == 0:
-        print(*words, flush=True)
+        print(*values, flush=True)            # without flush, output to a file or pipe is delayed
 
 
 def printable(text):
-    """A name as one line for terminals and logs. Line breaks, control and undecodable characters
-    are escaped."""
+    """A file name, or any text, as one line for terminals and logs -> str
+
+    Line breaks, control characters and undecodable bytes are escaped as in a Python string.
+    """
+    # ascii() returns the escaped character between quotes: [1:-1] removes the quotes
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 def init_distributed(device=None):
-    """Join the process group of torchrun if there is one -> the torch.device of this process.
+    """Join the process group of torchrun if there is one -> torch.device of this process
 
-    device  'cpu', 'cuda', 'mps', or None for the best one present. ValueError if it is absent.
+    device  'cpu', 'cuda', 'mps', or None for the best available one. ValueError if the device is
+            not available.
     """
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")     # a terminal with LANG=C lacks letters
+        # With LANG=C, print would raise an error for class names with non-ASCII letters.
+        sys.stdout.reconfigure(errors="backslashreplace")
     device = choose_device(device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device)         # NCCL needs a different GPU for each process
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        store, number, n = next(dist.rendezvous("env://"))
-        # torchrun keeps one store through its restarts. Without a prefix for each restart, a new
-        # process may connect to the address of a dead one.
+        store, own_rank, n_ranks = next(dist.rendezvous("env://"))
+        # torchrun keeps the same store when it restarts the processes. Without a prefix for each
+        # restart, a new process may read the address of a process that no longer exists.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=number, world_size=n)
+        dist.init_process_group(backend, store=store, rank=own_rank, world_size=n_ranks)
     return device
 
 
 def choose_device(name=None):
-    """'cpu', 'cuda', 'mps', or None for the best one present -> torch.device of this process"""
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    """'cpu', 'cuda', 'mps', or None for the best available one -> torch.device of this process"""
+    # in order of preference
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name is None:
-        name = next((kind for kind in present if present[kind]), "cpu")
+        name = next((kind for kind in available if available[kind]), "cpu")
     device = torch.device(name)
-    if not present.get(device.type, True):
-        raise ValueError(f"--device {name}, but this machine (or this build of PyTorch) has none; "
-                         f"try --device cpu")
+    if not available.get(device.type, True):                  # True: cpu is always available
+        raise ValueError(f"--device {name} is not available on this machine or in this build of "
+                         f"PyTorch; try --device cpu")
     if device.type == "cuda" and device.index is None:
+        # torchrun numbers the processes of one machine by LOCAL_RANK: process i takes GPU i
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return device
 
 
 def cleanup():
-    """Leave the process group"""
+    """Leave the process group."""
     if is_distributed():
         dist.destroy_process_group()
 
 
 def barrier():
-    """Wait until all ranks are here"""
+    """Wait until all ranks have called this function."""
     if is_distributed():
         dist.barrier()
 
 
 # ---------------------------------------------------------------- data of a rank
 def rank_slice(n):
-    """Rows of this rank among n: contiguous, in rank order -> range"""
+    """Rows of this rank among n rows -> range
+
+    Slices are contiguous, in rank order, and differ in length by at most 1.
+    """
     return range(rank() * n // world_size(), (rank() + 1) * n // world_size())
 
 
 # ---------------------------------------------------------------- without gradient
+# These three change x in place and return it. All ranks must call them in the same order.
 def all_reduce_sum(x):
     """Sum of x over ranks, in place"""
     if is_distributed():
@@ -111,11 +125,12 @@ def all_reduce_mean(x):
 
 @torch.no_grad()
 def all_gather_ragged(x):
-    """(n, ...) of each rank, where n may differ -> the rows of all ranks, in rank order"""
+    """x (n, ...), where n may differ between ranks -> the rows of all ranks, in rank order"""
     if not is_distributed():
         return x
     counts = [torch.empty(1, dtype=torch.long, device=x.device) for _ in range(world_size())]
     dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
+    # all_gather needs equal shapes, so each rank pads to the longest and the padding is cut below
     longest = int(max(counts))
     parts = [x.new_empty(longest, *x.shape[1:]) for _ in counts]
     dist.all_gather(parts, torch.cat([x, x.new_zeros(longest - len(x), *x.shape[1:])]))
@@ -124,65 +139,71 @@ def all_gather_ragged(x):
 
 # ---------------------------------------------------------------- with gradient
 class Gather(torch.autograd.Function):
-    """The rows of all ranks, in rank order.
+    """Concatenate the rows of all ranks, with a gradient for the rows of this rank.
 
-    The backward pass sums the gradients that all ranks have for this rank's rows. Each rank returns
-    the loss of its own rows, and gradients are averaged over ranks (average_gradients), so the
-    result is the gradient of one process that holds the whole batch.
+    Each rank computes the loss of its own rows against the rows of all ranks. A row therefore has a
+    gradient on every rank, and the backward pass sums them. average_gradients then divides by the
+    number of ranks. The result is the gradient of one process that holds the whole batch, as with
+    OpenCLIP's --local-loss --gather-with-grad.
     """
 
     @staticmethod
     def forward(ctx, x):
         parts = [torch.empty_like(x) for _ in range(world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
+        dist.all_gather(parts, x.contiguous())                # it requires contiguous tensors
+        return torch.cat(parts)                               # (world_size * B, ...)
 
     @staticmethod
     def backward(ctx, grad):
+        # autograd may pass this tensor to other functions too, and all_reduce writes in place
         grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)
-        return grad.chunk(world_size())[rank()]
+        dist.all_reduce(grad)                                 # (world_size * B, ...)
+        return grad.chunk(world_size())[rank()]               # (B, ...)
 
 
 def gather(x):
-    """(B, ...) of each rank -> (world_size * B, ...) on every rank, with gradient"""
+    """x (B, ...), B equal on all ranks -> (world_size * B, ...) on every rank, with gradient"""
     return Gather.apply(x) if is_distributed() else x
 
 
 # ---------------------------------------------------------------- data parallelism
 @torch.no_grad()
 def broadcast_parameters(module):
-    """All ranks take the parameters and buffers of rank 0"""
+    """Copy the parameters and buffers of rank 0 to all ranks."""
     if is_distributed():
+        # state_dict contains the parameters and buffers themselves, not copies
         for x in module.state_dict().values():
             dist.broadcast(x, 0)
 
 
 @torch.no_grad()
 def average_gradients(module, bucket_size=2 ** 24):
-    """Replace each gradient by its mean over ranks. Nothing happens on a single process.
+    """Replace each gradient by its mean over ranks.
 
-    Gradients are copied into flat buffers of up to `bucket_size` numbers, so that there are few
-    all_reduce calls. A gradient that is None stays None: AdamW would decay the weight if it
-    became zero. Which ones are None depends only on the flags, so it is equal on all ranks.
+    Gradients are copied into flat buffers of up to `bucket_size` numbers, because few large
+    all_reduce calls are faster than many small ones. A tensor larger than that is a bucket alone.
     """
     if not is_distributed():
         return
-    bucket, size = [], 0
+    bucket = []
+    size = 0                                                  # numbers in the bucket
     for p in module.parameters():
+        # A gradient of None stays None. As zeros, it would make AdamW apply weight decay. The flags
+        # alone decide which gradients are None, so the buckets are equal on all ranks.
         if p.grad is None:
             continue
         if size + p.numel() > bucket_size:
             average_bucket(bucket)
-            bucket, size = [], 0
+            bucket = []
+            size = 0
         bucket.append(p.grad)
         size += p.numel()
     average_bucket(bucket)
 
 
 def average_bucket(grads):
-    """grads  tensors of one dtype; each becomes its mean over ranks"""
-    if not grads:
+    """Replace each gradient by its mean over ranks. grads: list of tensors of one dtype"""
+    if not grads:                             # if the first tensor is larger than a bucket
         return
     flat = all_reduce_mean(torch.cat([g.flatten() for g in grads]))
     means = flat.split([g.numel() for g in grads])

@@ -1,7 +1,9 @@
-"""Random numbers that depend only on their use: (stream, seed, step, row, ...) -> generator.
+"""Random generators that depend only on their purpose: (stream, seed, step, row, ...) -> generator.
 
-Equal keys give equal numbers in any process, so a batch does not depend on the number of processes,
-on data workers or on what was drawn before.
+With one global generator, each random number would depend on all earlier draws. A batch would then
+change with the number of processes, with the number of data workers and after a resumed run. Here,
+each use makes its own generator from a key of integers. Equal keys give equal numbers in every
+process.
 """
 from enum import IntEnum
 from functools import lru_cache
@@ -10,29 +12,35 @@ import numpy as np
 
 
 class Stream(IntEnum):
-    """One number for each purpose. Two purposes never share a generator."""
+    """The first integer of a key: one number per purpose, so no two purposes share a generator.
+
+    Do not renumber: the number determines the random values, and a resumed run must draw the same.
+    """
     ORDER = 0          # order of the samples in an epoch
-    SAMPLE = 1         # caption template of a sample
-    REPLACEMENT = 2    # sample that replaces an unreadable one
+    SAMPLE = 1         # caption template of a sample, such as "a photo of a {}"
+    REPLACEMENT = 2    # choice of the sample that replaces an unreadable one
     CLIP_VIEW = 3      # crop for CLIP and reconstruction
-    CROPS = 4          # global and local crops
+    CROPS = 4          # global and local crops for self-distillation
     MASK_RATIO = 5     # number of masked patches of each crop
-    MASK_BLOCKS = 6    # position of the masked patches
-    EVAL = 7           # caption template in evaluation
-    STATS = 8          # latents on which mean and std are measured
+    MASK_BLOCKS = 6    # positions of the masked patches
+    EVAL = 7           # evaluation: caption templates; order and crops of the linear probe
+    STATS = 8          # choice of the latents whose mean and std are measured
     DIT = 9            # noise, time, flip and label dropout of a DiT training step
     SAMPLING = 10      # initial noise of a generated image
-    DECODER = 11       # noise of the baselines' decoders
-    POSTERIOR = 12     # samples of a KL autoencoder's posterior
-    DROP = 13          # stochastic depth
+    DECODER = 11       # noise added to latents when a pixel decoder is trained
+    POSTERIOR = 12     # samples of the posterior of a KL autoencoder
+    DROP = 13          # rows that stochastic depth keeps
 
 
 def make_rng(stream, *key):
-    """stream, then any non-negative integers -> numpy Generator"""
+    """stream: a Stream; key: any non-negative integers -> numpy.random.Generator"""
+    # NumPy hashes the whole list, so keys that differ in one integer give independent sequences.
     return np.random.default_rng([stream, *key])
 
 
+# The cache holds two permutations, because a batch can contain the end of one epoch and the start
+# of the next. All callers share the cached array and must not write to it.
 @lru_cache(maxsize=2)
 def permutation(seed, epoch, n):
-    """The order of n samples in an epoch -> (n,) array"""
+    """Order of the n samples of an epoch -> (n,) array of the integers 0 to n - 1"""
     return make_rng(Stream.ORDER, seed, epoch).permutation(n)

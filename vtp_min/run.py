@@ -1,22 +1,22 @@
-"""A run is a folder: its settings, its log, and checkpoints from which the same command continues.
+"""A run is a folder with its settings, its log and its checkpoints. The same command continues it.
 
-    run.json        the settings                    metrics.jsonl   measured numbers, one a line
-    log.jsonl       logged steps, one a line        last.pt, previous.pt   two newest checkpoints
+    run.json        the settings                    metrics.jsonl   measured numbers, one per line
+    log.jsonl       logged steps, one per line      last.pt, previous.pt   two newest checkpoints
 
     run = Run(args.out, settings, args.fresh)       opens the folder; run.step is the next step
-    run.restore(state)                              state {name: what has state_dict()}
+    run.restore(state)                              state {name: object with state_dict()}
     run.start(args, images_per_step, device, precision, export)
     batches = run.watch(batches)                    measures the time spent waiting for data
     for step in range(run.step, args.steps):
         ...
-        finite, stop = run.agree(losses, grad_norm) the same answer on all ranks
+        finite, stop = run.agree(losses, grad_norm) equal on all ranks
         ...
         run.after_step(step, losses, diagnostics, grad_norm, lr, state)     logs and saves
         if stop:
             break
     return run.finish()                             exit status
 
-Rank 0 writes; every rank reads.
+All ranks call these methods and read the folder; only rank 0 writes to it.
 """
 import json
 import math
@@ -36,43 +36,50 @@ from .device import peak_flops, peak_memory
 from .dist import (all_reduce_max, all_reduce_mean, all_reduce_sum, print0, rank,
                    under_torchrun)
 
-# settings that may change when a run continues
+# settings that may change when a run is continued: speed, memory, files, number of steps
 MUTABLE_FLAGS = {"steps", "workers", "device", "log_every", "save_every", "micro", "recompute",
                  "compile", "max_bad", "out", "fresh", "val_data", "machine", "fast"}
-# fields of a log line that may differ between equal runs
+# fields of a log line that depend on the speed of the machine, so they differ between equal runs
 TIMING = {"images_per_s", "gflops", "share_of_peak", "data_wait"}
+# files that --fresh deletes; other files in the folder belong to the user
 FILES = ("last.pt", "previous.pt", "log.jsonl", "metrics.jsonl", "run.json", "config.json",
          "model.safetensors")
-EXIT_RESUME = 75       # exit status after a signal: EX_TEMPFAIL of sysexits, "try again"
-MAX_BAD_STEPS = 25     # this many skipped steps in a row end a run (ours; fp16 scaling may need 16)
+EXIT_RESUME = 75       # exit status after a signal: EX_TEMPFAIL in sysexits.h, "try again later"
+# Skipped steps in a row that end a run (ours). With fp16, up to 16 in a row are normal: the loss
+# scale starts at 2^16 and is halved after each skipped step.
+MAX_BAD_STEPS = 25
 
 
 class Run:
     def __init__(self, folder, settings, fresh=False):
-        """Open the folder, which is made if needed.
+        """Open the folder of a run; create it if it does not exist.
 
-        settings  dict of flags, stored in run.json      fresh  delete the run that is there
-        self.step is the next step: 0, or where the checkpoint stopped. ValueError if the folder
-        holds a run with other settings, or no readable checkpoint.
+        settings  dict of flags, stored in run.json
+        fresh     delete the run that the folder contains
+        self.step is the next step: 0, or the number of steps completed in the checkpoint. Raises
+        ValueError if the folder contains a run with other settings, or if none of its checkpoints
+        can be read.
         """
-        self.folder, self.settings = Path(folder), json.loads(json.dumps(settings))
-        self.stop_requested = False        # this process received a signal
-        self.stopping = False              # some process received one: all stop
-        self.last_is_damaged = False       # last.pt is unreadable: previous.pt must be kept
+        self.folder = Path(folder)
+        # as JSON returns them (tuples become lists), to compare them with those of the checkpoint
+        self.settings = json.loads(json.dumps(settings))
+        self.stop_requested = False        # this process has received a signal
+        self.stopping = False              # some process has received one, so all stop
+        self.last_is_damaged = False       # last.pt cannot be read, so previous.pt must be kept
         self.unreadable = 0                # unreadable samples on this rank
         self.reported = set()              # their names
         self.skipped = 0                   # steps without an update
-        self.bad_steps = 0                 # of these, the last ones in a row
-        # torchrun restarts a process with the same flags: --fresh holds for the first start only
+        self.bad_steps = 0                 # steps without an update since the last update
+        # torchrun restarts a failed process with the same flags; --fresh must not delete its run
         restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
         if fresh and not restarted:
             self._delete_files()
             self.checkpoint = None
         else:
-            self.checkpoint = self._newest_checkpoint()
+            self.checkpoint = self._load_newest_checkpoint()
         self.step = 0
         if self.checkpoint:
-            self._continue()
+            self._resume()
         if rank() == 0:
             self._prepare_folder()
 
@@ -82,121 +89,140 @@ class Run:
             for name in FILES:
                 (self.folder / name).unlink(missing_ok=True)
 
-    def _newest_checkpoint(self):
+    def _load_newest_checkpoint(self):
+        """-> dict on the CPU, or None if the folder contains no checkpoint"""
         found = [path for path in (self.folder / "last.pt", self.folder / "previous.pt")
                  if path.exists()]
         for path in found:
             try:
-                with zipfile.ZipFile(path) as archive:        # torch.load ignores checksums
+                # A .pt file is a zip archive. torch.load does not verify its checksums.
+                with zipfile.ZipFile(path) as archive:
                     if archive.testzip():
                         raise ValueError("a checksum is wrong")
                 return torch.load(path, map_location="cpu", weights_only=True)
-            except Exception as problem:
-                print0(f"{path} is damaged ({type(problem).__name__}: {problem}) and ignored")
+            except Exception as error:             # damaged files cause errors of many types
+                print0(f"{path} is damaged ({type(error).__name__}: {error}) and is ignored")
                 self.last_is_damaged = True
         if found:
+            # Starting at step 0 would overwrite the files, and the user may be able to restore one.
             raise ValueError(f"no checkpoint in {self.folder} can be read; restore a readable "
-                             f"last.pt, take another --out, or start over with --fresh")
+                             f"last.pt, use another --out, or start over with --fresh")
         return None
 
-    def _continue(self):
+    def _resume(self):
+        """Compare the settings with those of the checkpoint, and take its counters."""
         old, new = self.checkpoint["settings"], self.settings
-        differ = []
+        changes = []
         for name in sorted(old.keys() | new.keys()):
             if name not in MUTABLE_FLAGS and old.get(name) != new.get(name):
-                differ.append(f"{name}: was {old.get(name)!r}, now {new.get(name)!r}")
-        if differ:
-            raise ValueError(f"{self.folder} was trained with other settings ({'; '.join(differ)});"
-                             f" use the old ones, another --out, or --fresh to start over")
+                changes.append(f"{name}: was {old.get(name)!r}, now {new.get(name)!r}")
+        if changes:
+            raise ValueError(f"{self.folder} was trained with other settings "
+                             f"({'; '.join(changes)}); use the old settings or another --out, or "
+                             f"start over with --fresh")
         self.step = self.checkpoint["step"]
         self.skipped = self.checkpoint["skipped"]
+        # the saved count is a sum over ranks, so only one rank may start from it
         self.unreadable = self.checkpoint.get("bad", 0) if rank() == 0 else 0
-        print0(f"{self.folder} holds a checkpoint of step {self.step}: training continues there "
+        print0(f"{self.folder} holds a checkpoint of step {self.step}: training continues from it "
                f"(--fresh starts over)")
 
     def _prepare_folder(self):
         self.folder.mkdir(parents=True, exist_ok=True)
-        for unfinished in self.folder.glob("*.part"):         # left by a killed process
+        # temporary files of atomic_write, if a process was killed while it was writing
+        for unfinished in self.folder.glob("*.part"):
             unfinished.unlink()
         text = json.dumps(self.settings, indent=2) + "\n"
         atomic_write(self.folder / "run.json", lambda path: path.write_text(text))
+        # Steps after the checkpoint are trained again, so their log lines are removed. The last
+        # line may be incomplete; complete lines end with a brace.
         log = self.folder / "log.jsonl"
-        if log.exists():                                      # drop lines after the checkpoint
+        if log.exists():
             lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
             kept = [line + "\n" for line in lines if json.loads(line)["step"] <= self.step]
             atomic_write(log, lambda path: path.write_text("".join(kept)))
 
     def restore(self, state):
-        """state  {name: object with load_state_dict}; loads the checkpoint, if there is one"""
+        """Load the checkpoint, if there is one, into state {name: object with load_state_dict()}"""
         if self.checkpoint:
             for name, part in state.items():
                 part.load_state_dict(self.checkpoint[name])
         self.checkpoint = None                                # free its memory
 
     def start(self, args, images_per_step, device, precision, export, flops=0, check=None):
-        """To be called once, before the loop.
+        """Prepare the loop. Call this once, directly before it.
 
         args     steps, log_every, save_every; max_bad if samples can be unreadable
         images_per_step  over all processes
-        export   step -> None; writes the weights that other programs read
+        export   function of the step; writes the weights in the format that other programs read
         flops    FLOPs of a step on this process, or 0 if unknown
         check    (step, {name: logged value}) -> a warning for the log, or ""
         """
         self.args, self.images_per_step, self.device = args, images_per_step, device
         self.export, self.flops, self.check = export, flops, check
+        # FLOP/s of a matrix product, measured before the loop: the reference of share_of_peak
         self.peak = peak_flops(device, precision) if flops else None
         self._check_equal_steps()
         self._catch_signals()
         if rank() == 0 and self.step >= args.steps:
-            export(self.step)              # the run was complete, but perhaps stopped before this
+            # The run is complete, but a signal or a full disk may have prevented its export.
+            export(self.step)
         self.bar = ProgressBar(total=args.steps, initial=self.step, desc=Path(sys.argv[0]).stem,
                                unit="step", disable=rank() > 0, dynamic_ncols=True)
-        self._reset_clock()
+        self._reset_timer()
 
     def _check_equal_steps(self):
-        ends = torch.tensor([self.step, -self.step], dtype=torch.float32, device=self.device)
-        last, first = all_reduce_max(ends).tolist()
-        if last != -first:
+        # A machine that does not see the folder of rank 0 finds no checkpoint and would start at
+        # step 0. One all_reduce for both extremes: the minimum of x is -max(-x).
+        extremes = torch.tensor([self.step, -self.step], dtype=torch.float32, device=self.device)
+        largest, minus_smallest = all_reduce_max(extremes).tolist()
+        if largest != -minus_smallest:
             raise ValueError(f"processes found checkpoints of different steps in {self.folder}, "
-                             f"from {-first:.0f} to {last:.0f}: --out must lie in a folder that "
-                             f"all machines share")
+                             f"from {-minus_smallest:.0f} to {largest:.0f}; --out must be a folder "
+                             f"that all machines share")
 
-    def _reset_clock(self):
-        self.clock, self.waited, self.steps_since = time.perf_counter(), 0.0, 0
+    def _reset_timer(self):
+        """Begin a new interval, over which the speed is averaged."""
+        self.interval_start = time.perf_counter()
+        self.wait_seconds = 0.0
+        self.interval_steps = 0
 
     # ------------------------------------------------------------ in the loop
     def watch(self, batches):
-        """Yield the batches; measure the waiting time and report unreadable samples, batch.bad"""
+        """Yield the batches; measure the waiting time and report unreadable samples, batch.bad."""
         while True:
             start = time.perf_counter()
             batch = next(batches, None)
-            self.waited += time.perf_counter() - start
+            self.wait_seconds += time.perf_counter() - start
             if batch is None:
                 return
-            for name in getattr(batch, "bad", ()):
+            for name in getattr(batch, "bad", ()):            # batches of latents have no `bad`
                 self._report_unreadable(name)
             yield batch
 
     def _report_unreadable(self, name):
-        """Each name is printed once, by the rank that met it"""
+        """Count a sample. Its name is printed once, by the rank that tried to read it."""
         self.unreadable += 1
         if name not in self.reported:
             print(f"skipped {name}: another sample takes its place", file=sys.stderr, flush=True)
             self.reported.add(name)
 
     def agree(self, losses, grad_norm):
-        """losses {name: ()}, grad_norm () -> finite, stop: equal on all ranks
+        """losses {name: ()}, grad_norm () -> finite (bool), stop (bool), equal on all ranks
 
-        finite  every loss and the gradient norm are finite on every rank: take the step. An
-                infinite L1 can have finite gradients, so both are looked at.
+        finite  every loss and the gradient norm are finite on every rank, so the optimizer may
+                take its step. Both are checked, because an infinite L1 can have finite gradients.
         stop    some process received a signal: leave the loop after this step
-        ValueError after MAX_BAD_STEPS steps in a row that were not finite.
+        Raises ValueError after MAX_BAD_STEPS steps in a row that were not finite.
         """
+        # to(grad_norm): in its dtype and on its device
         values = torch.stack([x.detach().to(grad_norm) for x in (*losses.values(), grad_norm)])
+        # If each rank decided by itself, one could skip a step that the others take, and the copies
+        # of the weights would differ. One all_reduce for both flags; tolist waits for the device.
         flags = [~values.isfinite().all(), torch.tensor(self.stop_requested, device=values.device)]
-        broken, stop = all_reduce_sum(torch.stack(flags).float()).tolist()
+        not_finite, stop = all_reduce_sum(torch.stack(flags).float()).tolist()
         self.stopping = stop > 0
-        if broken == 0:
+        if not_finite == 0:
             self.bad_steps = 0
             return True, self.stopping
         self.bad_steps += 1
@@ -213,50 +239,59 @@ class Run:
     def after_step(self, step, losses, diagnostics, grad_norm, lr, state):
         """Log every args.log_every steps, save every args.save_every steps. All ranks call this.
 
-        losses, diagnostics  {name: () tensor, averaged over ranks; other values stay}
-        state    {name: object with state_dict}, for the checkpoint
+        step         number of the step, from 0; files count completed steps, from 1
+        losses, diagnostics  {name: () tensor, which is averaged over ranks, or another value}
+        grad_norm, lr        () tensor and float, for the log
+        state        {name: object with state_dict()}, for the checkpoint
         """
-        args, done = self.args, step + 1
-        self.steps_since += 1
+        args = self.args
+        done = step + 1                                       # completed steps
+        self.interval_steps += 1
+        # the first and the last step are always logged, the last one is always saved
         log = done % args.log_every == 0 or done in (1, args.steps)
         save = done % args.save_every == 0 or done == args.steps or self.stopping
+        # on all ranks, because it sums over ranks; only in these steps, because it takes time
         unreadable = self._count_unreadable(done) if log or save else 0
         if log:
-            values = all_rank_means(losses | diagnostics)
+            values = average_over_ranks(losses | diagnostics)
             warning = self.check(step, values) if self.check else ""
             if warning:
                 values["warning"] = warning
             self._log_step(done, values | {"lr": lr, "grad_norm": grad_norm.item()}, unreadable)
         self.bar.update()
         if save and rank() == 0:
+            # the checkpoint first: if the export fails, the next start can repeat it
             self.save(done, state, unreadable)
             self.export(done)
         if log or save:
-            self._reset_clock()
+            self._reset_timer()                               # saving is not training time
 
     def _count_unreadable(self, done):
-        """-> unreadable samples on all ranks; ValueError if there are too many"""
+        """-> number of unreadable samples on all ranks. Raises ValueError if there are too many."""
         count = int(all_reduce_sum(torch.tensor(self.unreadable, device=self.device)))
+        # another sample replaced each unreadable one, so these are additional to the images used
         total = count + done * self.images_per_step
+        # up to 10 are always allowed: at the start of a run they can be a large fraction
         if count > 10 and count > self.args.max_bad * total:
-            raise ValueError(f"{count} of {total} samples could not be read, more than max_bad "
-                             f"{self.args.max_bad:g}; look at the files named above (python "
-                             f"data.py --data ... shows them too), or allow more with "
-                             f"--set max_bad=SHARE")
+            raise ValueError(f"{count} of {total} samples could not be read, more than the "
+                             f"fraction max_bad = {self.args.max_bad:g}; check the files named "
+                             f"above (python data.py --data ... shows them too), or allow more "
+                             f"with --set max_bad=FRACTION")
         return count
 
     def _log_step(self, done, values, unreadable):
-        seconds = (time.perf_counter() - self.clock) / self.steps_since
+        seconds = (time.perf_counter() - self.interval_start) / self.interval_steps
         self.bar.set_postfix_str(postfix(values))
         if hasattr(self.args, "max_bad"):
-            values["bad"] = unreadable
+            values["bad"] = unreadable                        # samples, since step 0
         if self.skipped:
             values["skipped"] = self.skipped
         values["images_per_s"] = self.images_per_step / seconds
         if self.flops:
             values["gflops"] = self.flops / 1e9
+            # model FLOPs utilisation, relative to the measured speed of a matrix product
             values["share_of_peak"] = self.flops / seconds / self.peak
-        values["data_wait"] = self.waited / self.steps_since / seconds
+        values["data_wait"] = self.wait_seconds / self.interval_steps / seconds
         self.log(done, **values)
 
     def log(self, step, **values):
@@ -267,24 +302,25 @@ class Run:
         try:
             with open(self.folder / "log.jsonl", "a") as f:
                 f.write(json.dumps(line) + "\n")
-        except OSError as problem:
-            raise ValueError(f"{self.folder}/log.jsonl cannot be written ({problem}); the last "
-                             f"checkpoint is complete: free some space, and type the same command "
-                             f"again") from problem
+        except OSError as error:
+            raise ValueError(f"{self.folder}/log.jsonl cannot be written ({error}); the last "
+                             f"checkpoint is complete: free some space and run the same command "
+                             f"again") from error
 
     def save(self, step, state, unreadable=0):
-        """Keep the two newest checkpoints: last.pt becomes previous.pt, then the new one last.pt"""
+        """Write last.pt; the old last.pt becomes previous.pt. step: number of completed steps"""
         if rank() > 0:
             return
         checkpoint = {name: part.state_dict() for name, part in state.items()}
         checkpoint |= {"step": step, "settings": self.settings, "skipped": self.skipped,
                        "bad": unreadable}
+        # a damaged last.pt must not replace a previous.pt that can be read
         keep = None if self.last_is_damaged else self.folder / "previous.pt"
         atomic_write(self.folder / "last.pt", lambda path: torch.save(checkpoint, path), keep=keep)
         self.last_is_damaged = False
 
     def finish(self):
-        """-> the exit status: 0, or EXIT_RESUME if a signal ended the run early"""
+        """-> exit status: 0, or EXIT_RESUME if a signal ended the run before its last step"""
         self.bar.close()
         end = "done"
         if self.stopping:
@@ -295,46 +331,58 @@ class Run:
 
     # ------------------------------------------------------------ signals
     def _catch_signals(self):
-        """After SIGTERM, SIGINT (Ctrl-C) or SIGUSR1 the loop finishes its step, saves and stops.
+        """After SIGTERM, SIGINT (Ctrl-C) or SIGUSR1, the loop finishes its step, saves and stops.
 
-        A second Ctrl-C stops at once, except under torchrun: there a worker may receive one Ctrl-C
-        twice, from the terminal and from torchrun. torchrun kills workers that are still running
-        after 30 seconds.
+        A cluster such as Slurm can send SIGTERM or SIGUSR1 before the time limit of a job.
+
+        A second Ctrl-C stops immediately, except under torchrun: there, a worker may receive one
+        Ctrl-C twice, from the terminal and from torchrun. torchrun kills workers that are still
+        running after 30 seconds.
         """
+        # A handler only sets a flag, because a signal can arrive at any instruction. `agree` reads
+        # the flag, so that all ranks stop after the same step.
         def request_stop(number, frame):
             self.stop_requested = True
 
         def interrupt(number, frame):
             self.stop_requested = True
-            again = ""
+            hint = ""
             if under_torchrun():
                 signal.signal(signal.SIGINT, request_stop)
             else:
                 signal.signal(signal.SIGINT, signal.default_int_handler)      # KeyboardInterrupt
-                again = "; press Ctrl-C again to end at once"
-            with suppress(RuntimeError):                      # if the signal interrupted a print
-                print0(f"\nstopping after this step{again}")
+                hint = "; press Ctrl-C again to stop immediately"
+            # print raises RuntimeError if the signal has interrupted another print
+            with suppress(RuntimeError):
+                print0(f"\nstopping after this step{hint}")
 
         signal.signal(signal.SIGTERM, request_stop)
         signal.signal(signal.SIGUSR1, request_stop)
         signal.signal(signal.SIGINT, interrupt)
 
 
-def all_rank_means(values):
-    """{name: () tensor, or another value} -> the same, tensors as numbers averaged over ranks"""
+def average_over_ranks(values):
+    """{name: () tensor, or another value} -> the same dict; tensors become means over ranks, float
+
+    Other values must be equal on all ranks: they are returned as they are.
+    """
     tensors = {name: x for name, x in values.items() if torch.is_tensor(x)}
+    # one all_reduce for all names
     means = all_reduce_mean(torch.stack([x.detach().float() for x in tensors.values()])).tolist()
     return values | dict(zip(tensors, means))
 
 
 def postfix(values):
-    """The first six numbers, for the progress bar"""
+    """The first six numbers as text, for the progress bar"""
     numbers = [f"{name} {x:.3f}" for name, x in values.items() if isinstance(x, float)]
     return " ".join(numbers[:6])
 
 
 def to_json(value):
-    """A float with six digits; inf and nan as strings, which JSON lacks"""
+    """Value for a line of JSON: floats with six significant digits; tensors become numbers.
+
+    inf and nan become the strings 'inf' and 'nan', because JSON has no such numbers.
+    """
     if torch.is_tensor(value):
         value = value.item()
     if not isinstance(value, float):
@@ -343,12 +391,16 @@ def to_json(value):
 
 
 def record_metric(folder, name, value, protocol, **more):
-    """Print a measured number with its protocol, and append it to metrics.jsonl"""
+    """Print a measured number with its protocol, and append it to metrics.jsonl in `folder`.
+
+    more  further fields of the line, for example the step
+    """
     print0(f"{name:28s} {value:10.4g}   {protocol}")
     if rank() > 0:
         return
+    # released weights can be named by a Hub id, for which there is no folder
     if not Path(folder).is_dir():
-        print0(f"(not kept: {folder} is no folder)")
+        print0(f"(not saved: {folder} is not a folder)")
         return
     line = {"name": name, "value": to_json(value), "protocol": protocol, **more}
     with open(Path(folder) / "metrics.jsonl", "a") as f:
@@ -356,14 +408,17 @@ def record_metric(folder, name, value, protocol, **more):
 
 
 class ProgressBar(tqdm):
-    """tqdm that prints, after one measured second, how long the rest will take on this machine.
+    """tqdm that prints, after one second of measurement, how long the rest takes on this machine.
 
-    At least three items are measured. The first one is not: it includes the warm-up of the
-    libraries. Work of less than SHORT seconds is not announced.
+    At least three items are measured. The first item is excluded, because it includes the warm-up
+    of the libraries. Nothing is printed if less than MIN_SECONDS remain.
     """
-    SHORT = 5.0
+    MIN_SECONDS = 5.0
+    estimate_printed = False
+    measurement_start = None                   # (time, number of items), after the first item
 
     def __iter__(self):
+        # tqdm's own loop does not call update for each item
         for item in self.iterable:
             yield item
             self.update()
@@ -372,29 +427,29 @@ class ProgressBar(tqdm):
     def update(self, n=1):
         now = time.perf_counter()
         super().update(n)
-        if self.disable or self.total is None or getattr(self, "announced", False):
+        if self.disable or self.total is None or self.estimate_printed:
             return
-        if not hasattr(self, "measured_from"):
-            self.measured_from = now, self.n
+        if self.measurement_start is None:
+            self.measurement_start = now, self.n
             return
-        start, first = self.measured_from
-        if now - start < 1 or self.n - first < 3:
+        start, first = self.measurement_start
+        if now - start < 1 or self.n - first < 3:             # too short to be accurate
             return
-        self.announced = True
-        rest = (now - start) / (self.n - first) * (self.total - self.n)
-        if rest > self.SHORT:
-            about = self.format_interval(rest)
+        self.estimate_printed = True
+        seconds_left = (now - start) / (self.n - first) * (self.total - self.n)
+        if seconds_left > self.MIN_SECONDS:
+            duration = self.format_interval(seconds_left)
             measured = f"measured over {self.n - first} of {self.total}"
-            self.write(f"{self.desc}: about {about} left on this machine, {measured}",
+            self.write(f"{self.desc}: about {duration} left on this machine, {measured}",
                        file=sys.stdout)
 
 
 # ---------------------------------------------------------------- --set name=value
 def parse_settings(pairs, defaults):
-    """["ema=0.99", ...] -> {"ema": 0.99, ...}
+    """["ema=0.99", ...] -> {"ema": 0.99, ...}, values in the type of their default
 
-    defaults  {name: value}. ValueError for an unknown name, or a value of another type than the
-    default; a default of None accepts any value.
+    defaults  {name: value}. Raises ValueError for an unknown name, and for a value of another type
+              than the default. If the default is None, any value is accepted.
     """
     found = {}
     for pair in pairs:
@@ -405,13 +460,15 @@ def parse_settings(pairs, defaults):
         default = defaults[name]
         value = text
         if not isinstance(default, str):
-            with suppress(ValueError):                       # what is no JSON stays a string
+            # Numbers, true, false and null are read as JSON, also in Python's spelling (True,
+            # None). Any other text remains a string.
+            with suppress(ValueError):
                 value = json.loads(text.lower().replace("none", "null"))
         if type(default) is float and type(value) is int:
-            value = float(value)
+            value = float(value)                              # ema=1 means 1.0
         if type(default) is bool and value in (0, 1):
-            value = bool(value)
+            value = bool(value)                               # light_decoder=1 means true
         if default is not None and type(value) is not type(default):
-            raise ValueError(f"--set {pair}: wanted a value like the default, {default}")
+            raise ValueError(f"--set {pair}: wanted a value of the type of the default, {default}")
         found[name] = value
     return found

@@ -1,15 +1,23 @@
-"""The vision transformer: pixels -> tokens.   VTP Sec. 3.1; architecture of DINOv3 ([26] there)
+"""The vision transformer: pixels -> tokens.   VTP Sec. 3.1, 4.1
 
     patch embedding, class token -> depth x (attention, feed-forward) -> norm
     img (B, 3, h*P, w*P) -> class token (B, D), patches (B, N, D)
 
-The file reads top-down: norms, position embedding (RoPE), attention, feed-forward (SwiGLU), block
-with stochastic depth, trunk. The pixel decoder is built from the same blocks. Attribute names are
-the official ones, so that the released weights load. On a CPU, extras/fast.py replaces rms_norm,
-rotate, attention and SwiGLU.forward by faster forms at run time (--set fast=0: it does not).
+The architecture follows DINOv3 (reference [26] of VTP): axial RoPE, SwiGLU. VTP adds QKNorm; its
+released models have RMSNorm, and neither register tokens nor LayerScale.
 
-B images    N = h*w patches    D width    H heads of c = D/H channels    d latent channels
+The file begins with the small parts: norms, position embedding (RoPE), attention, feed-forward
+(SwiGLU), block with stochastic depth; the trunk comes last. The pixel decoder is built from the
+same blocks. Attribute names are the official ones, so that the released weights load.
+
+On a CPU, train.py replaces rms_norm, rotate, attention and SwiGLU.forward with the faster forms of
+extras/fast.py, which are equal up to rounding (--set fast=0 switches this off).
+
+B images    P patch side in pixels    N = h*w patches    L tokens, usually 1 + N    D width
+H heads of c = D/H channels    d latent channels
 """
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -19,11 +27,14 @@ from .device import to_fp32
 
 # ---------------------------------------------------------------- norms
 def rms_norm(x, weight, eps):
-    """x (..., D) / rms(x) * weight (D,). The quotient is computed in float32 and cast back to the
-    type of x before it is multiplied by the weight (released code)."""
-    y = to_fp32(x)
-    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
-    return y.to(x.dtype) * weight
+    """x / sqrt(mean(x^2) + eps) * weight, over the channels.   x (..., D), weight (D,)
+
+    The quotient is computed in float32 and cast back to the type of x before it is multiplied by
+    the weight (released code).
+    """
+    x32 = to_fp32(x)
+    x_hat = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return x_hat.to(x.dtype) * weight
 
 
 class RMSNorm(nn.Module):
@@ -36,21 +47,21 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-def layer_norm(eps):
-    return lambda D: nn.LayerNorm(D, eps=eps)
-
-
-NORMS = {"rmsnorm": RMSNorm, "layernorm": layer_norm(1e-6), "layernormbf16": layer_norm(1e-5)}
+# the official names; the two layer norms differ only in eps, despite their names
+NORMS = {"rmsnorm": RMSNorm, "layernorm": partial(nn.LayerNorm, eps=1e-6),
+         "layernormbf16": partial(nn.LayerNorm, eps=1e-5)}
 
 
 # ---------------------------------------------------------------- position embedding
 class RoPE(nn.Module):
-    """Axial rotary position embedding: pairs of channels are rotated by an angle proportional to y
-    (the first c/4 pairs) or to x (the others).
+    """Axial rotary position embedding (DINOv3). Channels i and i + c/2 of a query or key are a
+    pair, which is rotated by an angle: proportional to y for the first c/4 pairs, to x for the
+    others, each pair with its own period.
 
-    Coordinates run over (-1, 1) for any grid, so a local crop of 7x7 patches spans the same angles
-    as a global one. dtype bfloat16 rounds after every operation, as in the training of the
-    released models; float32 is ours.
+    Coordinates run over (-1, 1) for any grid, so a local crop with fewer patches spans about the
+    same angles as a global crop. (DINOv3 also shifts and scales them at random in training.)
+    dtype is the precision of the angles. The released models were trained with bfloat16, which
+    rounds after every operation; ours are trained with float32.
     """
     def __init__(self, c, dtype=torch.float32):
         super().__init__()
@@ -58,11 +69,13 @@ class RoPE(nn.Module):
             raise ValueError(f"a head has {c} channels, but axial RoPE needs a multiple of 4; "
                              f"change the width or the number of heads")
         self.c, self.dtype = c, dtype
-        # stored in bfloat16 in every official file
+        # The buffer exists because official files contain it, in bfloat16. With dtype float32,
+        # forward() computes exact periods instead.
         self.register_buffer("periods", self.compute_periods(torch.bfloat16))
 
     def compute_periods(self, dtype, device=None):
-        """(c/4,) wavelengths, from 1 up to 100 half-grids"""
+        """(c/4,) periods from 1 to 100^(1 - 4/c), which is 75 for c = 64, on a scale where the side
+        of the image is 2. The base 100 is DINOv3's."""
         exponent = 2 * torch.arange(self.c // 4, device=device, dtype=dtype) / (self.c // 2)
         return 100 ** exponent
 
@@ -87,25 +100,26 @@ class RoPE(nn.Module):
 def rotate(x, sin, cos):
     """Rotate each pair (a, b) = channels (i, i + c/2) of x: (a cos - b sin, b cos + a sin)
 
-    x (B, H, N, c); sin, cos (N, c). Computed in the precision of the tables.
+    x (B, H, L, c); sin, cos (L, c). Computed in the precision of sin and cos.
     """
     dtype = sin.dtype
     if dtype == torch.float32:
-        dtype = torch.promote_types(dtype, x.dtype)                            # float64 stays
-    y = x.to(dtype)
-    a, b = y.chunk(2, dim=-1)
-    rotated = y * cos + torch.cat([-b, a], dim=-1) * sin
+        dtype = torch.promote_types(dtype, x.dtype)                            # float64 for float64
+    ab = x.to(dtype)
+    a, b = ab.chunk(2, dim=-1)
+    rotated = ab * cos + torch.cat([-b, a], dim=-1) * sin
     return rotated.to(x.dtype)
 
 
 # ---------------------------------------------------------------- attention
 def attention(q, k, v, causal=False):
-    """softmax(q k' / sqrt(c)) v, each (B, H, N, c). causal: a token sees no later ones."""
+    """softmax(q k^T / sqrt(c)) v, each (B, H, L, c). causal (text): no token sees a later one."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention. QKNorm bounds its logits, for stability (VTP Sec. 4.1)."""
+    """Multi-head self-attention. QKNorm, an RMSNorm of each query and key, bounds the attention
+    logits, for stability (VTP Sec. 4.1)."""
     def __init__(self, D, heads, qk_norm):
         super().__init__()
         self.heads = heads
@@ -115,23 +129,25 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(D // heads) if qk_norm else nn.Identity()
 
     def forward(self, x, rope):
-        B, N, D = x.shape
-        qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                   # each (B, H, N, c)
+        """x (B, L, D), rope: sin and cos (L, c) -> (B, L, D)"""
+        B, L, D = x.shape
+        qkv = self.qkv(x).view(B, L, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                   # each (B, H, L, c)
         q = rotate(self.q_norm(q), *rope)
         k = rotate(self.k_norm(k), *rope)
-        # under autocast v is bfloat16, while QKNorm's weight has made q and k float32
-        x = attention(q.to(v.dtype), k.to(v.dtype), v)                         # (B, H, N, c)
-        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+        # Under autocast v has 16 bits, but q and k are float32: QKNorm multiplies by its float32
+        # weight.
+        x = attention(q.to(v.dtype), k.to(v.dtype), v)                         # (B, H, L, c)
+        return self.proj(x.transpose(1, 2).reshape(B, L, D))
 
 
 # ---------------------------------------------------------------- feed-forward
 class SwiGLU(nn.Module):
-    """w3( silu(w1 x) * w2 x ). The hidden width is 2/3 of an MLP's, rounded up to a multiple of
-    `align`, so that it has about as many parameters."""
+    """w3(silu(w1 x) * (w2 x)). It has three matrices, where an MLP has two. So its hidden width is
+    2/3 of an MLP's, for the same number of parameters, rounded up to a multiple of `align`."""
     def __init__(self, D, ratio, align):
         super().__init__()
-        hidden = int(int(D * ratio) * 2 / 3)     # three matrices in place of two
+        hidden = int(int(D * ratio) * 2 / 3)
         hidden = (hidden + align - 1) // align * align
         self.w1 = nn.Linear(D, hidden)
         self.w2 = nn.Linear(D, hidden)
@@ -151,16 +167,14 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-def swiglu(align):
-    return lambda D, ratio: SwiGLU(D, ratio, align)
-
-
-FFNS = {"mlp": Mlp, "swiglu": swiglu(8), "swiglu32": swiglu(32), "swiglu64": swiglu(64),
-        "swiglu128": swiglu(128)}
+# the official names
+FFNS = {"mlp": Mlp, "swiglu": partial(SwiGLU, align=8), "swiglu32": partial(SwiGLU, align=32),
+        "swiglu64": partial(SwiGLU, align=64), "swiglu128": partial(SwiGLU, align=128)}
 
 
 # ---------------------------------------------------------------- block
 class LayerScale(nn.Module):
+    """Multiplies each channel of a branch by a learned factor, small at first (CaiT)"""
     def __init__(self, D, init):
         super().__init__()
         self.gamma = nn.Parameter(torch.full((D,), float(init)))
@@ -170,7 +184,7 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))"""
+    """x + attention(norm(x)), then x + mlp(norm(x)). With layer_scale, LayerScale follows each."""
     def __init__(self, D, heads, ratio, ffn, norm, qk_norm, layer_scale):
         super().__init__()
         self.norm1 = NORMS[norm](D)
@@ -180,8 +194,7 @@ class Block(nn.Module):
         self.mlp = FFNS[ffn](D, ratio)
         self.ls2 = LayerScale(D, layer_scale) if layer_scale else nn.Identity()
 
-    # A branch is everything that is added to the residual stream at once, so that stochastic
-    # depth can leave it out.
+    # The two residual branches. Stochastic depth skips one for some images.
     def attention_branch(self, x, rope):
         return self.ls1(self.attn(self.norm1(x), rope))
 
@@ -189,26 +202,27 @@ class Block(nn.Module):
         return self.ls2(self.mlp(self.norm2(x)))
 
     def forward(self, x, rope, keep=(None, None)):
-        """x (B, N, D) -> the same. keep: for each branch (rows, scale), or None for all rows"""
+        """x (B, L, D) -> the same shape. keep: one entry per branch, see residual"""
         x = residual(x, self.attention_branch, keep[0], rope)
         return residual(x, self.mlp_branch, keep[1])
 
 
-def residual(x, branch, keep, *more):
-    """x + branch(x, *more). With stochastic depth, the branch is computed for the kept rows of the
+def residual(x, branch, keep, *args):
+    """x + branch(x, *args). With stochastic depth, the branch is computed for some images of the
     batch only, and scaled so that its expectation is unchanged (DINOv2).
 
-    keep  (rows (n,), scale), or None for all rows; drawn by augment.kept_rows
+    keep  (indices (n,) of the images, scale), drawn by augment.kept_rows; None: all images
     """
     if keep is None:
-        return x + branch(x, *more)
+        return x + branch(x, *args)
     rows, scale = keep
-    # index_add adds row i of the branch to row rows[i] of x; the other rows stay as they are
-    return x.index_add(0, rows, branch(x[rows], *more).to(x.dtype), alpha=scale)
+    # index_add adds image i of the branch to image rows[i] of x; the other images stay unchanged
+    return x.index_add(0, rows, branch(x[rows], *args).to(x.dtype), alpha=scale)
 
 
 # ---------------------------------------------------------------- trunk
 class PatchEmbed(nn.Module):
+    """The same linear map for every patch, written as a convolution (ViT)"""
     def __init__(self, D, patch):
         super().__init__()
         self.proj = nn.Conv2d(3, D, patch, patch)
@@ -218,7 +232,7 @@ class PatchEmbed(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """img (B, 3, h*P, w*P) -> class token (B, D), patches (B, N, D)"""
+    """The trunk: img (B, 3, h*P, w*P) -> class token (B, D), patches (B, N, D)"""
     def __init__(self, D, depth, heads, patch, ratio=4.0, ffn="swiglu", norm="rmsnorm",
                  qk_norm=True, layer_scale=None, latent_dim=64, rope_dtype=torch.float32):
         super().__init__()
@@ -230,43 +244,50 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.norm = NORMS[norm](D)
         # The bottleneck: D -> d, without bias, after the final norm. Its output is all that the
-        # decoder and the DiT see. d = D has no bottleneck (released code).
+        # decoder and the diffusion transformer see. forward() does not apply it, because CLIP and
+        # DINO read the full width by default. With d = D there is none (released code).
         self.feature_bottleneck = nn.Identity()
         if latent_dim not in (None, D):
             self.feature_bottleneck = nn.Linear(D, latent_dim, bias=False)
         self.apply(init_linear)
         nn.init.normal_(self.cls_token, std=0.02)
-        nn.init.zeros_(self.mask_token)
+        nn.init.zeros_(self.mask_token)                                        # as in DINOv2
 
-    def layers(self, img, mask=None, keep=None):
-        """Yields the tokens (B, 1+N, D) after each block, before the final norm.
+    def forward(self, img, mask=None, keep=None):
+        """-> class token (B, D), patches (B, N, D), after the final norm, before the bottleneck
 
         mask  (B, N) bool, True: the embedding of the patch is replaced by the mask token (iBOT)
-        keep  for each block, what its two branches keep (stochastic depth); None: everything
+        keep  stochastic depth, one entry per block, see Block.forward; None: no stochastic depth
         """
+        x, rope = self.embed(img, mask)
+        for i, block in enumerate(self.blocks):
+            x = block(x, rope, keep[i]) if keep else block(x, rope)
+        x = self.norm(x)
+        return x[:, 0], x[:, 1:]
+
+    def embed(self, img, mask=None):
+        """-> tokens before the first block (B, 1+N, D), rope"""
         x = self.patch_embed(img)                                              # (B, D, h, w)
         h, w = x.shape[-2:]
         x = x.flatten(2).transpose(1, 2)                                       # (B, N, D)
         if mask is not None:
             x = torch.where(mask[..., None], self.mask_token, x)
-        # Under autocast the patches are bfloat16 and the class token is float32. torch.cat returns
-        # float32, so the residual stream stays float32.
+        # Under autocast the patches have 16 bits (without a mask), the class token is float32.
+        # torch.cat returns float32, and so do all blocks after it.
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)       # (B, 1+N, D)
-        rope = self.rope_embed(h, w, prefix=1)
-        for i, block in enumerate(self.blocks):
-            x = block(x, rope, keep[i]) if keep else block(x, rope)
-            yield x
+        return x, self.rope_embed(h, w, prefix=1)
 
-    def forward(self, img, mask=None, keep=None):
-        """-> class token (B, D), patches (B, N, D), after the final norm, before the bottleneck"""
-        for x in self.layers(img, mask, keep):
-            pass                                                               # keep the last only
-        x = self.norm(x)
-        return x[:, 0], x[:, 1:]
+    def layers(self, img, mask=None):
+        """Yields the tokens (B, 1+N, D) after each block, before the final norm"""
+        x, rope = self.embed(img, mask)
+        for block in self.blocks:
+            x = block(x, rope)
+            yield x
 
 
 def init_linear(m):
-    """Truncated normal 0.02 and zero bias (released code). Convolutions keep PyTorch's default."""
+    """Normal with standard deviation 0.02, zero bias (released code). trunc_normal_ cuts at +-2,
+    which is 100 standard deviations. Other layers keep PyTorch's default initialisation."""
     if isinstance(m, nn.Linear):
         nn.init.trunc_normal_(m.weight, std=0.02)
         if m.bias is not None:

@@ -1,2 +1,29 @@
-"""What makes vtp_min fast, large, robust or complete. Each file serves one need; the core never
-imports one at module level."""
+"""What makes vtp_min fast, large, robust or complete. Each file serves one need. It is imported
+where that need arises; no core file imports an extra at module level.
+
+training
+    gan.py               stage 2: the pixel decoder alone, with a discriminator (VTP Sec. 3.2)
+    baselines.py         LDM's auto-encoder, VA-VAE, RAE: what the paper compares with
+    gradcache.py         --micro: the gradient of a large batch in the memory of a small one
+    perceptual.py        LPIPS
+    collapse.py          warnings of collapse
+speed
+    fast.py              faster forms of functions of the core, for CPUs
+    fast_dit.py          the same for dit.py
+    fast_views.py        the same for crops and colour jitter
+data and files
+    shards.py            tar shards: index and random access
+    images.py            reads any image file
+    latents.py           latents on disk, in LightningDiT's format
+    sample_folder.py     a folder of generated images
+    grid.py              a contact sheet
+    weights.py           external weights: address, hash, download
+evaluation
+    commands.py          check, cost, report and fetch of eval.py
+    probe_official.py    the linear probe of the released code
+    judges.py            features for a Frechet distance where Inception is not at hand
+    image_sets.py        the sets of images that a Frechet distance compares
+    cost.py              parameters and FLOPs
+    check.py             released weights: known facts, and your own images
+    report.py            a run as one HTML page
+"""

@@ -1,10 +1,13 @@
-"""A quick test of weights, released or our own, on a few images.
+"""Check a model, released or trained here, on a few images: `python eval.py check`.
 
-    images -> latents -> images: PSNR, and check.png with originals above reconstructions
-    images -> the five most probable of some names
+    reconstruction    PSNR of each image, and check.png with the originals above the reconstructions
+    classification    the five most probable class names of each image
 
-Works without a decoder, without CLIP, and with an official decoder, which outputs 16 pixels for
-each latent whatever the patch size; it prints what it leaves out.
+Models without a decoder or without a text tower are accepted; the corresponding part is omitted. An
+official decoder outputs 16 x 16 pixels per latent for any patch size, so its output can be larger
+than the image; it is then averaged to the size of the image before the PSNR is computed.
+
+n images    S side of the crop    d latent channels    E width of the CLIP space    C class names
 """
 from pathlib import Path
 
@@ -19,21 +22,26 @@ from ..probes import text_encoder, zero_shot_classifier
 from ..run import record_metric
 from .images import is_image, read_image
 
-MAX_IMAGES = 16
-CLIP_VOCABULARY = 49408
+MAX_IMAGES = 16                # all images are encoded in one batch, and shown in one row
+CLIP_VOCABULARY = 49408        # ids of CLIP's tokenizer
 
 
 @torch.no_grad()
-def try_out(model, paths, names, side, out, device, open_data, get_tokenizer):
-    """paths  files and folders; None: built-in shapes
-    names  what the images may show; None: ImageNet's 1000 classes
-    side   of the crop, rounded down to a multiple of the patch size
-    out    folder of check.png and metrics.jsonl
+def check_model(model, paths, names, side, out, device, open_data, get_tokenizer):
+    """Reconstruct and classify a few images, and print the results.
+
+    model  VTPModel on `device`
+    paths  image files and folders; None: eight images of the built-in shapes
+    names  class names to choose from; None: ImageNet's 1000 classes
+    side   side of the square crop in pixels, rounded down to a multiple of the patch size
+    out    existing folder for check.png and metrics.jsonl
+    open_data, get_tokenizer  functions of data.py and tokenizer.py
+    ValueError if there are no images or one cannot be read.
     """
     c = model.config
     crop = max(side // c.vision_patch_size, 1) * c.vision_patch_size
     images, labels = load_images(paths, crop, open_data)
-    rounded = "" if crop == side else f", because {side} is no multiple of the patch size"
+    rounded = "" if crop == side else f", because {side} is not a multiple of the patch size"
     source = "" if paths else ": built-in shapes, because --images is not given"
     print0(f"{len(labels)} images, ADM crop to {crop} px{rounded}{source}")
     target = normalize(images.to(device))                          # (n, 3, S, S)
@@ -42,6 +50,7 @@ def try_out(model, paths, names, side, out, device, open_data, get_tokenizer):
     if c.train_reconstruction:
         compare(target, model.get_latents_decoded_images(z), labels, out)
     if c.train_clip and c.text_vocab_size < CLIP_VOCABULARY:
+        # an id of the tokenizer could be outside of the embedding table
         print0(f"no classification: the text tower has {c.text_vocab_size} ids, CLIP's tokenizer "
                f"has {CLIP_VOCABULARY}")
     elif c.train_clip:
@@ -49,32 +58,40 @@ def try_out(model, paths, names, side, out, device, open_data, get_tokenizer):
 
 
 def compare(target, reconstruction, labels, out):
-    """PSNR of each image, and check.png"""
-    a = denormalize(target).clamp(0, 1)                            # (n, 3, S, S)
-    b = denormalize(reconstruction).clamp(0, 1)                    # (n, 3, S', S')
-    side = a.shape[-1]
-    decoded = b.shape[-1]
+    """Record the PSNR of each image, and write OUT/check.png.
+
+    target          (n, 3, S, S), ImageNet-normalised
+    reconstruction  (n, 3, S', S'), ImageNet-normalised; S' differs from S if the decoder does not
+                    output one patch of pixels per latent
+    """
+    original = denormalize(target).clamp(0, 1)                     # (n, 3, S, S)
+    output = denormalize(reconstruction).clamp(0, 1)               # (n, 3, S', S')
+    side = original.shape[-1]
+    decoded = output.shape[-1]
     if decoded != side:
-        print0(f"the decoder outputs {decoded} px from {side} px (16 per latent, as in the "
-               f"official models): averaged to {side} px for the PSNR")
-    values = psnr(a, F.interpolate(b, side, mode="area")).tolist()
+        print0(f"the decoder outputs {decoded} px from {side} px (16 px per latent, as in the "
+               f"official models); averaged to {side} px for the PSNR")
+    values = psnr(original, F.interpolate(output, side, mode="area")).tolist()
     for label, value in zip(labels, values):
         record_metric(out, "PSNR", value, f"{label}, ADM crop {side} px, fp32")
-    rows = [torch.cat(list(F.interpolate(a, decoded)), dim=-1),    # (3, S', n S')
-            torch.cat(list(b), dim=-1)]
-    sheet = (255 * torch.cat(rows, dim=-2)).byte().permute(1, 2, 0).cpu().numpy()
-    Image.fromarray(sheet).save(Path(out, "check.png"))
+    rows = [torch.cat(list(F.interpolate(original, decoded)), dim=-1),     # (3, S', n S')
+            torch.cat(list(output), dim=-1)]
+    grid = (255 * torch.cat(rows, dim=-2)).byte().permute(1, 2, 0).cpu().numpy()
+    Image.fromarray(grid).save(Path(out, "check.png"))
     print0(f"wrote {Path(out, 'check.png')}: originals above reconstructions")
 
 
 def print_top5(model, target, names, labels, out, device, get_tokenizer):
-    """The five most probable names of each image. One prompt for each name, because it is fast;
-    eval.py zeroshot uses 80."""
+    """Record the five most probable class names of each image.
+
+    target  (n, 3, S, S), ImageNet-normalised
+    Each class has one prompt, so that this takes seconds; eval.py zeroshot uses 80 prompts.
+    """
     classes = names or (ASSETS / "imagenet_classnames.txt").read_text("utf-8").splitlines()
     encode = text_encoder(model, device, get_tokenizer)
     W = zero_shot_classifier(encode, classes, ["a photo of a {}."])         # (E, C)
     features = model.get_clip_image_feature(target, normalize=True)         # (n, E)
-    best = (100 * features @ W).softmax(1).topk(min(5, len(classes)))
+    best = (100 * features @ W).softmax(1).topk(min(5, len(classes)))       # both (n, 5)
     source = "" if names else " of ImageNet"
     for label, values, indices in zip(labels, best.values.tolist(), best.indices.tolist()):
         answers = [f"{classes[j]} {p:.3f}" for p, j in zip(values, indices)]
@@ -84,9 +101,9 @@ def print_top5(model, target, names, labels, out, device, get_tokenizer):
 
 
 def load_images(paths, side, open_data):
-    """-> uint8 (n, 3, side, side), and a label for each: its file name, or the caption of a shape
+    """-> images uint8 (n, 3, side, side), list of labels: file names, or the captions of shapes
 
-    ValueError, with the name, if a file cannot be read.
+    ValueError, which names the file, if an image cannot be read.
     """
     images = []
     labels = []
@@ -99,14 +116,15 @@ def load_images(paths, side, open_data):
     for file in find_files(paths or ()):
         try:
             images.append(adm_crop(read_image(file), side))
-        except Exception as problem:           # a damaged file can raise any exception
-            raise ValueError(f"--images: {file} cannot be read ({problem})") from None
+        except Exception as problem:           # decoders raise exceptions of many types
+            raise ValueError(f"--images: {file} cannot be read as an image ({problem})") from None
         labels.append(file.name)
     return torch.stack([torch.tensor(to_chw(image)) for image in images]), labels
 
 
 def find_files(paths):
-    """Files and folders -> at most MAX_IMAGES image files"""
+    """List of files and folders -> list of at most MAX_IMAGES image files. Folders inside a
+    folder are not searched."""
     files = []
     for path in map(Path, paths):
         if path.is_dir():
@@ -114,7 +132,7 @@ def find_files(paths):
         else:
             files.append(path)
     if paths and not files:
-        raise ValueError(f"--images {' '.join(map(str, paths))}: there are no images")
+        raise ValueError(f"--images {' '.join(map(str, paths))}: found no image files")
     if len(files) > MAX_IMAGES:
-        print0(f"{len(files)} images: only the first {MAX_IMAGES} are used")
+        print0(f"{len(files)} images found; only the first {MAX_IMAGES} are used")
     return files[:MAX_IMAGES]

@@ -1,9 +1,12 @@
-"""Faster forms of functions of the core, with the same results up to rounding.
+"""Faster forms of some functions of the core, with the same results up to rounding.
 
-    undo = install()        rebinds them; undo() brings the textbook forms back
+    undo = install()        replaces the functions; undo() restores the textbook forms
 
-The core holds the textbook form; tests/test_fast.py shows that both agree. train.py, eval.py and
-dit.py install them on CPUs, where they were measured (study/fast.txt), unless --set fast=0.
+The core contains the textbook forms. tests/test_fast.py checks that values and gradients of both
+forms agree. train.py, eval.py and dit.py install the fast forms on CPUs, where they were measured
+(study/forms.py), unless --set fast=0. The arguments are those of the textbook forms.
+
+x (..., D) features    B images    V local crops    K prototypes
 """
 import ctypes
 import sys
@@ -17,9 +20,10 @@ from . import fast_dit, fast_views
 
 
 def install(dit=None, free_memory=False):
-    """Rebind the functions of vit, losses and augment, and those of the module `dit` if given
+    """Replace functions of vit, losses and augment -> a function that restores them
 
-    free_memory  see set_malloc_threshold      -> a function that undoes it
+    dit          the module dit.py; its functions are replaced as well. None: they are not.
+    free_memory  call set_malloc_threshold, which cannot be undone
     """
     replacements = [(vit, "rms_norm", rms_norm), (vit, "rotate", rotate),
                     (vit, "attention", attention), (vit.SwiGLU, "forward", swiglu_forward),
@@ -27,36 +31,44 @@ def install(dit=None, free_memory=False):
                     (augment, "ssl_views", fast_views.ssl_views)]
     if dit is not None:
         replacements += [(dit, name, getattr(fast_dit, name)) for name in fast_dit.FORMS]
-    old = [(place, name, getattr(place, name)) for place, name, _ in replacements]
-    for place, name, function in replacements:
-        setattr(place, name, function)
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replacements]
+    for owner, name, function in replacements:
+        setattr(owner, name, function)
     if free_memory:
         set_malloc_threshold()
 
     def undo():
-        for place, name, function in old:
-            setattr(place, name, function)
+        for owner, name, function in originals:
+            setattr(owner, name, function)
     return undo
 
 
 def set_malloc_threshold(above=2 ** 20):
-    """Linux: freed tensors of more than `above` bytes return to the system at once, instead of
-    fragmenting glibc's heap: a step of S with 32 images needs 3.1 GB, not 3.7. A small model would
-    save nothing and lose a fifth of its speed, because returned pages are cleared before reuse."""
+    """Linux: allocate each tensor of more than `above` bytes with mmap, so that its memory returns
+    to the system as soon as it is freed.
+
+    Otherwise large tensors fragment the heap of glibc: a training step of size S with 32 images
+    then needs 3.7 GB in place of 3.1 GB. For a small model this saves no memory and costs a fifth
+    of the speed, because the system clears returned pages before they are used again.
+    """
     if sys.platform == "linux":
-        M_MMAP_THRESHOLD = -3
+        M_MMAP_THRESHOLD = -3                            # its number in glibc's malloc.h
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, above)
 
 
 # ---------------------------------------------------------------- vit.py
 def rms_norm(x, weight, eps):
+    """vit.rms_norm with a backward pass of its own"""
     return RMSNormFunction.apply(x, weight, eps)
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """y = x_hat w with x_hat = x / rms(x). Autograd would store every intermediate result.
+    """y = x_hat w, where x_hat = x / rms(x). For a gradient g with respect to y:
 
     dw = sum(g x_hat),   dx = (g w - x_hat mean(g w x_hat)) / rms(x)
+
+    Only x_hat, 1 / rms(x) and w are stored for the backward pass. Autograd would store more
+    intermediate results.
     """
     @staticmethod
     def forward(ctx, x, w, eps):
@@ -70,14 +82,15 @@ class RMSNormFunction(torch.autograd.Function):
     def backward(ctx, g):
         x_hat, rstd, w = ctx.saved_tensors
         g_x_hat = g * x_hat
-        # component of the gradient along x, which RMSNorm removes: it ignores the length of x
+        # RMSNorm does not depend on the length of x, so its gradient has no component along x
         proj = (g_x_hat @ w)[..., None] / x_hat.shape[-1]
         dx = (g * w).addcmul_(x_hat, proj, value=-1).mul_(rstd).to(x_hat.dtype)
         return dx, g_x_hat.flatten(0, -2).sum(0), None
 
 
 def rotate(x, sin, cos):
-    """In place where possible: x cos + (b, a) * (-sin, sin), where (b, a) is x rolled by c/2"""
+    """vit.rotate with fewer copies: x cos + (b, a) * (-sin, sin), where a and b are the halves of
+    x = (a, b), and (b, a) is x rolled by half of its channels"""
     dtype = sin.dtype
     if dtype == torch.float32:
         dtype = torch.promote_types(dtype, x.dtype)
@@ -89,25 +102,27 @@ def rotate(x, sin, cos):
 
 
 def attention(q, k, v, causal=False):
-    """On a CPU in bfloat16, written out: 6 times as fast there as PyTorch's kernel"""
+    """vit.attention. On a CPU in bfloat16 it is computed by matrix products, which is 6 times as
+    fast as PyTorch's kernel there."""
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if causal:
-        hidden = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(1)
-        logits = logits.masked_fill(hidden, -torch.inf)
+        future = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(1)     # keys after the query
+        logits = logits.masked_fill(future, -torch.inf)
     return logits.softmax(-1, dtype=v.dtype) @ v
 
 
 def swiglu_forward(self, x):
-    """Casts x once under autocast, not once for w1 and once for w2"""
+    """vit.SwiGLU.forward. Under autocast x is cast once, not separately for w1 and for w2."""
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     return self.w3(SiLUMulFunction.apply(self.w1(x), self.w2(x)))
 
 
 class SiLUMulFunction(torch.autograd.Function):
-    """silu(a) b, storing a and b only: a tenth less memory in a block"""
+    """silu(a) b. Only a and b are stored for the backward pass, where silu(a) is computed again.
+    This saves a tenth of the memory of a transformer block."""
     @staticmethod
     def forward(ctx, a, b):
         ctx.save_for_backward(a, b)
@@ -121,10 +136,10 @@ class SiLUMulFunction(torch.autograd.Function):
 
 # ---------------------------------------------------------------- losses.py
 class CrossEntropyFunction(torch.autograd.Function):
-    """H(p, softmax(x / tau)) = n logsumexp(x / tau) - p x / tau for targets p that sum to n
+    """H(p, softmax(x / tau)) = n logsumexp(x / tau) - p x / tau, for targets p that sum to n
 
-    The gradient with respect to x is (n softmax(x / tau) - p) / tau. Neither the softmax nor its
-    logarithm, of width K, is stored.
+    x, p (..., K) -> (...). The gradient with respect to x is (n softmax(x / tau) - p) / tau. The
+    softmax (..., K) is not stored for the backward pass, it is computed again from x.
     """
     @staticmethod
     def forward(ctx, x, p, n, tau):
@@ -143,15 +158,19 @@ class CrossEntropyFunction(torch.autograd.Function):
 
 
 def cross_entropy(student, teacher, tau):
+    """losses.cross_entropy; each row of teacher sums to 1"""
     return CrossEntropyFunction.apply(student, teacher, 1, tau)
 
 
 @full_precision()
 def dino_loss(student, teacher, tau=0.1):
-    """A local crop is compared with both global crops. Cross-entropy is linear in its target, so
-    the two targets are added: H(p, s) + H(q, s) = H(p + q, s)."""
+    """losses.dino_loss with one cross-entropy per local crop instead of two.
+
+    A local crop s is compared with both global crops, whose targets are p and q. Cross-entropy is
+    linear in its target, so the targets are added: H(p, s) + H(q, s) = H(p + q, s).
+    """
     teacher = to_fp32(teacher)
-    local_target = teacher.sum(0)
+    local_target = teacher.sum(0)                        # (B, K), each row sums to 2
     total = CrossEntropyFunction.apply(student[0], teacher[1], 1, tau).mean()
     total = total + CrossEntropyFunction.apply(student[1], teacher[0], 1, tau).mean()
     for s in student[2:]:

@@ -3,11 +3,14 @@
     loss = L1 + LPIPS + w_gan * weight * gan
     weight = |gradient of L1 + LPIPS| / |gradient of gan|, both at the decoder's last layer: VQGAN
 
-GAN losses make the training of a ViT unstable (large gradients, Sec. 3.2); therefore they come in a
-second stage. The latents do not change in any bit, so a DiT that was trained on them stays valid.
-The paper publishes no more than this. PatchGAN, hinge losses and adaptive weight are those of VQGAN
-(Esser et al. 2021) and LDM (Rombach et al. 2022). Optimizer, learning rate, EMA, the units of L1
-and the start of the discriminator are those of RAE (Zheng et al. 2025), whose decoder is a ViT too.
+A GAN loss makes the training of a ViT unstable (large gradient norms, Sec. 3.2), so it is used only
+in this second stage. The latents stay the same in every bit, so a DiT that was trained on the
+latents of stage 1 can be used with the new decoder.
+
+The paper publishes no further details. The PatchGAN discriminator, the hinge losses and the
+adaptive weight are those of VQGAN (Esser et al. 2021) and LDM (Rombach et al. 2022). The optimizer,
+the learning rate, the EMA, the pixel range of L1 and the start of the discriminator are those of
+RAE (Zheng et al. 2025), whose decoder is also a ViT.
 
     VQGAN  CompVis/taming-transformers  configs/imagenet_vqgan.yaml
                                         taming/modules/losses/vqperceptual.py
@@ -18,9 +21,11 @@ and the start of the discriminator are those of RAE (Zheng et al. 2025), whose d
 
     python train.py --stage 2 --init runs/vtp        writes the run folder runs/vtp-gan
 
-Data, seed, image size and patch are those of the run in --init, unless they are given.
+Data, seed, image size and patch size are taken from the run in --init. Flags can change the data,
+the seed and the image size.
 
-B images on this process    H, W their sides    h, w grid of the discriminator's logits
+B images on this process    H, W image size    h, w grid of the discriminator's logits
+d latent channels
 """
 import argparse
 import json
@@ -42,48 +47,53 @@ from ..rng import Stream, make_rng
 from ..run import Run, parse_settings
 from .perceptual import Perceptual
 
-# name: (default of pico, nano, micro, which is ours; default of S, B, L; source of the latter)
+# name: (our default for pico, nano and micro; default for S, B and L; source of the second)
 FLAG_DEFAULTS = {
     "steps": (600, 40_000, "RAE: 16 epochs of ImageNet in batches of 512"),
     "batch": (64, 512, "RAE"),
-    "lr": (2e-4, 2e-4, "RAE; after the warm-up a cosine to 2e-5"),
-    "w_gan": (0.5, 0.5, "LDM; VQGAN 0.8, RAE 0.75"),
+    "lr": (2e-4, 2e-4, "RAE: a warm-up, then a cosine to 2e-5"),
+    "w_gan": (0.5, 0.5, "LDM (VQGAN 0.8, RAE 0.75)"),
 }
-RECIPE = {   # the rest of the recipe: --set name=value
-    "clip_grad": (0.0, 0.0, "RAE: no clipping; largest gradient norm, 0: no clipping"),
+RECIPE = {   # the rest of the recipe: --set name=value. Last column: source; meaning
+    "clip_grad": (0.0, 0.0, "RAE: no clipping; maximum gradient norm, 0 disables clipping"),
     "gan_start": (None, None, "RAE: half of the run; first step with the GAN loss"),
-    "ema_decoder": (0.99, 0.9978, "RAE (LDM, VQGAN: none); EMA decay; the average is saved"),
-    "max_bad": (0.1, 0.1, "ours; larger share of unreadable samples stops the run"),
-    "fast": (1, 1, "ours; 0: textbook forms in place of extras/fast.py"),
+    "ema_decoder": (0.99, 0.9978, "RAE (LDM, VQGAN: no EMA); EMA decay; the average is saved"),
+    "max_bad": (0.1, 0.1, "ours; training stops above this fraction of unreadable samples"),
+    "fast": (1, 1, "ours; 0: textbook forms instead of extras/fast.py"),
 }
-BETAS = (0.9, 0.95)              # AdamW of the decoder, without weight decay: RAE
-BETAS_DISC = (0.5, 0.9)          # AdamW of the discriminator: VQGAN
+BETAS = (0.9, 0.95)              # of the decoder's AdamW, which has no weight decay: RAE
+BETAS_DISC = (0.5, 0.9)          # of the discriminator's AdamW: VQGAN
 LR_END = 2e-5                    # learning rate at the end of the cosine: RAE
-WARMUP = 1 / 16                  # fraction of the run: RAE, one epoch of 16
+WARMUP = 1 / 16                  # fraction of the run: RAE, 1 epoch of 16
 GAN_START = 1 / 2                # fraction of the run without the GAN loss: RAE, 8 epochs of 16
-DISC_LEAD = 1 / 8                # the discriminator starts this fraction of the run before the GAN
-                                 # loss: RAE, after 6 epochs of 16
+DISC_LEAD = 1 / 8                # fraction of the run in which the discriminator already learns but
+                                 # the decoder has no GAN loss yet: RAE, 2 epochs of 16
 
 
 # ---------------------------------------------------------------- the discriminator
 class Discriminator(nn.Module):
-    """PatchGAN: one logit for each of many overlapping squares of an image.   VQGAN, pix2pix
+    """PatchGAN: one logit for each of many overlapping patches of the image.   pix2pix, VQGAN
 
-    img (B, 3, H, W), ImageNet-normalised -> logits (B, 1, h, w), positive for real images.
-    GroupNorm (ours) in place of batch norm: a logit depends on one image only, so it is the same
-    for any number of processes and for real and reconstructed images in one batch. Three layers
-    (VQGAN) look at squares of 70 pixels, two layers at squares of 34 pixels.
+    img (B, 3, H, W), ImageNet-normalised -> logits (B, 1, h, w), trained to be positive for real
+    images and negative for reconstructions.
+
+    The convolutions give each logit a receptive field of 70x70 pixels with three layers (VQGAN) and
+    of 34x34 pixels with two. We replace VQGAN's batch norm by GroupNorm, so that a logit depends on
+    one image only. It is then the same for any number of processes, and real and reconstructed
+    images can share a batch.
     """
     def __init__(self, layers=3, channels=64):
         super().__init__()
         net = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        width = channels
+        out_channels = channels
         for n in range(1, layers + 1):
-            before, width = width, channels * min(2 ** n, 8)
+            in_channels = out_channels
+            out_channels = channels * min(2 ** n, 8)
             stride = 2 if n < layers else 1
-            net += [nn.Conv2d(before, width, 4, stride, padding=1, bias=False),
-                    nn.GroupNorm(32, width), nn.LeakyReLU(0.2)]
-        net.append(nn.Conv2d(width, 1, 4, padding=1))
+            # no bias: GroupNorm subtracts the mean and adds a bias of its own
+            net += [nn.Conv2d(in_channels, out_channels, 4, stride, padding=1, bias=False),
+                    nn.GroupNorm(32, out_channels), nn.LeakyReLU(0.2)]
+        net.append(nn.Conv2d(out_channels, 1, 4, padding=1))
         self.net = nn.Sequential(*net)
         for module in self.net:
             if isinstance(module, nn.Conv2d):
@@ -93,38 +103,45 @@ class Discriminator(nn.Module):
         return self.net(img)
 
 
-def discriminator_for(side):
-    """side  of the images, in pixels. VQGAN's three layers; two below 128 pixels (ours), so that
-    the squares of the discriminator stay smaller than the image."""
+def build_discriminator(side):
+    """Discriminator for images of side x side pixels. ValueError if they are too small.
+
+    Three layers as in VQGAN. Below 128 pixels two layers (ours), so that the receptive field of a
+    logit stays smaller than the image.
+    """
     layers = 3 if side >= 128 else 2
     smallest = 3 * 2 ** layers
     if side < smallest:
-        raise ValueError(f"--image {side} is too small for the discriminator: "
-                         f"wanted {smallest} px or more, or --w-gan 0")
+        raise ValueError(f"--image {side} is too small for the discriminator; use at least "
+                         f"{smallest} pixels, or train without a GAN: --w-gan 0")
     return Discriminator(layers)
 
 
 # ---------------------------------------------------------------- the losses
-def hinge_d(real, fake):
+def hinge_d_loss(real, fake):
     """Hinge loss of the discriminator.   VQGAN, with its factor 1/2
 
-    real, fake  logits of real and reconstructed images, any shape. 0 if real >= 1 and fake <= -1;
-    1 if all logits are 0.
+    real, fake  logits of real and of reconstructed images, any shape
+
+    The loss is 0 if all real >= 1 and all fake <= -1. It is 1 if all logits are 0.
     """
     return (torch.relu(1 - real).mean() + torch.relu(1 + fake).mean()) / 2
 
 
-def hinge_g(fake):
-    """GAN loss of the decoder: its reconstructions should get large logits."""
+def hinge_g_loss(fake):
+    """GAN loss of the decoder: minus the mean logit of its reconstructions.   VQGAN"""
     return -fake.mean()
 
 
 def adaptive_weight(rec, other, parameter, scale=1.0, eps=1e-4, largest=1e4):
-    """|gradient of rec| / |gradient of other| at one parameter -> (), a constant.   VQGAN Eq. 7
+    """|gradient of rec| / |gradient of other| at one parameter -> () constant.   VQGAN Eq. 7
 
-    rec, other  losses (), each the mean over the images of this process. The gradients are averaged
-                over processes, so all have the weight of the whole batch.
-    scale       loss scale of fp16: gradients are computed with it, so that they do not underflow
+    With this weight the gradients of both losses have the same norm at the parameter.
+
+    rec, other    losses (), each the mean over the images of this process. The gradients are
+                  averaged over processes, so the weight is that of the whole batch.
+    scale         loss scale of fp16: both losses are multiplied by it and the gradients divided,
+                  so that the gradients do not underflow
     eps, largest  added to the denominator; upper limit of the weight. The defaults are VQGAN's.
     """
     norms = []
@@ -135,16 +152,17 @@ def adaptive_weight(rec, other, parameter, scale=1.0, eps=1e-4, largest=1e4):
 
 
 def pixel_losses(pixels, target, perceptual, data_range):
-    """L1 and LPIPS, each with weight 1 as in stage 1 and RAE -> two losses ()
+    """L1 and LPIPS -> two losses (). Both have weight 1, as in stage 1 and in RAE.
 
     pixels, target  (B, 3, H, W), ImageNet-normalised
-    perceptual  extras.perceptual.Perceptual, or None: LPIPS is 0
-    data_range  range of the pixels in the source: 1 for [0, 1] (RAE), 2 for [-1, 1] (LDM, VA-VAE).
-                Stage 1 takes L1 of ImageNet-normalised pixels, which is about 4.4 times
-                this value for range 1 and 2.2 times for range 2.
+    perceptual      extras.perceptual.Perceptual, or None, which gives an LPIPS of 0
+    data_range      width of the pixel range of L1: 1 for pixels in [0, 1] (RAE), 2 for pixels in
+                    [-1, 1] (LDM, VA-VAE). Stage 1 takes L1 of ImageNet-normalised pixels. That is
+                    about 4.4 times the value for range 1, and 2.2 times the value for range 2.
     """
     pixels = to_fp32(pixels)
     target = to_fp32(target)
+    # multiplication by STD undoes the normalisation; the mean cancels in the difference
     error = data_range * STD.to(pixels) * (pixels - target)
     l1 = error.abs().mean()
     lpips = perceptual(pixels, target) if perceptual else l1.new_zeros(())
@@ -155,14 +173,14 @@ def pixel_losses(pixels, target, perceptual, data_range):
 def ema_decay(step, decay):
     """EMA warm-up: a lower decay during the first steps, 2/11, 3/12, ...   LDM's LitEma
 
-    LitEma increments its counter before it averages, so the first decay is 2/11, not 1/10.
+    Without it the average would stay close to the initial weights for a long time.
     """
-    updates = step + 1
+    updates = step + 1           # LitEma counts a step before it averages: 2/11 first, not 1/10
     return min(decay, (1 + updates) / (10 + updates))
 
 
 class EMA:
-    """Exponential moving average of some parameters, {name: parameter}"""
+    """Exponential moving average of parameters, which are given as {name: parameter}"""
     def __init__(self, parameters):
         self.parameters = parameters
         self.average = {name: p.detach().clone() for name, p in parameters.items()}
@@ -171,7 +189,7 @@ class EMA:
         update_ema(self.average.values(), self.parameters.values(), decay)
 
     def swap(self):
-        """Exchange the values of the parameters and of their average"""
+        """Exchange the values of the parameters and of their averages"""
         for p, average in zip(self.parameters.values(), self.average.values()):
             p.data, average.data = average.data, p.data
 
@@ -185,16 +203,18 @@ class EMA:
 
 # ---------------------------------------------------------------- one step
 def decoder_gradients(img, model, reconstruct, disc, last_layer, args, pixel_loss, amp, scaler):
-    """Losses and gradients of the decoder.   VTP Sec. 3.2, VQGAN
+    """Losses of the decoder; gradients are added to its parameters.   VTP Sec. 3.2, VQGAN
 
-    img         (B, 3, H, W), ImageNet-normalised
-    disc        the discriminator, or None before the GAN loss starts
-    pixel_loss  (pixels, target) -> L1, LPIPS
+    img          (B, 3, H, W), ImageNet-normalised
+    reconstruct  see train_with_gan
+    disc         the discriminator, or None before the GAN loss starts
+    last_layer   the parameter at which the adaptive weight compares gradients
+    pixel_loss   (pixels, target) -> L1, LPIPS
     -> pixels (B, 3, H, W), losses {name: ()}, diagnostics {name: ()}
     """
     with amp:
         pixels, terms = reconstruct(model, img)
-    pixels = to_fp32(pixels)                                  # (B, 3, H, W)
+    pixels = to_fp32(pixels)                                  # under autocast they may be bf16
     l1, lpips = pixel_loss(pixels, img)
     rec = l1 + lpips
     loss = rec + sum(terms.values())
@@ -204,11 +224,12 @@ def decoder_gradients(img, model, reconstruct, disc, last_layer, args, pixel_los
     losses |= terms
 
     if disc is not None:
-        disc.requires_grad_(False)                            # this loss trains the decoder only
+        # this loss trains the decoder only, but its gradient passes through the discriminator
+        disc.requires_grad_(False)
         with amp:
             logits = disc(pixels)                             # (B, 1, h, w)
         disc.requires_grad_(True)
-        g = hinge_g(to_fp32(logits))
+        g = hinge_g_loss(to_fp32(logits))
         weight = adaptive_weight(rec, g, last_layer, scaler.get_scale())
         loss = loss + args.w_gan * weight * g
         losses["gan"] = g
@@ -219,24 +240,26 @@ def decoder_gradients(img, model, reconstruct, disc, last_layer, args, pixel_los
 
 
 def discriminator_gradients(img, pixels, disc, amp, scaler):
-    """Loss and gradients of the discriminator on the images and their reconstructions
+    """Loss of the discriminator; gradients are added to its parameters.   VQGAN
 
-    img, pixels  (B, 3, H, W)        -> loss (), diagnostics {name: ()}
+    img, pixels  (B, 3, H, W), the images and their reconstructions
+    -> loss (), diagnostics {name: ()}; `right` is the fraction of logits with the right sign
     """
-    with amp:
+    with amp:                                                 # detach: no gradient for the decoder
         logits = disc(torch.cat([img, pixels.detach()]))      # (2B, 1, h, w)
     real, fake = to_fp32(logits).chunk(2)
-    loss = hinge_d(real, fake)
+    loss = hinge_d_loss(real, fake)
     scaler.scale(loss).backward()
     right = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
     return loss, {"d_real": real.mean(), "d_fake": fake.mean(), "right": right}
 
 
 def discriminator_warnings():
-    """-> check(step, logged values), which returns a warning for the log, or ""
+    """-> check(step, logged values), which returns a short warning for the log, or ""
 
-    It looks at `right`, the fraction of patches that the discriminator classifies correctly, once
-    the decoder has the GAN loss. Each warning is explained once. The thresholds are ours.
+    check() reads `right`, the fraction of patches that the discriminator classifies correctly. It
+    starts when the decoder has the GAN loss. The first warning of each kind is printed with an
+    explanation. The thresholds are ours.
     """
     explained = set()
 
@@ -246,19 +269,21 @@ def discriminator_warnings():
         right = values["right"]
         if right > 0.98:
             kind = "discriminator always right"
-            advice = ("so its gradient tells the decoder little. Try a larger --w-gan, "
-                      "--set gan_start=0 (both start together) or a larger --batch.")
+            advice = ("Its gradient then contains little information for the decoder. Try a "
+                      "larger --w-gan, a larger --batch, or --set gan_start=0 (decoder and "
+                      "discriminator start together).")
         elif right < 0.52:
             kind = "discriminator guesses"
-            advice = ("not clearly more often than by guessing: either reconstructions look real, "
-                      "or it has learned nothing and its gradient is noise. If images look worse "
-                      "than before, try a smaller --w-gan, a larger --batch or a longer run.")
+            advice = ("Either the reconstructions cannot be told from real images, or the "
+                      "discriminator has learned nothing and its gradient is noise. If images "
+                      "look worse than before stage 2, try a smaller --w-gan, a larger --batch or "
+                      "a longer run.")
         else:
             return ""
         if kind not in explained:
             explained.add(kind)
             print0(f"\nwarning, step {step + 1}: the discriminator classifies {right:.0%} of the "
-                   f"patches correctly (50% is guessing), {advice}")
+                   f"patches correctly (chance is 50%). {advice}")
         return kind
 
     return check
@@ -267,18 +292,19 @@ def discriminator_warnings():
 # ---------------------------------------------------------------- training
 def train_with_gan(args, model, reconstruct, last_layer, device, precision, clean_batches, prefetch,
                    data_range=1):
-    """Train the parameters of the model that require gradients, on L1 + LPIPS + GAN -> exit status
+    """Train all parameters of the model that require gradients, with L1 + LPIPS + GAN
+    -> exit status
 
-    args    out, fresh, data, seed, image, patch, steps, batch, lr, warmup, clip_grad, w_gan,
-            gan_start, ema_decoder, perceptual, workers, max_bad, log_every, save_every
-    model   on its device, in train or eval mode as it shall stay; model.save_pretrained(folder)
-            is called with the moving average in place of the trained parameters
-    reconstruct  (model, img (B, 3, H, W), ImageNet-normalised) -> pixels, the same shape and scale;
-            {name: further loss (), multiplied by its weight}. Its random numbers depend on seed,
-            step and rank, so a resumed run has the same ones.
-    last_layer   the parameter next to the pixels, for the adaptive weight
-    clean_batches, prefetch   the functions of data.py
-    data_range   units of L1, see pixel_losses
+    args         out, fresh, data, seed, image, patch, steps, batch, lr, warmup, clip_grad, w_gan,
+                 gan_start, ema_decoder, perceptual, workers, max_bad, log_every, save_every
+    model        on its device; its train or eval mode is not changed. model.save_pretrained(folder)
+                 is called while the trained parameters hold their moving average.
+    reconstruct  (model, img) -> pixels, further losses. img and pixels are (B, 3, H, W),
+                 ImageNet-normalised; the losses are {name: ()}, already multiplied by their
+                 weights. Random numbers of torch depend only on seed, step and rank (seed_noise).
+    last_layer   the weight of the layer that computes the pixels, for the adaptive weight
+    clean_batches, prefetch  the functions of data.py
+    data_range   pixel range of L1, see pixel_losses
     """
     settings = vars(args) | {"precision": precision, "machine": str(device)}
     warmup, gan_start, disc_start = schedule_of(args)
@@ -288,14 +314,15 @@ def train_with_gan(args, model, reconstruct, last_layer, device, precision, clea
     broadcast_parameters(model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     ema = EMA(trained)
-    fused = device.type != "mps"
+    fused = device.type != "mps"               # one kernel for all parameters; not used on MPS
     optimizer = torch.optim.AdamW(trained.values(), args.lr, BETAS, weight_decay=0.0, fused=fused)
+    # fp16 gradients underflow unless the loss is scaled up; bf16 and fp32 need no scaling
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     amp = autocast(device, precision)
     state = {"model": model, "optimizer": optimizer, "scaler": scaler, "ema": ema}
     disc = None
     if args.w_gan:
-        disc = discriminator_for(args.image).to(device)
+        disc = build_discriminator(args.image).to(device)
         broadcast_parameters(disc)
         optimizer_disc = torch.optim.AdamW(disc.parameters(), args.lr, BETAS_DISC,
                                            weight_decay=0.0, fused=fused)
@@ -313,7 +340,7 @@ def train_with_gan(args, model, reconstruct, last_layer, device, precision, clea
         model.save_pretrained(args.out)
         ema.swap()
 
-    # ---- the run, new or continued
+    # ---- the run folder: new, or continued from a checkpoint
     run = Run(args.out, settings, args.fresh)
     run.restore(state)
     print_summary(args, trained, disc, data, gan_start, data_range, device, precision)
@@ -322,36 +349,37 @@ def train_with_gan(args, model, reconstruct, last_layer, device, precision, clea
 
     for step in range(run.step, args.steps):
         lr = warmup_cosine(step, args.lr, warmup, args.steps, LR_END)
-        optimizer.param_groups[0]["lr"] = lr
+        optimizer.param_groups[0]["lr"] = lr                  # all parameters are in one group
         optimizer.zero_grad()
         img = next(batches).to(device).image                  # (B, 3, H, W)
         seed_noise(args.seed, step)
 
-        # 1. The decoder
+        # 1. Losses and gradients of the decoder
         use_gan = disc is not None and step >= gan_start
         pixels, losses, diagnostics = decoder_gradients(
             img, model, reconstruct, disc if use_gan else None, last_layer, args, pixel_loss, amp,
             scaler)
-        average_gradients(model)
-        scaler.unscale_(optimizer)
+        average_gradients(model)                              # over processes
+        scaler.unscale_(optimizer)                            # before clipping: the true gradients
         grad_norm = clip_grad_norm_(trained.values(), args.clip_grad or inf)      # 0: no clipping
         total_norm = grad_norm
 
-        # 2. The discriminator, on the same images
+        # 2. Loss and gradients of the discriminator, on the same images
         train_disc = disc is not None and step >= disc_start
         if train_disc:
-            own_step = step - disc_start                      # its schedule starts with it: RAE
-            lr_disc = warmup_cosine(own_step, args.lr, warmup, args.steps, LR_END)
+            disc_step = step - disc_start                     # RAE: its schedule begins here
+            lr_disc = warmup_cosine(disc_step, args.lr, warmup, args.steps, LR_END)
             optimizer_disc.param_groups[0]["lr"] = lr_disc
             optimizer_disc.zero_grad()
-            losses["disc"], more = discriminator_gradients(img, pixels, disc, amp, scaler)
+            losses["disc"], disc_diagnostics = discriminator_gradients(
+                img, pixels, disc, amp, scaler)
             average_gradients(disc)
             scaler.unscale_(optimizer_disc)
-            grad_norm_disc = clip_grad_norm_(disc.parameters(), inf)
-            diagnostics |= more | {"grad_norm_disc": grad_norm_disc}
-            total_norm = grad_norm + grad_norm_disc
+            grad_norm_disc = clip_grad_norm_(disc.parameters(), inf)      # measured, not clipped
+            diagnostics |= disc_diagnostics | {"grad_norm_disc": grad_norm_disc}
+            total_norm = grad_norm + grad_norm_disc           # not finite if one is not
 
-        # 3. Both take their step, or neither
+        # 3. Update both, or neither if a loss or a gradient is not finite
         finite, stop = run.agree(losses, total_norm)
         if finite:
             scaler.step(optimizer)
@@ -364,15 +392,16 @@ def train_with_gan(args, model, reconstruct, last_layer, device, precision, clea
         if stop:
             break
     status = run.finish()
-    print0(f"Next: python eval.py recon {args.out}")
+    if status == 0:
+        print0(f"Next: python eval.py recon {args.out}")
     return status
 
 
 def schedule_of(args):
     """-> steps of warm-up, first step with the GAN loss, first step of the discriminator
 
-    They are computed and not among the stored settings, because --steps may change when a run
-    continues.
+    These numbers are not stored in run.json. They depend on --steps, which may change when a run
+    is continued.
     """
     warmup, gan_start = args.warmup, args.gan_start
     if warmup is None:
@@ -384,22 +413,22 @@ def schedule_of(args):
 
 
 def seed_noise(seed, step):
-    """Seed torch for the noise of the baselines, from (seed, step, rank)"""
+    """Seed torch from (seed, step, rank), so that a resumed run draws the same noise"""
     rng = make_rng(Stream.DECODER, seed, step, rank())
     torch.manual_seed(int(rng.integers(2 ** 63)))
 
 
 def print_summary(args, trained, disc, data, gan_start, data_range, device, precision):
-    units = {1: "[0, 1]", 2: "[-1, 1]"}[data_range]
+    pixel_range = {1: "[0, 1]", 2: "[-1, 1]"}[data_range]
     lpips = "LPIPS"
     if args.perceptual == "none":
         lpips = "no LPIPS (--perceptual none)"
     gan = "no GAN (--w-gan 0)"
     parameters = f"{millions(trained.values())} trained parameters"
     if disc is not None:
-        gan = f"GAN {args.w_gan:g} x adaptive weight from step {gan_start + 1} on"
+        gan = f"GAN {args.w_gan:g} x adaptive weight, starting at step {gan_start + 1}"
         parameters += f", discriminator {millions(disc.parameters())}"
-    print0(f"losses       L1 of pixels in {units}, {lpips}, {gan}   EMA {args.ema_decoder:g}")
+    print0(f"losses       L1 of pixels in {pixel_range}, {lpips}, {gan}   EMA {args.ema_decoder:g}")
     print0(f"model        {parameters}")
     print0(f"data         {data.source.spec}, {args.image} px   batch {args.batch} over "
            f"{world_size()} process(es)")
@@ -413,22 +442,23 @@ def millions(parameters):
 
 # ---------------------------------------------------------------- stage 2
 def reconstruct(model, img):
-    """img (B, 3, H, W) -> pixels (B, 3, H, W), no further losses. The encoder gets no gradient."""
+    """img (B, 3, H, W) -> pixels (B, 3, H, W), no further losses. The encoder is frozen."""
     with torch.no_grad():
         z = model.get_reconstruction_latents(img)             # (B, d, h, w)
     return model.get_latents_decoded_images(z), {}
 
 
 def main(argv, clean_batches, prefetch):
-    """python train.py --stage 2 -> exit status. The run folder holds the whole model again."""
+    """python train.py --stage 2 -> exit status. The run folder contains the whole model, so it can
+    be used like a run of stage 1."""
     args = parse_arguments(argv)
     device, precision = setup(args)
     model = VTPModel.from_pretrained(args.init).to(device)
     if not model.config.train_reconstruction:
-        raise ValueError(f"{args.init} was trained without a decoder (--w-rec 0): there is nothing "
-                         f"to fine-tune")
+        raise ValueError(f"{args.init} was trained without a decoder (--w-rec 0), but stage 2 "
+                         f"fine-tunes the decoder; give a run with --w-rec above 0 as --init")
     inherit_settings(args, model.config)
-    model.config.image_size = args.image
+    model.config.image_size = args.image                      # saved in config.json
     model.requires_grad_(False)
     model.pixel_decoder.requires_grad_(True)
     last_layer = model.pixel_decoder.proj_out.weight
@@ -437,7 +467,7 @@ def main(argv, clean_batches, prefetch):
 
 
 def setup(args):
-    """-> device, precision. On CPUs, the fast forms are installed."""
+    """-> device, precision. On a CPU, extras/fast.py is installed unless --set fast=0."""
     device, precision = setup_device(args)
     if args.fast != 0 and device.type == "cpu":
         from . import fast
@@ -446,55 +476,65 @@ def setup(args):
 
 
 def inherit_settings(args, config):
-    """Flags that were not given: data and seed from stage 1's run.json, image size and patch from
-    its model, the rest from the tables"""
+    """Fill in the flags that were not given: data and seed from run.json of stage 1, image size
+    and patch size from its model, all others from the tables.
+
+    config  VTPConfig of the model in --init. ValueError if the data are unknown.
+    """
     path = Path(args.init, "run.json")
     stage1 = json.loads(path.read_text()) if path.exists() else {}
     if args.data is None:
         args.data = stage1.get("data")
         args.val_data = args.val_data or stage1.get("val_data")
     if not args.data:
-        raise ValueError(f"{args.init} does not say what it was trained on; give --data")
+        raise ValueError(f"{args.init} has no run.json that names its training data; give --data")
     if args.seed is None:
         args.seed = stage1.get("seed", 0)
     args.image = args.image or config.image_size
     args.patch = config.vision_patch_size
     check_image(args)
     fill_defaults(args, stage1.get("size"), FLAG_DEFAULTS | RECIPE)
-    print0(f"stage 2      of {args.init}, whose trunk, bottleneck and text tower are frozen; "
+    print0(f"stage 2      decoder of {args.init}; trunk, bottleneck and text tower are frozen; "
            f"{args.data}, seed {args.seed}, {args.image} px, patch {args.patch}; "
-           f"written to {args.out}")
+           f"writes to {args.out}")
 
 
 def parse_arguments(argv):
-    """argv without the program's name -> Namespace. Flags to be inherited are None."""
+    """argv, without the name of the program -> Namespace. None: not given; inherit_settings fills
+    it in. ValueError for values that are out of range."""
     p = new_parser("train.py --stage 2", __doc__, RECIPE)
     p.add_argument("--stage", type=int, choices=[2], help="2: this program")
     p.add_argument("--init", metavar="RUN",
-                   help="the run of stage 1, or the released weights, whose decoder is fine-tuned")
-    p.add_argument("--out", help="run folder; a checkpoint there is continued (default INIT-gan)")
+                   help="run of stage 1, or released weights, whose decoder is fine-tuned")
+    p.add_argument("--out", help="run folder; if it holds a checkpoint, training continues "
+                                 "(default INIT-gan)")
     p.add_argument("--data", help="as in stage 1 (default: that of --init)")
-    p.add_argument("--image", type=int, help="side of the images (default: that of --init)")
-    p.add_argument("--seed", type=int, help="same seed, same run (default: that of --init)")
+    p.add_argument("--image", type=int,
+                   help="side of the images in pixels (default: that of --init)")
+    p.add_argument("--seed", type=int,
+                   help="an equal seed gives an equal run (default: that of --init)")
     add_common_flags(p, FLAG_DEFAULTS)
     args = p.parse_args(argv)
     if not args.init:
-        raise ValueError("--stage 2 continues a run of stage 1, or released weights: "
-                         "name its folder with --init RUN")
+        raise ValueError("--stage 2 starts from a run of stage 1 or from released weights; "
+                         "name the folder with --init RUN")
     args.out = args.out or args.init.rstrip("/") + "-gan"
     if Path(args.out).resolve() == Path(args.init).resolve():
-        raise ValueError(f"--out {args.out} is the run of stage 1 itself; take another folder, "
-                         f"so that both can be compared")
+        raise ValueError(f"--out {args.out} is the run of stage 1 itself; choose another folder, "
+                         f"so that both runs are kept")
     read_settings(args, RECIPE)
     check_values(args)
     return args
 
 
-# ---------------------------------------------------------------- flags, also of the baselines
+# ---------------------------------------------------------------- flags, shared with baselines.py
 def new_parser(prog, description, recipe):
-    """recipe  {name: (pico to micro, S to L, source of the latter; meaning)}, for --set"""
-    lines = ["The rest of the recipe, changed with --set name=value:", "",
-             f"  {'name':<14} {'nano (ours)':<12} {'S, B, L':<8} source of the latter; meaning"]
+    """-> ArgumentParser whose help ends with the table of --set
+
+    recipe  {name: (default for pico to micro, default for S to L, source of the second; meaning)}
+    """
+    lines = ["The rest of the recipe. Change a value with --set name=value:", "",
+             f"  {'name':<14} {'nano (ours)':<12} {'S, B, L':<8} source for S, B, L; meaning"]
     for name, (small, large, source) in recipe.items():
         lines.append(f"  {name:<14} {small!s:<12} {large!s:<8} {source}")
     return argparse.ArgumentParser(prog=prog, description=description, epilog="\n".join(lines),
@@ -502,33 +542,34 @@ def new_parser(prog, description, recipe):
 
 
 def add_common_flags(p, defaults):
-    """The flags that stage 2 and the baselines have in common. Those in `defaults` are None if they
-    are not given, because their value depends on the size of the model."""
+    """Flags that stage 2 and the baselines have in common. Flags in `defaults` are None until
+    fill_defaults is called, because their default depends on the size of the model."""
     add_sized_flag(p, defaults, "--steps", int, "length of the run")
     add_sized_flag(p, defaults, "--batch", int, "images per step over all processes")
     add_sized_flag(p, defaults, "--lr", float, "peak learning rate")
     add_sized_flag(p, defaults, "--w-gan", float,
-                   "weight of the GAN loss, times the adaptive weight; 0: no GAN")
+                   "weight of the GAN loss, multiplied by the adaptive weight; 0: no GAN")
     p.add_argument("--warmup", type=int,
                    help="steps of linear warm-up (default 1/16 of the run: RAE)")
     p.add_argument("--perceptual", choices=["vgg", "alex", "squeeze", "none"], default="vgg",
-                   help="network of LPIPS, to be fetched first; none: L1 only (default vgg)")
+                   help="network of LPIPS, fetched by eval.py fetch; none: L1 only (default vgg)")
     p.add_argument("--val-data", help="validation data for eval.py, if --data has no val/ folder")
     p.add_argument("--fresh", action="store_true", help="start over in --out")
     p.add_argument("--workers", type=int, default=default_workers(),
                    help="processes that prepare data (default %(default)s)")
     p.add_argument("--device", help="cpu, cuda or mps (default: the best one present)")
     p.add_argument("--precision", choices=["fp32", "bf16", "fp16", "fp64"],
-                   help="default: by device, and printed; fp64 is for proofs")
+                   help="default: chosen for the device and printed; fp64 is for tests")
     p.add_argument("--log-every", type=int, default=10,
                    help="steps between lines of log.jsonl (default %(default)s)")
     p.add_argument("--save-every", type=int, default=500,
                    help="steps between checkpoints (default %(default)s)")
     p.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
-                   help="any value of the table below; repeatable")
+                   help="change a value of the table below; repeatable")
 
 
 def add_sized_flag(p, defaults, flag, kind, text):
+    """Add a flag whose help shows both defaults, for large and for small models"""
     small, large, source = defaults[flag.strip("-").replace("-", "_")]
     default = f"default {large:g}, {source}"
     if small != large:
@@ -542,7 +583,8 @@ def default_workers():
 
 
 def read_settings(args, recipe):
-    """args.set, ["name=value", ...] -> attributes of args; None if not given"""
+    """Replace args.set, a list of "name=value", by one attribute per name of the recipe. None: not
+    given. ValueError for an unknown name or a value of the wrong type."""
     types = {name: large for name, (_, large, _) in recipe.items()}
     found = parse_settings(args.set, types)
     for name in recipe:
@@ -551,32 +593,34 @@ def read_settings(args, recipe):
 
 
 def fill_defaults(args, size, defaults):
-    """Attributes of args that are None get the default for this size of model"""
+    """Set each attribute of args that is None to its default for this model size"""
     for name, (small, large, _) in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, small if size in SMALL else large)
 
 
 def check_image(args):
+    """ValueError if the image cannot be cut into whole patches"""
     if args.image % args.patch:
         nearest = max(args.image // args.patch, 1) * args.patch
-        raise ValueError(f"--image {args.image} is no multiple of the patch, {args.patch}; "
-                         f"try --image {nearest}")
+        raise ValueError(f"--image {args.image} is not a multiple of the patch size "
+                         f"{args.patch}; try --image {nearest}")
 
 
 def check_values(args):
-    """ValueError for a given value that is out of range"""
+    """ValueError if a value that was given is out of range"""
     for name in ("image", "patch", "latent_dim", "steps", "batch", "log_every", "save_every"):
         value = getattr(args, name, None)
         if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: wanted 1 or more")
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
     if args.w_gan is not None and not args.w_gan >= 0:
-        raise ValueError(f"--w-gan {args.w_gan}: wanted 0 or more")
+        raise ValueError(f"--w-gan {args.w_gan}: must be 0 or more")
     if args.clip_grad is not None and not args.clip_grad >= 0:
-        raise ValueError(f"--set clip_grad={args.clip_grad}: wanted 0 or more")
+        raise ValueError(f"--set clip_grad={args.clip_grad}: must be 0 or more")
     if args.gan_start is not None and (type(args.gan_start) is not int or args.gan_start < 0):
-        raise ValueError(f"--set gan_start={args.gan_start}: wanted a step, 0 or more")
+        raise ValueError(f"--set gan_start={args.gan_start}: must be the number of a step, "
+                         f"0 or more")
     for name in ("ema_decoder", "max_bad"):
         value = getattr(args, name)
         if value is not None and not 0 <= value <= 1:
-            raise ValueError(f"--set {name}={value}: wanted a number from 0 to 1")
+            raise ValueError(f"--set {name}={value}: must be a number from 0 to 1")

@@ -2,13 +2,22 @@
 
     train.py --micro M      M images at a time on each process
 
-CLIP and KoLeo compare all images of the batch, so the gradients of micro-batches cannot simply be
-added. They can if the gradient with respect to each image's features is computed first:
+CLIP and KoLeo compare all images of the batch, so the losses of micro-batches do not add up to the
+loss of the batch. But the gradient of the batch can be computed from micro-batches if the gradient
+with respect to each feature is known. One step has three parts:
 
-    1. Compute the features of all micro-batches, without a graph, and the teacher's targets.
-    2. Compute the losses that compare images, and their gradients with respect to the features.
-    3. For each micro-batch, with a graph: its own losses, plus <feature, cached gradient>, which
-       gives it its part of the gradient of step 2.
+    1. Compute the features of all micro-batches without a graph, and the teacher's embeddings.
+    2. Compute CLIP and KoLeo from all features, and their gradients with respect to the features.
+       These are the cached gradients: one vector per feature, so they need little memory.
+    3. For each micro-batch, compute its features again, with a graph. Its loss is the sum of its
+       own DINO, iBOT and reconstruction losses and of <feature, cached gradient>. By the chain
+       rule, the gradient of this inner product is the micro-batch's part of the gradient of part 2.
+
+The features of part 3 are equal to those of part 1, because stochastic depth is not drawn during
+the forward pass: it comes with the batch (Batch.keep).
+
+b images of a micro-batch for CLIP and reconstruction    bs images for self-supervision
+E CLIP space    D width    K prototypes    m masked patches of a micro-batch    n micro-batches
 """
 from dataclasses import replace
 
@@ -18,7 +27,7 @@ from .. import losses
 from ..augment import mask_index_and_weight
 from ..device import full_precision, to_fp32
 from ..dist import all_reduce_max, all_reduce_sum, world_size
-from ..model import head_input, rec_patches
+from ..model import head_input
 
 
 def check_micro(args):
@@ -37,7 +46,8 @@ def check_micro(args):
 
 def compute_gradients_cached(batch, temp, args, student, teacher, lpips, targets, amp, scaler,
                              device):
-    """The same as train.compute_gradients, up to rounding"""
+    """The same results as train.compute_gradients, up to rounding. Only the activations of
+    args.micro images are in memory at once."""
     n = args.batch // world_size() // args.micro
     micro_batches = split_batch(batch, n)
 
@@ -45,43 +55,45 @@ def compute_gradients_cached(batch, temp, args, student, teacher, lpips, targets
     features, embeddings = [], []
     with amp, torch.no_grad():
         for micro in micro_batches:
-            micro = micro.to(device)
-            features.append(compared_features(student, micro, args))
+            micro = micro.to(device)                  # one at a time, to save memory
+            features.append(pairwise_features(student, micro, args))
             if teacher:
                 embeddings.append(teacher_embeddings(teacher, micro))
     centers = target_centers(teacher, embeddings, temp, targets, amp) if teacher else None
 
-    # 2. losses that compare images, and their gradients with respect to the features
-    leaves = {}
+    # 2. CLIP and KoLeo, and their gradients with respect to the features
+    leaves = {}                                       # features of the whole batch
     for name in features[0]:
-        dim = 1 if name == "koleo" else 0
-        leaves[name] = torch.cat([micro[name] for micro in features], dim).requires_grad_()
-    terms = comparing_losses(leaves, args, student)
+        parts = [micro[name] for micro in features]
+        leaves[name] = torch.cat(parts, image_dim(name)).requires_grad_()
+    terms = pairwise_losses(leaves, args, student)
     if terms:
-        scaler.scale(losses.total_loss(terms, args)).backward()    # logit scale and bias too
+        # this adds the gradients of the logit scale and bias, too
+        scaler.scale(losses.total_loss(terms, args)).backward()
     cached = {}
     for name, leaf in leaves.items():
-        cached[name] = leaf.grad.chunk(n, 1 if name == "koleo" else 0)
+        cached[name] = leaf.grad.chunk(n, image_dim(name))
 
     # 3. each micro-batch, with a graph
-    own, entropies, class_tokens = [], [], []
+    all_terms, entropies, class_tokens = [], [], []
     for k, micro in enumerate(micro_batches):
         micro = micro.to(device)
         grads = {name: parts[k] for name, parts in cached.items()}
-        part = {}
+        micro_terms = {}
         if teacher:
             probabilities = teacher_targets(teacher, embeddings[k], centers, temp, amp)
             ssl, cls = backward_ssl(micro, probabilities, args, student, amp, scaler, n, grads)
             entropies.append(losses.entropy(probabilities["cls"]))
             class_tokens.append(cls)
-            part |= ssl
+            micro_terms |= ssl
         if args.w_clip or args.w_rec:
-            part |= backward_joint(micro, args, student, lpips, amp, scaler, n, grads)
-        own.append(part)
+            micro_terms |= backward_joint(micro, args, student, lpips, amp, scaler, n, grads)
+        all_terms.append(micro_terms)
 
     terms = {name: term.detach() for name, term in terms.items()}
-    for name in own[0]:
-        terms[name] = torch.stack([part[name] for part in own]).mean()
+    for name in all_terms[0]:
+        # micro-batches have equal sizes, so the mean of their losses is the loss of the batch
+        terms[name] = torch.stack([micro_terms[name] for micro_terms in all_terms]).mean()
     diagnostics = {}
     if teacher:
         diagnostics["teacher_entropy"] = torch.stack(entropies).mean()
@@ -91,21 +103,30 @@ def compute_gradients_cached(batch, temp, args, student, teacher, lpips, targets
     return {"loss": losses.total_loss(terms, args)} | terms, diagnostics
 
 
-# ---------------------------------------------------------------- steps 1 and 2
-def compared_features(student, micro, args):
-    """What CLIP and KoLeo compare -> {'img', 'txt' (b, E), 'koleo' (2, bs, D)}"""
-    found = {}
+# ---------------------------------------------------------------- parts 1 and 2
+def pairwise_features(student, micro, args):
+    """The features that CLIP and KoLeo compare -> {'img', 'txt': (b, E), 'koleo': (2, bs, D)}"""
+    features = {}
     if args.w_clip:
-        found["img"] = student.embed_image(*student.encode(micro.image, micro.keep["clip"]))
-        found["txt"] = student.embed_text(micro.text)
+        features["img"] = student.embed_image(*student.encode(micro.image, micro.keep["image"]))
+        features["txt"] = student.embed_text(micro.text)
     if args.w_ssl and args.w_koleo:
         mask = micro.mask.flatten(0, 1)
         cls, _ = student.model.trunk(micro.crops.flatten(0, 1), mask, micro.keep["ssl"])
-        found["koleo"] = cls.unflatten(0, (2, -1))
-    return found
+        features["koleo"] = cls.unflatten(0, (2, -1))
+    return features
 
 
-def comparing_losses(features, args, student):
+def image_dim(name):
+    """The dimension of a feature that counts images: KoLeo's has the two global crops first"""
+    return 1 if name == "koleo" else 0
+
+
+def pairwise_losses(features, args, student):
+    """The losses that compare images -> {'clip', 'koleo': ()}, those with a weight above 0
+
+    features  as pairwise_features returns them, but of the whole batch of this process
+    """
     terms = {}
     if args.w_clip:
         scale, bias = student.model.logit_scale.exp(), student.model.logit_bias
@@ -117,30 +138,40 @@ def comparing_losses(features, args, student):
     return terms
 
 
-# ---------------------------------------------------------------- step 3
+# ---------------------------------------------------------------- part 3
 def backward_ssl(micro, targets, args, student, amp, scaler, n, grads):
-    """-> {'dino', 'ibot'}, class tokens of the first global crop (bs, D)"""
+    """Backward pass of DINO, iBOT and KoLeo for one micro-batch. Gradients are added to the
+    student's parameters.
+
+    targets  probabilities, see teacher_targets      grads  cached gradients of the micro-batch
+    -> {'dino', 'ibot': ()}, class tokens of the first global crop (bs, D)
+    """
     with amp:
         s_cls, s_patch, features = student.views(
             micro.crops, micro.locals, micro.mask, micro.mask_index, micro.keep)
     terms = {"dino": losses.dino_loss(s_cls, targets["cls"]),
              "ibot": losses.ibot_loss(s_patch, targets["patch"], micro.mask_weight, micro.n_crops)}
-    loss = scaler.scale(losses.total_loss(terms, args) / n)
+    loss = scaler.scale(losses.total_loss(terms, args) / n)     # the batch has the mean over n
     if "koleo" in grads:
-        loss = loss + inner_product(features, grads["koleo"])
+        loss = loss + inner_product(features, grads["koleo"])   # already scaled and weighted
     loss.backward()
     return {name: term.detach() for name, term in terms.items()}, features[0].detach()
 
 
 def backward_joint(micro, args, student, lpips, amp, scaler, n, grads):
-    """-> {'rec'}, or {}"""
+    """Backward pass of CLIP and reconstruction for one micro-batch. Gradients are added to the
+    student's parameters.
+
+    grads  cached gradients of the micro-batch
+    -> {'rec': ()}, or {} if w_rec is 0
+    """
     loss, terms = 0, {}
     with amp:
-        cls, patches = student.encode(micro.image, micro.keep["clip"])
+        cls, patches = student.encode(micro.image, micro.keep["image"])
         if args.w_clip:
             img, txt = student.embed_image(cls, patches), student.embed_text(micro.text)
         if args.w_rec:
-            pixels = student.decode(rec_patches(micro, patches, student))
+            pixels = student.decode(student.rec_patches(micro, patches))
     if args.w_clip:
         loss = inner_product(img, grads["img"]) + inner_product(txt, grads["txt"])
     if args.w_rec:
@@ -151,14 +182,17 @@ def backward_joint(micro, args, student, lpips, amp, scaler, n, grads):
 
 
 def inner_product(feature, grad):
-    """Its gradient with respect to the feature is the cached gradient"""
+    """-> (). Its gradient with respect to the feature is `grad`."""
     return (to_fp32(feature) * grad).sum()
 
 
 # ---------------------------------------------------------------- targets of the teacher
 def teacher_embeddings(teacher, micro):
-    """Unit vectors of the DINO head, which are much smaller than logits
-    -> {'cls' (2, bs, .), 'patch' (m, .)}"""
+    """The unit vectors from which the DINO head computes its logits. They are stored in place of
+    the logits, which are much larger (K values each).
+
+    -> {'cls': (2, bs, bottleneck), 'patch': (m, bottleneck)}
+    """
     cls, patches = teacher.trunk(micro.crops.flatten(0, 1))
     masked = patches.flatten(0, 1)[micro.mask_index]
     embed = teacher.dino_head.embed
@@ -167,11 +201,13 @@ def teacher_embeddings(teacher, micro):
 
 
 def teacher_logits(teacher, embeddings, amp):
+    """(..., bottleneck) -> (..., K)"""
     with amp, torch.no_grad():
         return teacher.dino_head.prototype_logits(embeddings)
 
 
 def teacher_targets(teacher, embeddings, centers, temp, amp):
+    """Embeddings of a micro-batch -> probabilities {'cls': (2, bs, K), 'patch': (m, K)}"""
     targets = {}
     for name, x in embeddings.items():
         logits = teacher_logits(teacher, x, amp)
@@ -180,49 +216,59 @@ def teacher_targets(teacher, embeddings, centers, temp, amp):
 
 
 def target_centers(teacher, embeddings, temp, targets, amp):
-    """The centers (K,) of this batch, for class tokens and for patches. The logits of the whole
-    batch never lie in memory: they are computed anew in each pass."""
+    """Centers of this batch for teacher_targets -> {'cls': (K,), 'patch': (K,)}
+
+    embeddings  of all micro-batches
+    targets     losses.TeacherTargets; with its method "centering", targets.next_center is set
+
+    The logits of the whole batch are never in memory at once. They are computed again whenever
+    they are read.
+    """
     centers = {}
     for name in ("cls", "patch"):
-        def batches():
+        def iterate_logits():
             for micro in embeddings:
                 yield teacher_logits(teacher, micro[name].flatten(0, -2), amp)
         if targets.method == "sinkhorn":
-            centers[name] = sinkhorn_center(batches, temp)
+            centers[name] = sinkhorn_center(iterate_logits, temp)
         else:
             centers[name] = targets.center[name]
-            next_center = update_center(targets.center[name], batches)
+            next_center = update_center(targets.center[name], iterate_logits)
             targets.next_center = targets.next_center | {name: next_center}
     return centers
 
 
 @torch.no_grad()
 @full_precision()
-def sinkhorn_center(batches, temp, iterations=3):
-    """The center (K,) with which centered_softmax(logits, center, temp) is sinkhorn(logits, temp)
+def sinkhorn_center(iterate_logits, temp, iterations=3):
+    """-> center (K,) for which centered_softmax(logits, center, temp) equals sinkhorn(logits, temp)
 
-    batches  function without arguments -> iterable of logits (n, K); called in each iteration
+    iterate_logits  function without arguments -> iterable of logits (rows, K), one for each
+                    micro-batch. It is called several times.
 
-    Sinkhorn scales the columns and rows of q = exp(logits / temp) in turn. The factors of the rows
-    follow from those of the columns, and exp(logits / temp) * factor is
-    exp((logits - center) / temp). So only the column factors must be kept.
+    Sinkhorn multiplies the columns and the rows of q = exp(logits / temp) by factors, in turn. The
+    row factors follow from the column factors, because each row must sum to 1. So only the column
+    factors (K,) are kept. Since exp(logits / temp) * factor = exp((logits - center) / temp) with
+    center = -temp * log(factor), they have the same effect as a center.
     """
+    # the largest logit is subtracted, because exp overflows above 88; it cancels in the result
     maxima = []
-    for logits in batches():
+    for logits in iterate_logits():
+        # -inf is the maximum of a micro-batch without rows
         lowest = logits.new_full((1,), -torch.inf, dtype=to_fp32(logits).dtype)
         maxima.append(torch.cat([to_fp32(logits).flatten(), lowest]).max())
     largest = all_reduce_max(torch.stack(maxima).max())
     factor = None                                                # (K,)
     for _ in range(iterations):
         column_sum = 0
-        for logits in batches():
-            q = torch.exp((to_fp32(logits) - largest) / temp)    # (n, K)
+        for logits in iterate_logits():
+            q = torch.exp((to_fp32(logits) - largest) / temp)    # (rows, K)
             if factor is None:
                 column_sum = column_sum + q.sum(0)
             else:
-                column_sum = column_sum + (1 / (q @ factor)) @ q
+                column_sum = column_sum + (1 / (q @ factor)) @ q     # 1 / (q @ factor): row factors
         column_sum = all_reduce_sum(column_sum)
-        smallest = torch.finfo(column_sum.dtype).tiny
+        smallest = torch.finfo(column_sum.dtype).tiny            # the sum may underflow to 0
         # the mean is a common factor, which cancels; it keeps the numbers in range
         factor = column_sum.mean() / column_sum.clamp_min(smallest)
     return largest - temp * factor.log()
@@ -230,10 +276,13 @@ def sinkhorn_center(batches, temp, iterations=3):
 
 @torch.no_grad()
 @full_precision()
-def update_center(center, batches, momentum=0.9):
-    """losses.update_center for logits that come in parts"""
+def update_center(center, iterate_logits, momentum=0.9):
+    """losses.update_center for the logits of several micro-batches -> (K,)
+
+    center  (K,)      iterate_logits  see sinkhorn_center
+    """
     total, rows = torch.zeros_like(center), torch.zeros_like(center[:1])
-    for logits in batches():
+    for logits in iterate_logits():
         total = total + to_fp32(logits).sum(0)
         rows = rows + len(logits)
     total, rows = all_reduce_sum(total), all_reduce_sum(rows)
@@ -243,12 +292,13 @@ def update_center(center, batches, momentum=0.9):
 
 # ---------------------------------------------------------------- micro-batches
 def split_batch(batch, n):
-    """data.Batch -> n of them. Subsets are evenly spaced in the batch, so a contiguous part of it
-    contains an equal part of each subset."""
+    """data.Batch -> list of n data.Batch. The images for self-supervision and reconstruction are
+    evenly spaced in the batch, so each contiguous part contains an equal number of them."""
     return [micro_batch(batch, n, k) for k in range(n)]
 
 
 def micro_batch(batch, n, k):
+    """Micro-batch k of n. Indices count the images and crops of the micro-batch."""
     part = {}
     if batch.image is not None:
         part["image"] = batch.image.chunk(n)[k]
@@ -257,6 +307,7 @@ def micro_batch(batch, n, k):
     if batch.rec is not None:
         part["rec"] = batch.rec.chunk(n)[k] - k * len(part["image"])
     if batch.crops is not None:
+        # dimension 0 counts crops, dimension 1 images
         part["crops"] = batch.crops.chunk(n, 1)[k]
         part["locals"] = batch.locals.chunk(n, 1)[k]
         part["mask"] = batch.mask.chunk(n, 1)[k]
@@ -272,12 +323,13 @@ def micro_batch(batch, n, k):
 
 
 def split_block(block, size, n, k):
+    """split_keep for both residual branches of a transformer block"""
     return tuple(split_keep(rows, scale, size, n, k) for rows, scale in block)
 
 
 def keep_size(batch, name):
-    """Number of images per crop in the batch that keep[name] indexes"""
-    if name == "clip":
+    """Number of images in each crop of the tensor that keep[name] indexes"""
+    if name == "image":
         return len(batch.image) if batch.image is not None else 0
     if name == "rec":
         return len(batch.rec)
@@ -285,9 +337,12 @@ def keep_size(batch, name):
 
 
 def split_keep(rows, scale, size, n, k):
-    """Kept rows of a batch of crops (c, size), flattened -> those of micro-batch k of n, in its
-    own numbering"""
+    """Kept rows of the batch -> kept rows of micro-batch k of n
+
+    rows   positions in a flattened (crops, size) array
+    -> positions in a flattened (crops, size / n) array, scale (unchanged)
+    """
     part = size // n
-    crop, row = rows // size, rows % size
-    inside = (row >= k * part) & (row < (k + 1) * part)
-    return (crop * part + row - k * part)[inside], scale
+    crop, image = rows // size, rows % size
+    inside = (image >= k * part) & (image < (k + 1) * part)
+    return (crop * part + image - k * part)[inside], scale

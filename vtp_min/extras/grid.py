@@ -1,17 +1,18 @@
-"""A contact sheet: rows of images, with a label beside each row."""
+"""A contact sheet: rows of images, with a label next to each row."""
 from PIL import Image, ImageDraw
 
-GAP = 2             # white pixels after each image
-MARGIN = 110        # width of the label column; 17 letters of PIL's font fit
-LETTERS = 17
+GAP = 2             # pixels of white space after each image
+MARGIN = 110        # width of the label column in pixels
+LETTERS = 17        # characters of PIL's default font that fit into the column
 
 
 def image_grid(rows, labels=None, scale=1):
-    """rows  lists of uint8 (H, W, 3) arrays; images may differ in size, and rows in length
+    """Draw images in rows -> PIL.Image on a white background
 
-    labels  a text for each row, in a margin at the left and cut to LETTERS; None: no margin
-    scale   each pixel becomes scale x scale
-    -> PIL.Image, white where there is no image
+    rows    list of rows; a row is a list of uint8 arrays (H, W, 3). The images may differ in size
+            and the rows in length.
+    labels  one string per row, drawn at the left and cut to LETTERS characters; None: no labels
+    scale   integer factor by which images are enlarged, without interpolation
     """
     left = MARGIN if labels else 0
     widths = [sum(image.shape[1] * scale + GAP for image in row) for row in rows]

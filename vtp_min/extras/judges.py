@@ -1,11 +1,16 @@
-"""Networks whose features replace Inception's in a Frechet distance, where FID cannot be computed
-or says too little. The distance on their features is never called FID.
+"""Networks that replace Inception in a Frechet distance.
 
-    SqueezeNet, load_squeezenet    images -> features (B, 512): a small ImageNet network
-    Classifier, classifier_of      images -> features (B, 256), logits: trained on the data at hand
-    feature_net                    --features, --set halve -> one of them, or Inception
-    check_fid_args                 arguments of `eval.py fid` that do not go together
-    record_recognition             share of class-conditional samples with the right class
+FID is the Frechet distance of Inception's features. It needs Inception's weights, and it is less
+informative for images that are unlike the photographs of ImageNet, on which Inception was trained.
+The distance of other features is recorded under other names, never as FID.
+
+    SqueezeNet, load_squeezenet    a small ImageNet network: images -> features (B, 512)
+    Classifier, classifier_of      trained on the user's data: images -> features (B, 256), logits
+    feature_net                    the network that --features and --set halve select
+    check_fid_args                 checks the combination of arguments of `eval.py fid`
+    record_recognition             accuracy of the classifier on class-conditional samples
+
+B images    H, W, S sides in pixels    F features
 """
 from pathlib import Path
 
@@ -24,53 +29,62 @@ from .weights import find
 
 
 def feature_net(kind, halve, side, device, get_classifier):
-    """The features that a Frechet distance compares.
+    """The feature extractor of a Frechet distance
 
-    kind  'inception', 'squeezenet' or 'classifier'      halve  see the images at half their side
-    get_classifier  () -> Classifier, accuracy
-    -> function uint8 (B, 3, H, W) -> (B, F), name of the distance, features in words
+    kind            'inception', 'squeezenet' or 'classifier'
+    halve           True: reduce the images to half their side first; not with 'classifier'
+    side            side of the images in pixels, for the description
+    get_classifier  function () -> Classifier, accuracy; called only if it is needed
+    -> function uint8 (B, 3, H, W) -> (B, F), name of the distance, description of the features
     """
     if kind == "classifier":
         if halve:
-            raise ValueError("--set halve goes with --features squeezenet or inception: the "
-                             "classifier has learned images of full size")
+            raise ValueError("--set halve works only with --features squeezenet or inception: the "
+                             "classifier was trained on images of full size; omit --set halve")
         classifier, _ = get_classifier()
-        protocol = "256-d features of the classifier trained on the real pictures"
+        protocol = "256-d features of the classifier trained on the real images"
         return classifier.features, "FD-classifier", protocol
     if kind == "squeezenet":
-        net, name, protocol = load_squeezenet(device), "FD-squeezenet (no FID)", SqueezeNet.PROTOCOL
+        net = load_squeezenet(device)
+        name = "FD-squeezenet (no FID)"
+        protocol = SqueezeNet.PROTOCOL
     else:
-        net, name, protocol = inception_or_advice(device), "FID", "pytorch-fid's Inception"
+        net = inception_network(device)
+        name = "FID"
+        protocol = "pytorch-fid's Inception"
     if not halve:
         return net, name, protocol
     return (lambda x: net(halved(x)), f"FD-{kind}, halved (no FID)",
-            f"{protocol}; of pictures halved to {side // 2} px")
+            f"{protocol}; images halved to {side // 2} px")
 
 
-def inception_or_advice(device):
+def inception_network(device):
+    """load_inception, with an error message that names the alternatives"""
     try:
         return load_inception(device)
     except FileNotFoundError as problem:
-        raise FileNotFoundError(f"{problem}; or take --features classifier (or squeezenet, with "
-                                f"its file), whose distance is no FID") from None
+        raise FileNotFoundError(f"{problem}; or use --features classifier (or squeezenet, if you "
+                                f"have its file), whose distance is not FID") from None
 
 
 def halved(x):
-    """uint8 (B, 3, H, W), even sides -> (B, 3, H/2, W/2), means of 2x2 pixels.
+    """uint8 (B, 3, H, W), even sides -> uint8 (B, 3, H/2, W/2), the means of 2x2 pixels
 
-    At half size the blur of a decoder weighs less, and the content of the image more (ours).
+    At half size, the blur of a decoder has less influence on the distance, and the content of the
+    image has more (ours).
     """
     if x.shape[-1] % 2 or x.shape[-2] % 2:
-        raise ValueError(f"--set halve: images of {x.shape[-1]}x{x.shape[-2]} cannot be halved; "
-                         f"leave it out")
+        raise ValueError(f"--set halve: images of {x.shape[-1]}x{x.shape[-2]} cannot be halved, "
+                         f"because their sides are not even; omit --set halve")
     return F.avg_pool2d(x.float(), 2).round().byte()
 
 
 # ---------------------------------------------------------------- arguments of eval.py fid
 def check_fid_args(args, samples, reference):
-    """ValueError for too few images, or arguments that do not go together
+    """Check the arguments of `eval.py fid` before anything is computed.
 
     samples, reference  ImageSet; reference is None without --reference
+    ValueError for too few images, or for arguments that cannot be combined.
     """
     for images in (samples, reference):
         if images and images.n:
@@ -78,29 +92,31 @@ def check_fid_args(args, samples, reference):
     from_data = not reference and (args.run or args.data)
     has_images = not isinstance(samples, SavedStats)
     if not (from_data or reference or args.save_stats):
-        raise ValueError("against which real images? Give --run RUN or --data, or --reference; "
-                         "--set save_stats=FILE alone stores the statistics of the samples")
+        raise ValueError("there are no real images to compare with; give --run RUN, --data or "
+                         "--reference (or only --set save_stats=FILE, to store the statistics of "
+                         "the samples)")
     if args.features == "classifier" and not (has_images and from_data):
-        raise ValueError("--features classifier learns from the run's own images: give images as "
-                         "SAMPLES, --run, and no --reference")
+        raise ValueError("--features classifier is trained on the images of the run: give --run "
+                         "and images as SAMPLES, and omit --reference")
     if args.save_real and not from_data:
         raise ValueError("--set save_real stores the statistics of the training images: give "
-                         "--run or --data, and no --reference")
+                         "--run or --data, and omit --reference")
     if from_data and has_images and samples.size[0] != samples.size[1]:
-        raise ValueError(f"{samples.name}: {samples.size[0]}x{samples.size[1]}; real images are "
-                         f"cropped to squares, so samples must be square")
+        raise ValueError(f"{samples.name}: the images are {samples.size[0]}x{samples.size[1]}, but "
+                         f"samples must be square, because real images are cropped to squares")
 
 
 # ---------------------------------------------------------------- SqueezeNet v1.0
 class SqueezeNet(nn.Module):
-    """A network of ImageNet's 1000 classes in 0.8 MB, frozen.   Iandola et al. 2016, Table 1
+    """An ImageNet classifier whose weights take 0.8 MB, frozen   Iandola et al. 2016, Table 1
 
-    uint8 (B, 3, H, W), any side -> (B, 512) float32, the global average of fire9's output.
-    Layer names are those of the published prototxt.
+    uint8 (B, 3, H, W), any H and W -> (B, 512) float32, the spatial mean of the output of fire9.
+    Layer names are those of the published prototxt, so that its weights can be loaded.
     """
-    PROTOCOL = ("512-d average of fire9 of SqueezeNet v1.0, pictures squashed to 227 px "
+    PROTOCOL = ("512-d average of fire9 of SqueezeNet v1.0, images resized to 227x227 px "
                 "(bilinear, antialiased)")
-    # fire module: channels of its squeeze layer; each expand layer has four times as many
+    # {fire module: channels of its squeeze layer}; each of its two expand layers has four times
+    # as many, and their outputs are concatenated
     SQUEEZE = {2: 16, 3: 16, 4: 32, 5: 32, 6: 48, 7: 48, 8: 64, 9: 64}
 
     def __init__(self):
@@ -114,14 +130,14 @@ class SqueezeNet(nn.Module):
             width = 8 * squeeze
         self.conv10 = nn.Conv2d(width, 1000, 1, padding=1)
         self.eval().requires_grad_(False)
-        # with in_chunks 2.8 times as fast on a CPU
+        # together with in_chunks, this is 2.8 times as fast on a CPU
         self.to(memory_format=torch.channels_last)
 
     def grid(self, img):
-        """uint8 (B, 3, H, W) -> (B, 512, 13, 13)"""
-        # as PIL resizes, but for its rounding
+        """uint8 (B, 3, H, W) -> output of fire9, (B, 512, 13, 13)"""
+        # as PIL resizes images, except for its rounding
         x = F.interpolate(img.float(), (227, 227), mode="bilinear", antialias=True)
-        # Caffe's input: BGR in 0..255 minus the mean
+        # Caffe's input format: BGR in the range 0..255, minus the mean colour
         x = x.flip(1) - x.new_tensor([104, 117, 123])[:, None, None]
         x = F.relu(self.conv1(x))
         x = F.max_pool2d(x, 3, 2, ceil_mode=True)
@@ -138,21 +154,25 @@ class SqueezeNet(nn.Module):
         return in_chunks(lambda x: self.grid(x).mean((2, 3)), img)
 
     def logits(self, img):
-        """uint8 (B, 3, H, W) -> (B, 1000), classes in the order of their WordNet ids"""
+        """uint8 (B, 3, H, W) -> (B, 1000), the classes of ImageNet sorted by WordNet id"""
         return F.relu(self.conv10(self.grid(img))).mean((2, 3))
 
 
 def load_squeezenet(device="cpu"):
-    """SqueezeNet() with its ImageNet weights. FileNotFoundError says where to find the file, which
-    cannot be downloaded ready made."""
+    """-> SqueezeNet with its ImageNet weights
+
+    The file is not available for download; if it is missing, the FileNotFoundError describes it.
+    """
     model = SqueezeNet()
-    with np.load(find("squeezenet")) as found:             # float16
-        model.load_state_dict({k: torch.from_numpy(x) for k, x in found.items()})
+    with np.load(find("squeezenet")) as weights:           # float16; copied to float32
+        model.load_state_dict({name: torch.from_numpy(x) for name, x in weights.items()})
     return model.to(device)
 
 
-# ---------------------------------------------------------------- a classifier of the data
+# ---------------------------------------------------------------- classifier of the user's data
 class Residual(nn.Sequential):
+    """A sequence of layers with a skip connection around it"""
+
     def forward(self, x):
         return x + super().forward(x)
 
@@ -163,9 +183,9 @@ def conv_layer(channels, width, stride=1):
 
 
 class Classifier(nn.Module):
-    """A small residual network.   uint8 (B, 3, S, S), S from about 32 to 96
+    """A small residual network for images of about 32 to 96 pixels a side
 
-    -> features (B, 256), the global average pool, for FD-classifier;  logits (B, n_classes)
+    uint8 (B, 3, S, S) -> features (B, 256), the global average pool;  logits (B, n_classes)
     """
 
     def __init__(self, n_classes):
@@ -186,34 +206,36 @@ class Classifier(nn.Module):
         return features, self.head(features)
 
     def predict(self, img):
-        """-> class numbers (B,) on the CPU"""
+        """uint8 (B, 3, S, S) -> predicted labels (B,), on the CPU"""
         return self(img)[1].argmax(1).cpu()
 
 
 def augment(x, mirror):
-    """Random zoom, shift, mirror, contrast, brightness, and a grey square (cutout) of each image.
+    """Random crop, horizontal flip, contrast, brightness, and a grey square (cutout) in each image
 
-    x  (B, 3, S, S) in 0..255 -> the same shape
+    x       float (B, 3, S, S) in the range 0..255 -> same shape; values can exceed this range
+    mirror  True: flip half of the images
     """
     B, S = len(x), x.shape[-1]
 
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(B, *shape)
 
-    zoom = uniform(0.6, 1).sqrt()                          # 0.6 to 1 of the area
+    zoom = uniform(0.6, 1).sqrt()                          # the crop has 0.6 to 1 of the area
+    # affine maps from output to input coordinates, both in [-1, 1]
     theta = x.new_zeros(B, 2, 3)
     theta[:, 0, 0] = zoom
     if mirror:
         theta[:, 0, 0] *= uniform(-1, 1).sign()
     theta[:, 1, 1] = zoom
-    # shifts reach at most 5 % of the side beyond the border, which is reflected
+    # a crop extends at most 5 % of the side beyond the image, where the image is reflected
     theta[:, :, 2] = uniform(-1, 1, 2) * (1.1 - zoom)[:, None]
     grid = F.affine_grid(theta, x.shape, align_corners=False)
     x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
     contrast = uniform(0.8, 1.2, 1, 1, 1)
     brightness = 127.5 * uniform(-0.2, 0.2, 1, 1, 1)
     x = 127.5 + (x - 127.5) * contrast + brightness
-    # (B, 2, S): rows, columns of the square, whose side is 0.3 S
+    # (B, 2, S): which rows and which columns belong to the square, whose side is 0.3 S
     inside = (torch.arange(S) / S - uniform(0, 1, 2, 1)).abs() < 0.15
     square = inside[:, 0, :, None] & inside[:, 1, None, :]
     return x.masked_fill(square[:, None], 127.5)
@@ -222,12 +244,18 @@ def augment(x, mirror):
 @torch.enable_grad()
 def train_classifier(images, labels, n_classes, val_images, val_labels, steps=2400, batch=64,
                      lr=3e-3, mirror=True, seed=0, device="cpu", precision="fp32", progress=True):
-    """-> Classifier in eval mode, its accuracy on the validation images
+    """Train a classifier on images that are held in memory.
 
-    images   uint8 (n, 3, S, S), labels (n,), in memory      precision  'fp32' or 'bf16'
-    mirror   False if left and right have a meaning in the data
-    All numbers are ours: AdamW with a one-cycle learning rate, weight decay 0.05, label smoothing
-    0.1. The same seed and precision give the same classifier.
+    images, labels          uint8 (n, 3, S, S), (n,)
+    val_images, val_labels  the same for validation
+    mirror                  False if left and right must be distinguished in the data
+    precision               'fp32' or 'bf16'
+    progress                show a progress bar on rank 0
+    -> Classifier in eval mode, its accuracy on the validation images
+
+    AdamW with a one-cycle learning rate, weight decay 0.05, label smoothing 0.1; all
+    hyperparameters are ours. The same seed and precision give the same classifier, and the global
+    random state of PyTorch on the CPU is left unchanged.
     """
     device = torch.device(device)
     with torch.random.fork_rng(devices=[]):
@@ -240,7 +268,7 @@ def train_classifier(images, labels, n_classes, val_images, val_labels, steps=24
         silent = not progress or rank() > 0
         for step in ProgressBar(range(steps), desc="classifier", unit="step", disable=silent):
             rows = order[step * batch:][:batch]
-            # augmented on the CPU: the same random numbers on every device
+            # augmented on the CPU, so that all devices use the same random numbers
             x = augment(images[rows].float(), mirror).to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 _, logits = model(x)
@@ -250,33 +278,35 @@ def train_classifier(images, labels, n_classes, val_images, val_labels, steps=24
             optimizer.step()
             schedule.step()
     model.eval().requires_grad_(False)
-    n_right = 0
+    n_correct = 0
     for x, y in zip(val_images.split(256), val_labels.split(256)):
-        n_right += (model.predict(x.to(device)) == y).sum().item()
-    return model, n_right / len(val_images)
+        n_correct += (model.predict(x.to(device)) == y).sum().item()
+    return model, n_correct / len(val_images)
 
 
-def load_or_train_classifier(path, about, n_classes, images, steps, device):
-    """The classifier in the file `path`. If there is none, or one of other data, rank 0 trains it.
+def load_or_train_classifier(path, metadata, n_classes, load_images, steps, device):
+    """Load the classifier from the file `path`, or train it and write the file.
 
-    about   {str: str} what it depends on
-    images  () -> images, labels, val_images, val_labels; called by every process
+    Rank 0 trains if the file is missing, or if its metadata or its number of steps is different.
+
+    metadata     {str: str} that identifies the training data; stored in the file
+    load_images  function () -> images, labels, val_images, val_labels; called by every rank
     -> Classifier, its accuracy on the validation images
     """
     def read_metadata():
         with safetensors.safe_open(path, "pt") as f:
             return dict(f.metadata())
 
-    about = about | {"steps": str(steps)}
-    if not path.exists() or not about.items() <= read_metadata().items():
-        print0(f"training the classifier of the real images, to be kept in {path}")
-        found = images()
+    metadata = metadata | {"steps": str(steps)}
+    if not path.exists() or not metadata.items() <= read_metadata().items():
+        print0(f"training the classifier on the real images; it will be stored in {path}")
+        # before the branch below, because all ranks must take part in gathering the images
+        images, labels, val_images, val_labels = load_images()
         if rank() == 0:
-            train, labels, val, val_labels = found
-            model, accuracy = train_classifier(train, labels, n_classes, val, val_labels,
+            model, accuracy = train_classifier(images, labels, n_classes, val_images, val_labels,
                                                steps=steps, device=device)
-            tensors = {k: v.contiguous() for k, v in model.state_dict().items()}
-            metadata = about | {"accuracy": str(accuracy)}
+            tensors = {name: x.contiguous() for name, x in model.state_dict().items()}
+            metadata["accuracy"] = str(accuracy)
             path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(path, lambda part: safetensors.torch.save_file(tensors, part, metadata))
         barrier()
@@ -287,40 +317,49 @@ def load_or_train_classifier(path, about, n_classes, images, steps, device):
 
 
 def classifier_of(args, train, val, side, device, loader):
-    """The classifier of a run's images, kept in RUN/judge.safetensors -> Classifier, its accuracy
+    """Load or train the classifier of a run's images, stored in OUT/judge.safetensors.
 
-    train, val  sources with labels      loader  (source, limit) -> batches (images, labels, _)
+    args        needs out, train_limit, limit and judge_steps
+    train, val  data sources with labels
+    side        side of the images in pixels
+    loader      function (source, limit) -> batches (images, labels, captions) of this rank
+    -> Classifier, its accuracy on the validation images
     """
-    about = {"data": train.spec, "val": val.spec, "classes": str(len(train.classes)),
-             "side": str(side), "train": str(args.train_limit)}
+    metadata = {"data": train.spec, "val": val.spec, "classes": str(len(train.classes)),
+                "side": str(side), "train": str(args.train_limit)}
 
     def read_all(source, limit):
-        """-> uint8 (n, 3, S, S), labels (n,), of all processes, in memory"""
+        """-> images uint8 (n, 3, S, S), labels (n,), gathered from all ranks, on the CPU"""
         images, labels, _ = zip(*loader(source, limit))
         return [all_gather_ragged(torch.cat(x).to(device)).cpu() for x in (images, labels)]
 
-    def images():
+    def load_images():
         return *read_all(train, args.train_limit), *read_all(val, args.limit)
 
-    return load_or_train_classifier(Path(args.out, "judge.safetensors"), about,
-                                    len(train.classes), images, args.judge_steps, device)
+    return load_or_train_classifier(Path(args.out, "judge.safetensors"), metadata,
+                                    len(train.classes), load_images, args.judge_steps, device)
 
 
 def record_recognition(args, samples, train, val, side, device, loader):
-    """The classifier's accuracy on real images, and its agreement with the labels of the samples"""
+    """Record the accuracy of the classifier on validation images and on the samples.
+
+    samples  ImageSet; its labels are the classes that were requested from the DiT. Without labels,
+             only the accuracy on validation images is recorded.
+    The other arguments are those of `classifier_of`.
+    """
     classifier, accuracy = classifier_of(args, train, val, side, device, loader)
     C, n = len(train.classes), samples.n
     record_metric(args.out, "classifier accuracy", accuracy,
-                  f"the classifier, on real pictures of {val.spec} val, {C} classes, {side} px, "
-                  f"{args.judge_steps} steps")
+                  f"the classifier, on real images of {val.spec} val, {C} classes, {side} px, "
+                  f"{args.judge_steps} training steps")
     if samples.labels is None:
         return
     rows = rank_slice(n)
     labels = samples.labels[rows.start:rows.stop].split(args.batch)
-    n_right = torch.zeros((), device=device)
+    n_correct = torch.zeros((), device=device)
     for x, y in zip(samples.batches(args.batch), labels):
-        n_right += (classifier.predict(x.to(device)) == y).sum()
-    record_metric(args.out, "samples recognised", all_reduce_sum(n_right).item() / n,
-                  f"share of {n} class-conditional samples of {args.samples} that the classifier "
-                  f"takes for the requested class; chance {1 / C:.3f}, real pictures "
+        n_correct += (classifier.predict(x.to(device)) == y).sum()
+    record_metric(args.out, "samples recognised", all_reduce_sum(n_correct).item() / n,
+                  f"fraction of {n} class-conditional samples of {args.samples} that the "
+                  f"classifier assigns to the requested class; chance {1 / C:.3f}, real images "
                   f"{accuracy:.3f}; {samples.origin()}")

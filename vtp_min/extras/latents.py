@@ -1,12 +1,15 @@
-"""Latents on disk, in the layout of LightningDiT's own loader, and batches for training on them.
+"""Write latents to disk, in the layout that LightningDiT reads, and load them in batches.
 
-    latents_rank00_shard000.safetensors ...   latents and latents_flip (n, C, h, w), of the images
-                                              and of their mirror images; labels (n,)
-    latents_stats.pt                          mean, std (1, C, 1, 1): the DiT is trained on
-                                              (z - mean) / std
-    classes.json, latents.json                names of the classes; source of the latents (ours)
+    latents_rank00_shard000.safetensors ...   latents, latents_flip (n, C, h, w): latents of the
+                                              images and of their mirror images; labels (n,)
+    latents_stats.pt                          mean, std (1, C, 1, 1) for each channel; the DiT is
+                                              trained on (z - mean) / std
+    classes.json                              class names in the order of the labels (ours)
+    latents.json                              how the latents were made (ours)
 
 latents_stats.pt marks a complete encoding, so it is deleted first and written last.
+
+C channels of the latents    h, w latent grid    b images or latents of a batch on this rank
 """
 import bisect
 import json
@@ -28,8 +31,8 @@ from ..dist import barrier, print0, rank, rank_slice, world_size
 from ..rng import Stream, make_rng, permutation
 from ..run import ProgressBar
 
-SHARD_SIZE = 10000           # latents of a shard: VTP
-STATS_SAMPLES = 10000        # latents that mean and std are measured on: LightningDiT
+SHARD_SIZE = 10000           # latents per shard: VTP
+STATS_SAMPLES = 10000        # latents from which mean and std are computed: LightningDiT
 
 
 # ---------------------------------------------------------------- encoding
@@ -38,6 +41,7 @@ def encode_folder(args, device, load_tokenizer, open_data, eval_batches):
     """The command `dit.py latents`
 
     args  run, data, split, n, image, batch, out, seed, workers, precision, fresh
+    load_tokenizer, open_data, eval_batches  the functions of dit.py and data.py
     """
     out = Path(args.out or Path(args.run) / "latents")
     check_folder(out, args.fresh)
@@ -50,7 +54,7 @@ def encode_folder(args, device, load_tokenizer, open_data, eval_batches):
     images = eval_batches(source, side, args.batch, limit=n, crop="adm", workers=args.workers)
     batches = encode_images(tokenizer, images, n, args, device)
     write_shards(out, batches, max(1, SHARD_SIZE // args.batch), device)
-    if rank() > 0:
+    if rank() > 0:                                  # one rank computes the statistics of all shards
         return
     posterior = f"sampled with seed {args.seed}" if is_kl(tokenizer) else "deterministic"
     about = dict(tokenizer=os.path.relpath(args.run, out), encoder=encoder, data=source.spec,
@@ -58,29 +62,35 @@ def encode_folder(args, device, load_tokenizer, open_data, eval_batches):
     done, stats = write_stats(out, source.classes, about, args.seed)
     mean, std = stats["mean"], stats["std"]
     print0(f"{len(done)} images, {len(source.classes)} classes, {side} px, ADM centre crop, "
-           f"{args.precision}{tf32_of(device)} -> {out}: latents {done.shape}, mirrored too, "
-           f"{posterior}\nmean {mean.min():.3f} .. {mean.max():.3f}, "
+           f"{args.precision}{tf32_of(device)} -> {out}: latents {done.shape} of images and mirror "
+           f"images, {posterior}\nmean {mean.min():.3f} .. {mean.max():.3f}, "
            f"std {std.min():.3f} .. {std.max():.3f} over channels")
 
 
 def open_images(args, tokenizer, open_data):
-    """--data, or what the tokenizer was trained on -> the source, side in pixels"""
+    """Open --data, or else the training data of the tokenizer -> the source, image side in pixels
+
+    ValueError or FileNotFoundError if no data are named, or if they have no classes.
+    """
     path = Path(args.run) / "run.json"
     if not path.exists() and args.data is None:
-        raise FileNotFoundError(f"{args.run} has no run.json that would name its images; name them "
-                                f"with --data")
+        raise FileNotFoundError(f"{args.run} has no run.json that names its training data; give "
+                                f"--data")
     settings = json.loads(path.read_text()) if path.exists() else {}
     spec = args.data or settings.get("data")
     side = args.image or settings.get("image") or tokenizer.config.image_size
     source = open_data(spec, split=args.split, seed=settings.get("seed", 0), side=side)
     if source.classes is None:
-        raise ValueError(f"{spec} has no classes, but LightningDiT is conditioned on them; use a "
+        raise ValueError(f"{spec} has no classes, but LightningDiT is class-conditional; use a "
                          f"folder of class folders, or the built-in shapes")
     return source, side
 
 
 def encode_images(tokenizer, batches, n, args, device):
-    """batches  of this rank's share of n images -> iterator of latents, mirrored latents, labels"""
+    """Yield latents, latents of the mirror images (b, C, h, w), labels (b,)
+
+    batches  data.eval_batches: this rank's part of the n images
+    """
     total = math.ceil(n / (args.batch * world_size()))
     bar = ProgressBar(batches, total=total, desc="latents", unit="batch", disable=rank() > 0)
     index = rank_slice(n).start
@@ -92,15 +102,16 @@ def encode_images(tokenizer, batches, n, args, device):
 
 
 def is_kl(tokenizer):
-    """The encoder of a KL autoencoder (LDM, VA-VAE) returns a Gaussian. A DiT is trained on its
-    samples, which LightningDiT's extract_features.py stores too."""
+    """True for a KL autoencoder (LDM, VA-VAE), whose encoder returns a Gaussian for each image. A
+    DiT is trained on samples of it, as in LightningDiT's extract_features.py."""
     return hasattr(tokenizer, "sample_latents")
 
 
 def encode(tokenizer, images, precision, rngs):
-    """images (b, 3, H, W) -> latents of them and of their mirror images, (b, C, h, w) float32 each
+    """images (b, 3, H, W) -> latents and latents of the mirror images, each (b, C, h, w) float32
 
-    rngs  a generator for each image, for a KL autoencoder: first its sample, then the mirrored one
+    rngs  one generator per image. A KL autoencoder draws the noise of the image from it, then the
+          noise of the mirror image. Other tokenizers do not use it.
     """
     encoder = tokenizer.get_reconstruction_latents
     if is_kl(tokenizer):
@@ -113,32 +124,35 @@ def encode(tokenizer, images, precision, rngs):
 
 # ---------------------------------------------------------------- writing
 def shards(folder):
-    """-> its shards, sorted by rank, then number
+    """-> paths of the shards in a folder, sorted by rank, then by number
 
-    Each rank encodes a contiguous part of the images, so this is the order of the images for any
-    number of ranks.
+    Each rank encodes a contiguous part of the images. So this order is the order of the images, for
+    any number of ranks.
     """
-    found = Path(folder).glob("latents_rank*_shard*.safetensors")
-    return sorted(found, key=lambda path: (len(path.name), path.name))
+    paths = Path(folder).glob("latents_rank*_shard*.safetensors")
+    # by length first: rank 100 follows rank 99
+    return sorted(paths, key=lambda path: (len(path.name), path.name))
 
 
 def is_complete(folder):
+    """True if all latents have been written; latents_stats.pt is written last"""
     return (folder / "latents_stats.pt").exists()
 
 
 def check_folder(folder, fresh):
+    """ValueError if the folder holds a complete encoding, unless --fresh is given"""
     if shards(folder) and is_complete(folder) and not fresh:
-        raise ValueError(f"{folder} holds latents already ({len(shards(folder))} files); train on "
+        raise ValueError(f"{folder} already holds latents ({len(shards(folder))} files); train on "
                          f"them (python dit.py train {folder}), or encode again with --fresh")
 
 
 def prepare_folder(folder):
-    """Make the folder and delete old shards"""
+    """Create the folder and delete old shards"""
     old = shards(folder)
     if old and not is_complete(folder):
         print0(f"{folder} holds {len(old)} files of an incomplete encoding (no latents_stats.pt): "
                f"all images are encoded again")
-    barrier()                                       # all ranks have looked before rank 0 deletes
+    barrier()                                       # all ranks have listed the old shards by now
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         for path in [folder / "latents_stats.pt", *folder.glob("latents_rank*")]:
@@ -147,28 +161,38 @@ def prepare_folder(folder):
 
 
 def write_shards(folder, batches, batches_per_shard, device):
-    """batches  iterator over this rank's share: latents, mirrored (b, C, h, w), labels (b,)"""
+    """Write the latents of this rank
+
+    batches  iterator of latents, latents of mirror images (b, C, h, w), labels (b,)
+    """
     for number in count():
         part = list(islice(batches, batches_per_shard))
         if not part:
             break
-        columns = [torch.cat(column).contiguous() for column in zip(*part)]
-        write_shard(folder / f"latents_rank{rank():02d}_shard{number:03d}.safetensors",
-                    *columns, device)
-    barrier()
+        z, z_flip, labels = [torch.cat(tensors).contiguous() for tensors in zip(*part)]
+        path = folder / f"latents_rank{rank():02d}_shard{number:03d}.safetensors"
+        write_shard(path, z, z_flip, labels, device)
+    barrier()                                       # all shards of all ranks are complete
 
 
 def write_shard(path, z, z_flip, labels, device):
-    """One file in the layout of VTP's extraction script; metadata are strings"""
+    """Write one shard in the layout of VTP's extraction script
+
+    z, z_flip  (n, C, h, w)      labels  (n,)      device  that computed them, for the metadata
+    """
     tensors = {"latents": z, "latents_flip": z_flip, "labels": labels.long()}
+    # safetensors allows only strings as metadata
     metadata = {"total_size": str(len(z)), "dtype": str(z.dtype), "device": str(device)}
     atomic_write(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
 def write_stats(folder, classes, about, seed):
-    """Called by rank 0 once all shards are written -> the folder as Latents, {"mean", "std"}
+    """Write all files except the shards -> the folder as Latents, {"mean", "std"}
 
-    classes  names in label order      about  dict for latents.json      seed  of latent_stats
+    Called on rank 0 after all shards are written.
+
+    classes  names in the order of the labels      about  dict for latents.json
+    seed     selects the latents of latent_stats
     """
     latents = Latents(folder)
     stats = latent_stats(latents, seed)
@@ -180,14 +204,16 @@ def write_stats(folder, classes, about, seed):
 
 
 def latent_stats(latents, seed):
-    """Mean and unbiased standard deviation of each channel over positions and latents: up to
-    STATS_SAMPLES random ones, without mirror images (LightningDiT) -> dict of (1, C, 1, 1)
+    """Mean and standard deviation (unbiased) of each channel -> {"mean", "std": (1, C, 1, 1)}
+
+    They are taken over all positions of up to STATS_SAMPLES random latents, without mirror images,
+    as in LightningDiT. ValueError if a channel is constant or not finite.
     """
     chosen = make_rng(Stream.STATS, seed).permutation(len(latents))[:STATS_SAMPLES]
     C, height, width = latents.shape
     total = torch.zeros(C, dtype=torch.float64)
     total_of_squares = torch.zeros(C, dtype=torch.float64)
-    for i in np.sort(chosen):
+    for i in np.sort(chosen):                       # in the order of the files
         z = latents.read(i).double()
         total += z.sum((1, 2))
         total_of_squares += z.square().sum((1, 2))
@@ -195,36 +221,41 @@ def latent_stats(latents, seed):
     mean = total / n
     variance = (total_of_squares - n * mean ** 2).clamp(min=0) / (n - 1)
     std = variance.sqrt()
-    bad = (~(std > 0)).nonzero().flatten()
+    bad = (~(std > 0)).nonzero().flatten()          # nan is not > 0
     if len(bad):
-        raise ValueError(f"channels {bad.tolist()} of the latents are constant or not finite; has "
-                         f"this tokenizer been trained?")
+        raise ValueError(f"channels {bad.tolist()} of the latents are constant or not finite; use "
+                         f"a tokenizer that has been trained")
     return {"mean": mean.float()[None, :, None, None], "std": std.float()[None, :, None, None]}
 
 
 # ---------------------------------------------------------------- reading
 @lru_cache(None)
 def memory_mapped(path, name):
-    """A tensor of a shard. Rows are read from disk when they are used; opened once per process."""
+    """A tensor of a shard, opened once per process. Rows are read from disk when they are used."""
     with safe_open(path, "pt") as f:
         return f.get_tensor(name)
 
 
 class Latents:
-    """A folder of shards as one list of latents (C, h, w) with labels
+    """The shards of a folder as one list of latents (C, h, w) with labels
 
-    .stats {"mean", "std"}, .classes and .about (latents.json) exist once the encoding is complete.
+    labels    LongTensor (n,)      shape  (C, h, w)
+    stats     {"mean", "std": (1, C, 1, 1)}
+    classes   class names          about  the contents of latents.json
+
+    The last three raise FileNotFoundError until the encoding is complete.
     """
 
     def __init__(self, folder):
         self.folder = Path(folder)
         self.paths = shards(folder)
         if not self.paths:
-            raise FileNotFoundError(f"{folder} holds no latents_rank*_shard*.safetensors; make "
+            raise FileNotFoundError(f"{folder} holds no latents_rank*_shard*.safetensors; write "
                                     f"them with: python dit.py latents RUN --out {folder}")
-        memory_mapped.cache_clear()                        # the folder may have been written again
+        memory_mapped.cache_clear()                # the shards may have been replaced by new ones
         labels = [memory_mapped(path, "labels") for path in self.paths]
         self.labels = torch.cat(labels)
+        # number of latents in the shards up to and including this one
         self.ends = np.cumsum([len(part) for part in labels]).tolist()
         self.shape = tuple(memory_mapped(self.paths[0], "latents").shape[1:])
 
@@ -232,18 +263,18 @@ class Latents:
         return len(self.labels)
 
     def read(self, i, flip=False):
-        """Latent i, or that of its mirror image -> (C, h, w); only these bytes are read"""
+        """-> latent i, or that of its mirror image (C, h, w). Only its bytes are read from disk."""
         shard = bisect.bisect(self.ends, i)
         first = self.ends[shard - 1] if shard else 0
         tensor = memory_mapped(self.paths[shard], "latents_flip" if flip else "latents")
-        return tensor[int(i) - first]              # 5 times as fast as a slice through safe_open
+        return tensor[int(i) - first]              # 5 times as fast as safe_open's get_slice
 
     def file(self, name):
-        """-> path of a file beside the shards. FileNotFoundError if the encoding is incomplete"""
+        """-> path of a file next to the shards. FileNotFoundError if it is missing"""
         path = self.folder / name
         if not path.exists():
-            raise FileNotFoundError(f"{path} is missing, so the encoding is incomplete; python "
-                                    f"dit.py latents RUN writes it beside the shards")
+            raise FileNotFoundError(f"{path} is missing, so the encoding is incomplete; encode "
+                                    f"again: python dit.py latents RUN --out {self.folder}")
         return path
 
     @property
@@ -259,10 +290,11 @@ class Latents:
         return json.loads(self.file("latents.json").read_text())
 
     def check(self):
-        """ValueError for latents that LightningDiT cannot be trained on"""
+        """ValueError if LightningDiT cannot be trained on these latents"""
         C, height, width = self.shape
         if height != width:
-            raise ValueError(f"latents are {height}x{width}, but LightningDiT needs square ones")
+            raise ValueError(f"latents are {height}x{width}, but LightningDiT needs square ones; "
+                             f"encode square images")
         mean, classes = self.stats["mean"], self.classes
         if mean.shape != (1, C, 1, 1):
             raise ValueError(f"latents have {C} channels, but latents_stats.pt has shape "
@@ -270,17 +302,19 @@ class Latents:
         lowest, highest = self.labels.min(), self.labels.max()
         if lowest < 0 or highest >= len(classes):
             raise ValueError(f"labels are between {lowest} and {highest}, but classes.json names "
-                             f"{len(classes)} classes")
+                             f"{len(classes)} classes; encode again with --fresh")
 
 
 class LatentBatches:
-    """batches[step] -> this rank's rows of the step, a dict of tensors
+    """batches[step] -> this rank's rows of the batch, a dict of tensors
 
-    x1  data (b, C, h, w), normalised      z  standard normal numbers (b,), for the time
-    x0  noise (b, C, h, w)                 y  classes (b,)
-    Each latent is used once an epoch, mirrored half of the time (LightningDiT). With probability
-    `label_drop` its class becomes `null`, the last row of the label table. Row i of step s depends
-    only on (seed, s, i): not on ranks, workers or earlier steps.
+    x1  latents (b, C, h, w), normalised      z  standard normal numbers (b,); they give the time t
+    x0  noise (b, C, h, w)                    y  classes (b,)
+
+    Each latent is used once per epoch, mirrored with probability 1/2 (LightningDiT). With
+    probability `label_drop` its class is replaced by `null`, the last row of the label table: the
+    model needs it for classifier-free guidance. Row i of step s depends only on (seed, s, i), not
+    on ranks, workers or earlier steps.
     """
 
     def __init__(self, latents, stats, seed, batch, label_drop, null):
@@ -303,6 +337,8 @@ class LatentBatches:
         drop = rng.random() < self.label_drop
         z = rng.standard_normal(dtype=np.float32)
         x0 = rng.standard_normal(self.latents.shape, dtype=np.float32)
-        label = torch.tensor(self.null) if drop else self.latents.labels[index]
+        label = self.latents.labels[index]
+        if drop:
+            label = torch.tensor(self.null)
         return {"x1": self.latents.read(index, flip), "x0": torch.from_numpy(x0),
                 "z": torch.tensor(z), "y": label}

@@ -1,4 +1,8 @@
-"""The perceptual loss LPIPS between an image and its reconstruction.   VTP Sec. 3.2, its [35]"""
+"""The perceptual loss LPIPS between an image and its reconstruction.   VTP Sec. 3.2, reference [35]
+
+LPIPS is a distance of two images in the feature space of a frozen ImageNet network. The networks
+are external weights (weights.py); `--perceptual none` trains without them.
+"""
 import torch
 from torch import nn
 
@@ -7,11 +11,11 @@ from .weights import find
 
 
 class Perceptual(nn.Module):
-    """LPIPS of the package lpips: distance of two images in the features of a frozen network.
+    """LPIPS as implemented by the package lpips, for ImageNet-normalised images
 
-    net  'vgg', 'alex' or 'squeeze'. FileNotFoundError, with the command that downloads the file, if
-         the network's weights are missing.
-    random_trunk=True takes random weights: enough for tests, useless as a metric.
+    net           network of the features: 'vgg', 'alex' or 'squeeze'
+    random_trunk  True: random weights instead of ImageNet weights, for tests
+    FileNotFoundError, with the command that downloads the file, if the weights are missing.
     """
 
     def __init__(self, net, random_trunk=False):
@@ -23,19 +27,22 @@ class Perceptual(nn.Module):
             except FileNotFoundError as problem:
                 raise FileNotFoundError(f"{problem}; or train without LPIPS: --perceptual none"
                                         ) from None
-        import lpips                          # imports slowly, and is needed only here
-        # pnet_rand: without it the package would download the network
+        import lpips                          # here, because the import is slow
+        # pnet_rand=True: otherwise the package would download the network itself
         self.lpips = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
         if path:
             self.load_trunk(path)
-        self.requires_grad_(False)            # the package leaves the heads trainable
+        self.requires_grad_(False)            # in the package, the linear heads are trainable
         self.train(False)
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1))
 
     def load_trunk(self, path):
-        """path of torchvision's weights. LPIPS cuts the network into slices: 'slice1.0.weight' is
-        torchvision's 'features.0.weight'."""
+        """Load the ImageNet weights of torchvision's network.
+
+        LPIPS divides the network into slices: its 'slice1.0.weight' is torchvision's
+        'features.0.weight'.
+        """
         tensors = torch.load(path, map_location="cpu", weights_only=True)
         trunk = {}
         for name in self.lpips.net.state_dict():
@@ -43,18 +50,23 @@ class Perceptual(nn.Module):
         self.lpips.net.load_state_dict(trunk)
 
     def train(self, mode=True):
-        return super().train(False)           # the heads contain Dropout: never in train mode
+        # Always in eval mode: the heads contain Dropout, and the parent module may call .train().
+        return super().train(False)
 
     @full_precision()
     def forward(self, pixels, target):
-        """Both (B, 3, H, W), ImageNet-normalised, sides of at least 32 -> () mean over the batch"""
+        """Mean LPIPS distance over the batch
+
+        pixels, target  (B, 3, H, W), ImageNet-normalised, H and W at least 32 -> scalar
+        Computed in float32, also inside autocast.
+        """
         height, width = pixels.shape[-2:]
         if min(height, width) < 32:
-            raise ValueError(f"images of {width}x{height} pixels are too small for LPIPS; take 32 "
+            raise ValueError(f"images of {width}x{height} pixels are too small for LPIPS; use 32 "
                              f"pixels or more, or --perceptual none")
         return self.lpips(self.to_lpips(pixels), self.to_lpips(target)).mean()
 
     def to_lpips(self, x):
-        """ImageNet-normalised -> the range [-1, 1], in the dtype of the weights"""
+        """ImageNet-normalised -> the range [-1, 1] that LPIPS expects, in the weights' dtype"""
         x = x * self.std + self.mean          # [0, 1]
         return (2 * x - 1).to(self.mean.dtype)

@@ -1,13 +1,15 @@
-"""One HTML page about a run: settings, training curves, the model's output on validation images.
+"""Write one HTML page about a run: settings, training curves, and outputs on validation images.
 
-    RUN/report.html     complete in one file: the images are inside, no scripts, no links
+    RUN/report.html     self-contained: the images are embedded; no scripts, no external files
     RUN/report/*.png    the same images as files, for slides
 
-The text and style of the page are in report.html beside this file; here is one function for each
-section. Everything is read from the run folder or computed on validation images. A section that
-this run cannot have (no decoder, no text tower, no samples) says why.
+The template report.html next to this file contains the text and the style of the page. Each section
+has one function here, which returns HTML. The content is read from the run folder or computed from
+validation images. If a run has no content for a section (no decoder, no text tower, no samples),
+the section states the reason.
 
-n images    N = h*w patches    D width    H heads of c channels    d latent channels    E CLIP space
+n images    S side of an image    N = h*w patches    D width    H attention heads of c channels
+d latent channels    E width of the CLIP space    C class names, or channels
 """
 import base64
 import html
@@ -34,33 +36,35 @@ from ..probes import text_encoder, zero_shot_classifier
 from .grid import image_grid
 
 PAGE = Path(__file__).parent / "report.html"
-GALLERY = 256          # images that are encoded; neighbours and captions are searched among them
+GALLERY = 256          # maximum number of images; nearest neighbours are searched among them
 BLUE, ORANGE, GREEN = "#2f5fd0", "#d9772b", "#2c9a58"
-# numbers of the log without a curve
+# logged quantities that are not plotted
 NOT_PLOTTED = {"step", "seconds", "weight_decay", "bad", "images_per_s", "gflops", "share_of_peak",
                "data_wait"}
+# {objective: (setting of its loss weight, setting of its batch size)}
 OBJECTIVES = {"CLIP": ("w_clip", "batch"), "SSL": ("w_ssl", "batch_ssl"),
-              "AE": ("w_rec", "batch_rec")}      # name: flags of its weight and its batch size
+              "AE": ("w_rec", "batch_rec")}
 esc = html.escape
 
 
 @dataclass
 class EvalBatch:
-    """Validation images and their features"""
+    """Validation images with their features"""
     model: VTPModel
-    source: object               # from data.open_data
+    source: object               # data source of data.open_data
     images: torch.Tensor         # (n, 3, S, S) uint8, center crops
-    labels: torch.Tensor         # (n,), -1 where unknown
-    captions: list
-    features: torch.Tensor       # (n, D) unit length: class token or mean patch
-    latents: torch.Tensor        # (n, d) mean latent of each image
-    uses_class_token: bool       # whether `features` are class tokens
-    order: list                  # the numbers 0..n-1 in random order, classes alternating
+    labels: torch.Tensor         # (n,); -1: unknown
+    captions: list               # n strings
+    features: torch.Tensor       # (n, D), unit length: class tokens or mean patches
+    latents: torch.Tensor        # (n, d): mean latent of each image
+    uses_class_token: bool       # True: `features` are class tokens
+    order: list                  # random order of 0..n-1 in which the classes alternate
 
     def first(self, count, count_if_large):
-        """The first images of `order`; `count_if_large` of them if their sides exceed 128 pixels
+        """Select the first k images of `order`.
 
-        -> (k, 3, S, S) in [0, 1], and the same normalised, on the model's device
+        k is `count`, or `count_if_large` if the sides of the images exceed 128 pixels.
+        -> images (k, 3, S, S) in [0, 1], and the same ImageNet-normalised on the model's device
         """
         k = count if self.images.shape[-1] <= 128 else count_if_large
         chosen = self.images[self.order[:k]]
@@ -70,27 +74,29 @@ class EvalBatch:
 @torch.no_grad()
 def write_report(run, open_data, eval_batches, get_tokenizer, data=None, val_data=None,
                  device=None, dit=None, seed=0):
-    """run folder -> Path of its report.html
+    """Write the report of a run folder -> Path of report.html
 
-    open_data, eval_batches, get_tokenizer   functions of data.py and tokenizer.py
-    data, val_data  as in train.py; None: those of the run      device  None: cpu
-    dit             folder of dit.py train; None: RUN/dit
-    seed            chooses the validation images that are shown
-    ValueError if there are no weights or no validation images.
+    open_data, eval_batches, get_tokenizer
+                    functions of data.py and tokenizer.py
+    data, val_data  as in train.py; None: the data of the run
+    device          device of the model; None: cpu
+    dit             output folder of dit.py train; None: RUN/dit
+    seed            random seed for the choice of the images that are shown
+    ValueError if the weights or the validation images are missing.
     """
     run = Path(run)
     dit = Path(dit or run / "dit")
     if not (run / "model.safetensors").exists():
-        raise ValueError(f"{run} holds no model.safetensors; wanted the folder of: "
-                         f"python train.py --out {run}")
+        raise ValueError(f"{run} contains no model.safetensors; give the output folder of a "
+                         f"training: python train.py --out {run}")
     settings = {}
     if (run / "run.json").exists():
         settings = json.loads((run / "run.json").read_text())
     data = data or settings.get("data")
     val_data = val_data or settings.get("val_data")
     if not (data or val_data):
-        raise ValueError(f"{run} has no run.json that names its data; give the images to show: "
-                         f"--val-data DIR")
+        raise ValueError(f"{run} has no run.json that names its training data; give the "
+                         f"validation images: --val-data DIR")
     model = VTPModel.from_pretrained(run).to(device or "cpu")
     source = open_data(val_data or data, "val", side=model.config.image_size, whole=bool(val_data))
     batch = encode_images(model, settings, eval_batches, source, seed)
@@ -113,10 +119,11 @@ def write_report(run, open_data, eval_batches, get_tokenizer, data=None, val_dat
 
 
 def encode_images(model, settings, eval_batches, source, seed):
-    """Up to GALLERY validation images through the trunk -> EvalBatch"""
+    """Encode up to GALLERY validation images with the trunk -> EvalBatch"""
     c = model.config
-    clip_reads_it = c.train_clip and c.vision_clip_feat == "cls"
-    uses_class_token = settings.get("w_ssl", 0) > 0 or clip_reads_it
+    # A class token that no loss reads is untrained: use the mean patch as the feature instead.
+    clip_reads_class_token = c.train_clip and c.vision_clip_feat == "cls"
+    uses_class_token = settings.get("w_ssl", 0) > 0 or clip_reads_class_token
     images, labels, captions, features, latents = [], [], [], [], []
     for img, label, caption in eval_batches(source, c.image_size, 16, limit=GALLERY):
         cls, patches = model.trunk(normalize(img.to(device_of(model))))     # (b, D), (b, N, D)
@@ -127,33 +134,34 @@ def encode_images(model, settings, eval_batches, source, seed):
         features.append(F.normalize(feature, dim=-1).cpu())
         latents.append(model.trunk.feature_bottleneck(patches).mean(1).cpu())
     if len(captions) < 2:
-        raise ValueError(f"{source.spec} has {len(captions)} readable validation images, wanted at "
-                         f"least 2; name others with --val-data")
+        raise ValueError(f"{source.spec} has {len(captions)} readable validation images, but at "
+                         f"least 2 are needed; give other images with --val-data")
     labels = torch.cat(labels)
     return EvalBatch(model, source, torch.cat(images), labels, captions, torch.cat(features),
                      torch.cat(latents), uses_class_token, alternating_order(labels, seed))
 
 
 def alternating_order(labels, seed):
-    """labels (n,) -> a random order of 0..n-1: one image of each class, then a second one, ..."""
+    """labels (n,) -> a random order of 0..n-1: one image of each class first, then a second one of
+    each class, and so on"""
     rng = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(labels), generator=rng).tolist()
-    seen = Counter()
-    turn = {}
+    counts = Counter()
+    position = {}                              # number of earlier images of the same class
     for i in shuffled:
         label = int(labels[i])
-        turn[i] = seen[label]                  # images of the same class before this one
-        seen[label] += 1
-    return sorted(shuffled, key=turn.get)
+        position[i] = counts[label]
+        counts[label] += 1
+    return sorted(shuffled, key=position.get)  # a stable sort: within a position, still random
 
 
 # ---------------------------------------------------------------- computations
 def pca_rgb(x):
-    """The first three principal components over all patches of all images, as colours
+    """Map features to colours: their first three principal components as red, green and blue.
 
-    x (n, h, w, C) -> (n, 3, h, w) in [0, 1], and the share of the variance that they explain.
-    Each component is scaled so that 2 % of the patches are clipped at either end; the sign is
-    fixed by making its largest coordinate positive.
+    x (n, h, w, C) -> colours (n, 3, h, w) in [0, 1], fraction of the variance that they explain
+    Each component is scaled so that 2 % of the patches are clipped at either end. The sign of a
+    principal component is arbitrary; here, its largest coordinate is positive.
     """
     flat = x.cpu().double().flatten(0, 2)                               # (n*h*w, C)
     flat = flat - flat.mean(0)
@@ -162,19 +170,21 @@ def pca_rgb(x):
     largest = axes.abs().argmax(0, keepdim=True)                        # (1, 3)
     y = flat @ (axes * axes.gather(0, largest).sign())                  # (n*h*w, 3)
     low, high = y.quantile(torch.tensor([0.02, 0.98]).to(y), dim=0)
-    y = ((y - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+    y = ((y - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)         # 1e-12: equal features
     rgb = y.float().view(*x.shape[:3], 3).permute(0, 3, 1, 2)           # (n, 3, h, w)
-    share = variances[-3:].sum() / variances.sum().clamp_min(1e-12)
-    return rgb.cpu(), share.item()
+    explained = variances[-3:].sum() / variances.sum().clamp_min(1e-12)
+    return rgb.cpu(), explained.item()
 
 
 def class_attention(trunk, img):
-    """Attention weights of the class token in the last block, recomputed from the block's input,
-    because the trunk does not store them.
+    """Attention weights of the class token in the last block
 
-    img (n, 3, S, S) -> (n, H, 1+N), the class token's weight on itself first; rows sum to 1
+    img (n, 3, S, S), ImageNet-normalised -> (n, H, 1+N); the first weight is that of the class
+    token on itself, and the weights of each head sum to 1
+    The fused attention function does not return its weights, so they are computed again from the
+    input of the block.
     """
-    *_, x, _ = trunk.layers(img)                                        # (n, 1+N, D)
+    *_, x, _ = trunk.layers(img)                                        # input of the last block
     h, w = trunk.patch_embed(img).shape[-2:]
     block = trunk.blocks[-1]
     qkv = block.attn.qkv(block.norm1(x))                                # (n, 1+N, 3D)
@@ -188,14 +198,17 @@ def class_attention(trunk, img):
 
 
 def nearest_neighbours(x, k=5):
-    """x (n, C) -> (n, k) indices of the k nearest other rows by Euclidean distance (for unit
-    vectors this is the order of the cosine)"""
+    """x (n, C) -> (n, k): indices of the k nearest other rows
+
+    Euclidean distance; for vectors of unit length this is the same order as by cosine similarity.
+    """
     distance = torch.cdist(x, x).fill_diagonal_(math.inf)
     return distance.topk(min(k, len(x) - 1), largest=False).indices
 
 
 # ---------------------------------------------------------------- settings and numbers
 def title_of(settings, model):
+    """-> title of the page, for example 'CLIP + SSL + AE, size nano'"""
     names = [name for name, (weight, _) in OBJECTIVES.items() if settings.get(weight, 0) > 0]
     if names:
         return f"{' + '.join(names)}, size {settings['size']}"
@@ -203,7 +216,7 @@ def title_of(settings, model):
 
 
 def settings_table(batch, settings, log):
-    """Model, data and, if known, the settings of the training -> HTML"""
+    """-> HTML: model, images and, if run.json exists, the settings of the training"""
     c = batch.model.config
     grid = c.image_size // c.vision_patch_size
     d = batch.latents.shape[1]
@@ -212,8 +225,8 @@ def settings_table(batch, settings, log):
         "parameters": parameter_counts(batch.model),
         "images": f"{c.image_size} x {c.image_size} pixels, "
                   f"patches of {c.vision_patch_size} x {c.vision_patch_size}",
-        "latents": f"{d} x {grid} x {grid}: {compression:.3g} times fewer numbers than the image",
-        "shown here": f"{len(batch.images)} validation images of {batch.source.spec}",
+        "latents": f"{d} x {grid} x {grid}: {compression:.3g} times fewer values than the image",
+        "validation data": f"{len(batch.images)} images of {batch.source.spec}",
     }
     if settings:
         rows |= training_rows(settings, log)
@@ -222,24 +235,26 @@ def settings_table(batch, settings, log):
 
 
 def parameter_counts(model):
-    """-> for example 'trunk 1.50 M, text tower 6.99 M'"""
+    """-> text, for example 'trunk 1.50 M, text tower 6.99 M'"""
+    # {part: start of the names of its parameters}
     parts = {"trunk": "trunk", "decoder": "pixel_decoder",
              "text tower": ("text", "token", "pos", "ln_final")}
     counts = []
-    for part, starts in parts.items():
-        n = sum(p.numel() for name, p in model.named_parameters() if name.startswith(starts))
+    for part, prefixes in parts.items():
+        n = sum(p.numel() for name, p in model.named_parameters() if name.startswith(prefixes))
         if n:
             counts.append(f"{part} {n / 1e6:.2f} M")
     return ", ".join(counts)
 
 
 def training_rows(settings, log):
+    """-> {name: text} for the settings table"""
     weights = []
-    sizes = []
-    for name, (weight, size) in OBJECTIVES.items():
+    batch_sizes = []
+    for name, (weight, batch_size) in OBJECTIVES.items():
         if settings.get(weight, 0) > 0:
             weights.append(f"{name} {settings[weight]:g}")
-            sizes.append(f"{name} {settings[size]:,}")
+            batch_sizes.append(f"{name} {settings[batch_size]:,}")
     machine = settings["machine"]
     speed = [line["images_per_s"] for line in log if "images_per_s" in line]
     if speed:
@@ -248,22 +263,22 @@ def training_rows(settings, log):
     return {
         "training data": settings["data"],
         "steps": f"{step:,} of {settings['steps']:,}",
-        "weights of the losses": ", ".join(weights),
-        "images per step": ", ".join(sizes),
+        "loss weights": ", ".join(weights),
+        "images per step": ", ".join(batch_sizes),
         "machine": machine,
         "learning rate, seed": f"{settings['lr']:g}, {settings['seed']}",
     }
 
 
 def metrics_table(run, dit):
-    """The latest number of each name, from the run, its DiT and its samples -> HTML"""
+    """-> HTML: the latest value of each metric of the run, its DiT and its samples"""
     latest = {}
     for folder in (run, dit, dit / "samples"):
         for line in read_lines(folder / "metrics.jsonl"):
             latest[line["name"]] = line
     if not latest:
-        return missing("Nothing has been measured yet; eval.py zeroshot, probe, recon and fid do "
-                       "that.")
+        return missing("There are no metrics yet; eval.py zeroshot, probe, recon and fid compute "
+                       "them.")
     rows = []
     for name in sorted(latest, key=str.lower):
         value = format_number(latest[name]["value"])
@@ -272,34 +287,41 @@ def metrics_table(run, dit):
 
 
 def format_number(value):
-    """Four digits, or a whole number with commas; 'nan' and 'inf' are strings in the log"""
-    if isinstance(value, str):
+    """-> text with four digits, or an integer with commas from 10,000 on"""
+    if isinstance(value, str):                 # JSON has no nan and inf: they are stored as strings
         return esc(value)
     return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
 
 
 # ---------------------------------------------------------------- training curves
 def curves(save, settings, log):
+    """-> HTML: one plot for each logged quantity"""
     if not log:
         return missing("There is no log.jsonl in this folder.")
-    known = curve_titles(settings)
+    titles = curve_titles(settings)
     logged = set()
     for line in log:
         logged |= {name for name, value in line.items() if is_number(value)}
     logged -= NOT_PLOTTED
-    names = [name for name in known if name in logged] + sorted(logged - set(known))
-    image = save("curves", plot_curves(log, names, known), "training curves")
-    return (f"{image}<figcaption>B images per step, K prototypes. Half of the crops have no masked "
-            f"patches, so ibot starts at half of ln K. The number at the right is the last value."
-            f"</figcaption>")
+    names = [name for name in titles if name in logged]
+    names += sorted(logged - set(titles))      # other quantities; their title is their name
+    image = save("curves", plot_curves(log, names, titles), "training curves")
+    return (f"{image}<figcaption>B: images per step. K: prototypes. Half of the crops have no "
+            f"masked patches, so ibot starts at half of ln K. The number at the right is the last "
+            f"value.</figcaption>")
 
 
 def is_number(value):
+    """True for numbers and for the strings that stand for nan and inf"""
     return not isinstance(value, str) or value in ("nan", "inf", "-inf")
 
 
 def curve_titles(settings):
-    """-> {name in the log: (title, value of the dashed line or None, its label)}"""
+    """-> {name in the log: (title, value of the dashed line or None, label of the line)}
+
+    ln B and ln K are the losses of a model that assigns equal probabilities to all B captions or
+    all K prototypes.
+    """
     lnB = math.log(settings["batch"]) if "batch" in settings else None
     lnK = math.log(settings["prototypes"]) if "prototypes" in settings else None
     has_lnB = settings.get("clip_loss") == "clip"             # SigLIP has no such value
@@ -310,7 +332,7 @@ def curve_titles(settings):
         "ibot": ("ibot", lnK and lnK / 2, "½ ln K"),
         "rec": (rec, None, ""),
         "koleo": ("koleo", None, ""),
-        "teacher_entropy": ("teacher's entropy", lnK, "ln K"),
+        "teacher_entropy": ("teacher entropy", lnK, "ln K"),
         "feature_std": ("feature std", 0, "all equal"),
         "loss": ("total loss", None, ""),
         "lr": ("learning rate", None, ""),
@@ -326,23 +348,31 @@ STYLE = {"font.size": 13, "axes.titlesize": 14, "axes.spines.top": False,
 
 
 def plot_curves(log, names, titles):
-    """One plot for each name, four in a row -> PIL.Image"""
+    """Plot the curve of each name, four in a row -> PIL.Image
+
+    log     list of dicts; a value may be missing in some lines
+    titles  see curve_titles
+    """
     rows = math.ceil(len(names) / 4)
     with matplotlib.rc_context(STYLE):
         fig = Figure(figsize=(13, 2.6 * rows), layout="constrained")
-        for place, name in enumerate(names, start=1):
+        for number, name in enumerate(names, start=1):
             points = [(line["step"], float(line[name])) for line in log if name in line]
             title = titles.get(name, (name, None, ""))
-            plot_curve(fig.add_subplot(rows, 4, place), points, *title)
+            plot_curve(fig.add_subplot(rows, 4, number), points, *title)
         file = io.BytesIO()
         fig.savefig(file, dpi=115)
     return Image.open(file).convert("RGB")
 
 
 def plot_curve(ax, points, title, level, level_label):
-    """points [(step, value)]: pale the values, dark their running mean; level: a dashed line"""
+    """Plot values as a pale line, their running mean as a dark line, and `level` as a dashed line.
+
+    points  list of (step, value)
+    level   a reference value, or None
+    """
     x, y = np.array(points).T
-    window = max(1, len(y) // 10)
+    window = max(1, len(y) // 10)              # of the running mean: a tenth of the points
     mean = np.convolve(y, np.ones(window) / window, "valid")
     ax.plot(x, y, color=BLUE, alpha=0.3, lw=1.2)
     ax.plot(x[window // 2:][:len(mean)], mean, color=BLUE, lw=2.2)
@@ -357,9 +387,11 @@ def plot_curve(ax, points, title, level, level_label):
 
 # ---------------------------------------------------------------- reconstruction and feature maps
 def reconstructions(save, batch):
+    """-> HTML: images, their reconstructions and the difference, in three rows"""
     model = batch.model
     if not model.config.train_reconstruction:
-        return missing("This run has no reconstruction loss (--w-rec 0), hence no decoder.")
+        return missing("This run was trained without reconstruction loss (--w-rec 0), so it has no "
+                       "decoder.")
     img, x = batch.first(8, 3)
     z = model.get_reconstruction_latents(x)                              # (k, d, h, w)
     out = denormalize(model.get_latents_decoded_images(z)).clamp(0, 1).cpu()
@@ -370,26 +402,30 @@ def reconstructions(save, batch):
 
 
 def patch_features(save, batch):
+    """-> HTML: images, and the principal components of their patch features and latents"""
     model = batch.model
     c = model.config
     img, x = batch.first(8, 6)
     h = c.image_size // c.vision_patch_size
     patches = model.trunk(x)[1].unflatten(1, (h, -1))                    # (k, h, w, D)
-    colours, share = pca_rgb(patches)
+    colours, explained = pca_rgb(patches)
     rows = {"image": img, f"features, {patches.shape[-1]}-d": resize(colours, c.image_size)}
-    caption = f"The colours explain {share:.0%} of the variance of the features"
+    caption = f"The colours explain {explained:.0%} of the variance of the features"
     if not c.train_reconstruction:
-        caption += "; the latents of this run are untrained (--w-rec 0) and are left out."
+        caption += "; the latents of this run are untrained (--w-rec 0) and are not shown."
         return figure(save, "features", rows, caption)
-    colours, share = pca_rgb(model.trunk.feature_bottleneck(patches))    # of (k, h, w, d)
+    latents = model.trunk.feature_bottleneck(patches)                    # (k, h, w, d)
+    colours, explained = pca_rgb(latents)
     rows[f"latents, {batch.latents.shape[1]}-d"] = resize(colours, c.image_size)
-    return figure(save, "features", rows, f"{caption}, and {share:.0%} of that of the latents.")
+    return figure(save, "features", rows,
+                  f"{caption}, and {explained:.0%} of the variance of the latents.")
 
 
 def attention_maps(save, batch):
+    """-> HTML: images, and the attention of the class token: mean of all heads, first four heads"""
     c = batch.model.config
     img, x = batch.first(8, 6)
-    heads = class_attention(batch.model.trunk, x)[:, :, 1:].cpu()        # (k, H, N) on the patches
+    heads = class_attention(batch.model.trunk, x)[:, :, 1:].cpu()        # (k, H, N): to patches
     maps = torch.cat([heads.mean(1, keepdim=True), heads[:, :4]], 1)     # (k, 1 + 4, N)
     maps = maps / maps.amax(-1, keepdim=True)
     maps = maps.unflatten(2, (c.image_size // c.vision_patch_size, -1))  # (k, 1 + 4, h, w)
@@ -403,54 +439,59 @@ def attention_maps(save, batch):
         rows[name] = (0.35 * gray + 0.65 * heat).float()
     caption = ""
     if not batch.uses_class_token:
-        caption = "No loss reads the class token in this run, so its attention is untrained."
+        caption = "No loss reads the class token of this run, so its attention is untrained."
     return figure(save, "attention", rows, caption)
 
 
 # ---------------------------------------------------------------- zero-shot classification
 def zero_shot(save, batch, get_tokenizer):
+    """-> HTML: images with the most probable texts and their probabilities"""
     model = batch.model
     if not model.config.train_clip:
-        return missing("This run has no CLIP loss (--w-clip 0), hence no text tower.")
-    names, truth, templates, caption = candidates(batch)
+        return missing("This run was trained without CLIP loss (--w-clip 0), so it has no text "
+                       "tower.")
+    names, true_names, templates, caption = candidates(batch)
     encode = text_encoder(model, device_of(model), get_tokenizer)
     W = zero_shot_classifier(encode, names, templates)                   # (E, C)
     img, x = batch.first(6, 6)
     features = model.get_clip_image_feature(x, normalize=True)           # (k, E)
     probabilities = (100 * features @ W).softmax(-1).cpu()               # (k, C)
-    shown = 5 if batch.source.classes else 3                             # captions are long
-    correct = 0
+    n_answers = 5 if batch.source.classes else 3                         # captions are long
+    n_correct = 0
     cards = []
-    for i, picture in enumerate(resize(img, 128)):
-        true_name = truth[batch.order[i]]
-        best = probabilities[i].topk(min(shown, len(names)))
+    for i, tile in enumerate(resize(img, 128)):
+        true_name = true_names[batch.order[i]]
+        best = probabilities[i].topk(min(n_answers, len(names)))
         answers = [names[j] for j in best.indices]
-        correct += answers[0] == true_name
-        image = save(f"zero-shot-{i + 1}", Image.fromarray(to_uint8(picture)), true_name)
+        n_correct += answers[0] == true_name
+        image = save(f"zero-shot-{i + 1}", Image.fromarray(to_uint8(tile)), true_name)
         cards.append(f"<div class=card>{image}<div><b>{esc(true_name)}</b>"
                      f"{bars(answers, best.values.tolist(), true_name)}</div></div>")
-    return (f"<div class=cards>{''.join(cards)}</div><figcaption>{correct} of {len(img)} are "
-            f"correct. {esc(caption)}</figcaption>")
+    return (f"<div class=cards>{''.join(cards)}</div><figcaption>{n_correct} of {len(img)} first "
+            f"answers are correct. {esc(caption)}</figcaption>")
 
 
 def candidates(batch):
-    """-> texts to choose from, the true text of each image, prompt templates, a caption"""
+    """-> texts to choose from, true text of each image, prompt templates, caption of the section
+
+    The texts are the class names, or the captions if the data has no classes.
+    """
     names = batch.source.classes
     if not names:
         names = sorted(set(batch.captions))
-        caption = (f"These images have no classes, so the {len(names)} captions of the validation "
-                   f"images are the answers to choose from.")
+        caption = (f"These images have no classes, so the model chooses among the {len(names)} "
+                   f"captions of the validation images.")
         return names, batch.captions, ["{}"], caption
-    truth = [names[i] if i >= 0 else "" for i in batch.labels]
+    true_names = [names[i] if i >= 0 else "" for i in batch.labels]
     templates = batch.source.templates
-    templates = templates[::max(1, len(templates) // 8)]                 # about 8 are enough here
+    templates = templates[::max(1, len(templates) // 8)]     # about 8, to save time
     prompt = templates[0].replace("{}", names[0])
     caption = f"{len(names)} class names in {len(templates)} prompts each, such as “{prompt}”."
-    return names, truth, templates, caption
+    return names, true_names, templates, caption
 
 
 def bars(answers, probabilities, true_name):
-    """A bar for each answer; the correct one has its own colour -> HTML"""
+    """-> HTML: a bar for each answer; the correct answer has a different colour"""
     rows = []
     for answer, p in zip(answers, probabilities):
         mark = " class=correct" if answer == true_name else ""
@@ -461,6 +502,7 @@ def bars(answers, probabilities, true_name):
 
 # ---------------------------------------------------------------- nearest neighbours, samples
 def neighbours(save, batch):
+    """-> HTML: four images, each with its nearest neighbours by features and by latents"""
     feature = "class token" if batch.uses_class_token else "mean patch"
     spaces = {f"by {feature}": nearest_neighbours(batch.features)}
     if batch.model.config.train_reconstruction:
@@ -468,14 +510,14 @@ def neighbours(save, batch):
     has_classes = batch.source.classes and bool((batch.labels >= 0).all())
     same_class = batch.labels[:, None] == batch.labels                   # (n, n)
     tiles = resize(batch.images / 255, default_side(batch.images))
-    gap = torch.ones_like(tiles[0, :, :, ::4])                           # a quarter of an image
+    gap = torch.ones_like(tiles[0, :, :, ::4])                           # white, a quarter as wide
     queries = batch.order[:4]
     rows = []
     for i in queries:
         row = [tiles[i]]
-        for near in spaces.values():
+        for neighbour_index in spaces.values():                          # (n, 5)
             row.append(gap)
-            for j in near[i]:
+            for j in neighbour_index[i]:
                 in_class = has_classes and same_class[i, j]
                 row.append(add_frame(tiles[j]) if in_class else tiles[j])
         rows.append(row)
@@ -493,57 +535,65 @@ def neighbours(save, batch):
 
 
 def neighbour_accuracy(same_class, spaces):
-    """same_class (n, n) bool, spaces {name: (n, k) neighbours} -> a sentence"""
+    """same_class (n, n) bool, spaces {name: (n, k) indices of neighbours} -> text of the caption"""
     n = len(same_class)
-    chance = (same_class.sum() - n) / (n ** 2 - n)
-    shares = []
-    for name, near in spaces.items():
-        shares.append(f"{name} {same_class.gather(1, near).float().mean():.0%}")
-    return (f" A green frame: the same class. Share of such neighbours over all images: "
-            f"{', '.join(shares)}, by chance {chance:.0%}.")
+    chance = (same_class.sum() - n) / (n ** 2 - n)           # without the n images themselves
+    accuracies = []
+    for name, neighbour_index in spaces.items():
+        accuracy = same_class.gather(1, neighbour_index).float().mean()
+        accuracies.append(f"{name} {accuracy:.0%}")
+    return (f" A green frame marks a neighbour of the same class. Fraction of such neighbours over "
+            f"all images: {', '.join(accuracies)}; by chance {chance:.0%}.")
 
 
 def samples(save, dit):
+    """-> HTML: generated images, one row for each of the first eight classes"""
     folder = dit / "samples"
     if not (folder / "labels.json").exists():
-        return missing(f"There are no samples in {folder} yet; dit.py latents, train and sample, "
-                       f"in this order, make them.")
+        return missing(f"There are no samples in {folder} yet; to generate them, run dit.py "
+                       f"latents, dit.py train and dit.py sample, in this order.")
     info = json.loads((folder / "labels.json").read_text())
     rows = {}
     for label in sorted(set(info["labels"]))[:8]:
-        numbers = [j for j, other in enumerate(info["labels"]) if other == label]
-        images = [read_png(folder / "png" / f"{j:06d}.png") for j in numbers[:6]]
+        indices = [j for j, other in enumerate(info["labels"]) if other == label]
+        images = [read_png(folder / "png" / f"{j:06d}.png") for j in indices[:6]]
         rows[info["classes"][label]] = torch.stack(images)
     return figure(save, "samples", rows, info["protocol"])
 
 
 def read_png(path):
-    """-> (3, H, W) in [0, 1]"""
+    """-> image (3, H, W) in [0, 1]"""
     pixels = np.array(Image.open(path).convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1) / 255
 
 
 # ---------------------------------------------------------------- figures
 def missing(reason):
+    """-> HTML of a section that this run cannot have"""
     return f"<p class=missing>{esc(reason)}</p>"
 
 
 def image_saver(folder):
-    """-> save(name, image, alt): writes folder/name.png, and returns an <img> that contains it"""
+    """-> function save(name, image, alt)
+
+    It writes a PIL image to folder/NAME.png and returns an <img> element with the same image
+    embedded; `alt` is its alternative text.
+    """
     folder.mkdir(parents=True, exist_ok=True)
 
     def save(name, image, alt):
         image.save(folder / f"{name}.png", optimize=True)
-        code = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
-        return f'<img alt="{esc(alt)}" src="data:image/png;base64,{code}">'
+        data = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
+        return f'<img alt="{esc(alt)}" src="data:image/png;base64,{data}">'
 
     return save
 
 
 def figure(save, name, rows, caption="", side=None):
-    """rows  {label: images (n, 3, S, S) in [0, 1]} -> HTML: one image, a label beside each row
+    """-> HTML: one grid of images, with a label next to each row and a caption below
 
-    side  of each image on the page; None: default_side
+    rows  {label: images (n, 3, S, S) in [0, 1]}; S may differ between rows
+    side  side of each image on the page in pixels; None: default_side
     """
     largest = max(rows.values(), key=lambda images: images.shape[-1])
     side = side or default_side(largest)
@@ -552,25 +602,37 @@ def figure(save, name, rows, caption="", side=None):
 
 
 def image_figure(save, name, rows, labels, caption, header=(), widths=""):
-    """rows  lists of (3, h, w) in [0, 1] -> HTML; header: words above columns of these widths"""
-    arrays = [[to_uint8(tile) for tile in row] for row in rows]
+    """-> HTML: as `figure`, for tiles of any size
+
+    rows    list of rows; a row is a list of tiles (3, h, w) in [0, 1]
+    labels  one for each row
+    header  texts above the columns; widths: the widths of these columns, in CSS
+    """
+    arrays = []
+    for row in rows:
+        arrays.append([to_uint8(tile) for tile in row])
     image = save(name, image_grid(arrays), name)
     top = ""
     if header:
-        words = "".join(f"<span>{word}</span>" for word in header)
-        top = f"<div class=header style='grid-template-columns:{widths}'>{words}</div>"
+        columns = "".join(f"<span>{text}</span>" for text in header)
+        top = f"<div class=header style='grid-template-columns:{widths}'>{columns}</div>"
     left = "".join(f"<span>{esc(label)}</span>" for label in labels)
     return (f"<figure><div class=rows>{top}<div class=labels>{left}</div>{image}</div>"
             f"<figcaption>{esc(caption)}</figcaption></figure>")
 
 
 def default_side(images):
+    """-> side of an image on the page, in pixels: small images are enlarged"""
     return 128 if images.shape[-1] <= 128 else 96
 
 
 def resize(x, side):
-    """x (n, C, S, S) in [0, 1] -> larger ones are shrunk to `side`; smaller ones are enlarged by a
-    whole factor, without smoothing, up to `side`"""
+    """Resize images to at most side x side pixels.
+
+    x (n, C, S, S) in [0, 1] -> (n, C, S', S') in [0, 1]
+    Larger images are reduced to S' = side. Smaller images are enlarged without interpolation by the
+    largest integer factor for which S' <= side.
+    """
     if x.shape[-1] > side:
         x = F.interpolate(x, size=(side, side), mode="bicubic", antialias=True)
         return x.clamp(0, 1)
@@ -578,7 +640,7 @@ def resize(x, side):
 
 
 def add_frame(x):
-    """(3, h, w) -> the same with a green frame"""
+    """(3, h, w) in [0, 1] -> the same image with a green frame over its border"""
     edge = max(2, x.shape[-1] // 32)
     green = torch.tensor(matplotlib.colors.to_rgb(GREEN))
     framed = green[:, None, None].expand_as(x).clone()
@@ -587,7 +649,7 @@ def add_frame(x):
 
 
 def to_uint8(x):
-    """(3, h, w) in [0, 1] -> (h, w, 3) uint8 array"""
+    """(3, h, w) in [0, 1] -> NumPy array (h, w, 3), uint8"""
     return (x * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
 
 
@@ -596,7 +658,7 @@ def device_of(model):
 
 
 def read_lines(path):
-    """A .jsonl file -> list of dicts; [] if there is none"""
+    """JSON Lines file -> list of dicts; [] if the file does not exist"""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().splitlines()]

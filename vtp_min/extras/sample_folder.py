@@ -1,9 +1,9 @@
 """The folder of generated images that `dit.py sample` writes and `eval.py fid` reads.
 
     png/000000.png ...    the images
-    samples.npz           the same as one array, for ADM's evaluator; and their labels
-    labels.json           protocol, names of the classes, labels
-    grid.png              a contact sheet, one row per class
+    samples.npz           the same images as one array, for ADM's evaluator, and their labels
+    labels.json           how the images were generated, class names, labels
+    grid.png              a contact sheet with one row per class
 """
 import json
 import zipfile
@@ -17,7 +17,7 @@ from .grid import image_grid
 
 
 def prepare_folder(out):
-    """Make the folder, and delete the images of an earlier call"""
+    """Create the folder and delete images that are already there"""
     if rank() == 0:
         (out / "png").mkdir(parents=True, exist_ok=True)
         for path in (out / "png").glob("[0-9]*.png"):
@@ -30,20 +30,21 @@ def image_path(out, j):
 
 
 def write_images(out, indices, images):
-    """indices  numbers of the images      images  uint8 (b, H, W, 3)"""
+    """Write PNG files. indices: numbers of the images; images: uint8 (b, H, W, 3)"""
     for j, image in zip(indices, images):
         Image.fromarray(image).save(image_path(out, j))
 
 
 def read_image(out, j):
-    """-> uint8 (H, W, 3)"""
+    """-> image j, uint8 (H, W, 3)"""
     return np.asarray(Image.open(image_path(out, j)))
 
 
 def write_summary(out, protocol, names, labels):
-    """Write all files but the images, which exist. Called by rank 0
+    """Write all other files. Called on rank 0 after all images are written.
 
-    protocol  how the images were made      names  of all classes      labels  of the images
+    protocol  how the images were generated, a string      names   list of all class names
+    labels    class of each image, a list of integers
     """
     atomic_write(out / "samples.npz", lambda path: write_npz(path, out, labels))
     summary = {"protocol": protocol, "classes": names, "labels": labels}
@@ -52,9 +53,10 @@ def write_summary(out, protocol, names, labels):
 
 
 def write_npz(path, out, labels):
-    """arr_0 uint8 (n, H, W, 3), as ADM's evaluator reads it, and labels (n,)
+    """Write an npz file with arr_0, uint8 (n, H, W, 3), the name that ADM's evaluator expects, and
+    labels (n,)
 
-    Images are added one by one, because 50,000 of 256 px would take 10 GB of memory.
+    The array is written image by image, because 50,000 images of 256 px would need 10 GB of memory.
     """
     shape = (len(labels), *read_image(out, 0).shape)
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
@@ -69,9 +71,9 @@ def write_npz(path, out, labels):
 
 def class_grid(out, labels, names, rows=16, columns=10):
     """-> PIL.Image with the first `columns` images of each of the first `rows` classes"""
-    shown = sorted(set(labels))[:rows]
+    classes = sorted(set(labels))[:rows]
     images = []
-    for c in shown:
+    for c in classes:
         indices = [j for j, label in enumerate(labels) if label == c]
         images.append([read_image(out, j) for j in indices[:columns]])
-    return image_grid(images, [names[c] for c in shown])
+    return image_grid(images, [names[c] for c in classes])

@@ -1,10 +1,10 @@
-"""Image-caption pairs in tars, as WebDataset and img2dataset write them, and large permutations.
+"""Image-caption pairs in tar files, as WebDataset and img2dataset write them; large permutations.
 
-    Shards                the source of data.py: any pair is read by itself, at its place in a tar
-    index_tar             a tar -> the places of its pairs, kept in a cache: 20 bytes a pair
-    feistel_permutation   the order of an epoch of hundreds of millions of samples, not stored
+    Shards                a source of data.py with random access: each pair is read from its offset
+    index_tar             a tar -> the offsets of its pairs; cached on disk, 20 bytes per pair
+    feistel_permutation   the order of hundreds of millions of samples, computed without an array
 
-Nothing is unpacked or executed.
+Tars are never extracted, and nothing in them is executed.
 """
 import glob
 import hashlib
@@ -25,75 +25,87 @@ from ..dist import print0, printable, rank, world_size
 from ..rng import Stream, make_rng
 from .images import SUFFIXES, read_image
 
-LAYOUT = 1          # of an index file; a higher number makes all tars to be indexed again
-BLOCK = 512         # tars consist of blocks: a header, then a file filled up with zeros
-GZIP = b"\x1f\x8b"
+LAYOUT = 1          # version of the index files; after an increase all tars are indexed again
+BLOCK = 512         # bytes. A tar has, for each file, one header block and then the content, padded
+                    # with zeros to whole blocks
+GZIP = b"\x1f\x8b"  # first bytes of a gzip file
 
 
 class Shards:
-    """Image-caption pairs in tars. Interface: data.Source.
+    """Image-caption pairs in tars. The interface of a source is described in data.open_data.
 
-    Each tar is indexed once; its index file lies in $VTP_CACHE or ~/.cache/vtp_min and may be
-    deleted at any time. A tar of another size or date is indexed again. Memory holds one entry per
-    tar, not per pair: 27,700 for VTP's 277M pairs. A tar is opened for each read, which costs two
-    system calls; no open file has to be sent to a worker process.
+    Each tar is indexed once. Its index file is written to $VTP_CACHE or ~/.cache/vtp_min and may be
+    deleted at any time. A tar whose size or modification time has changed is indexed again. Memory
+    holds one entry per tar, not per pair: 27,700 entries for VTP's 277M pairs. A tar is opened for
+    each read. This costs two system calls, but no open file has to be passed to worker processes.
     """
     endless, classes = False, None
 
     def __init__(self, spec, split, whole, map_in_workers):
-        """map_in_workers  data.map_in_workers"""
-        if split == "val" and not whole:
-            raise ValueError(f"{spec} has no validation split; name one with --val-data (other "
-                             f"shards, a folder, or shapes)")
-        self.spec, cache = spec, cache_folder()
-        found = index_all(expand(spec), cache, map_in_workers)
-        good = [x for x in found if "broken" not in x]
-        flawed = [x for x in found if "broken" in x or x["end"]]
-        flaws = [f"{printable(x['tar'])} {printable(x.get('broken') or x['end'])}" for x in flawed]
-        flaws = ", ".join(flaws[:10] + ["..."] if len(flaws) > 10 else flaws)
-        if 2 * len(good) < len(found) or not found:
-            raise ValueError(
-                f"{len(found) - len(good)} of the {len(found)} tars that {spec} names cannot be "
-                f"read: {flaws}; wanted a tar, a glob in quotes, or a range such as "
-                f"'pairs-{{000000..000003}}.tar'")
-        if flawed:
-            print0(f"{printable(spec)}: {len(flawed)} of {len(found)} tars are damaged or missing: "
-                   f"{flaws}")
-        self.tars = [(x["tar"], x["index"], x["start"]) for x in good]
-        self.ends = np.cumsum([x["samples"] for x in good])   # (tars,) pairs up to the end of each
-        self._report(good, len(found), cache)
+        """spec, split, whole  see data.open_data      map_in_workers  the function of data.py
 
-    def _report(self, good, n_tars, cache):
-        lost = sum(x["lost"] for x in good)
-        examples = [f"{printable(x['tar'])}:{printable(x['first'])}" for x in good if x["lost"]]
+        ValueError if more than half of the tars cannot be read, or if they contain no pairs.
+        """
+        if split == "val" and not whole:
+            raise ValueError(f"{spec} has no validation split; name validation data with "
+                             f"--val-data (other tars, a folder, or shapes)")
+        self.spec, cache = spec, cache_folder()
+        entries = index_all(expand(spec), cache, map_in_workers)
+        readable = [x for x in entries if "error" not in x]
+        damaged = [x for x in entries if "error" in x or x["end"]]
+        details = [f"{printable(x['tar'])} {printable(x.get('error') or x['end'])}"
+                   for x in damaged]
+        if len(details) > 10:
+            details = details[:10] + ["..."]
+        details = ", ".join(details)
+        if 2 * len(readable) < len(entries) or not entries:
+            raise ValueError(
+                f"{len(entries) - len(readable)} of the {len(entries)} tars that {spec} names "
+                f"cannot be read: {details}; give a tar, a glob pattern in quotes, or a range "
+                f"such as 'pairs-{{000000..000003}}.tar'")
+        if damaged:
+            print0(f"{printable(spec)}: {len(damaged)} of {len(entries)} tars are damaged or "
+                   f"missing: {details}")
+        self.tars = [(x["tar"], x["index"], x["start"]) for x in readable]
+        # (tars,) number of pairs in the tars up to and including this one
+        self.ends = np.cumsum([x["samples"] for x in readable])
+        self._report(readable, len(entries), cache)
+
+    def _report(self, readable, n_tars, cache):
+        """Print how many samples are skipped and how many tars were indexed"""
+        skipped = sum(x["lost"] for x in readable)
+        examples = [f"{printable(x['tar'])}:{printable(x['first'])}" for x in readable if x["lost"]]
         if len(self) == 0:
             example = f" ({examples[0]})" if examples else ""
-            raise ValueError(f"{self.spec} holds no pairs: wanted KEY.jpg (or "
-                             f"{' '.join(SUFFIXES[1:])}) with KEY.txt, or KEY.json with a "
-                             f"\"caption\"{example}")
-        if lost:
-            print0(f"{printable(self.spec)}: {lost} of {lost + len(self)} samples are skipped "
-                   f"({examples[0]}, ...)")
-        new = sum(x["new"] for x in good)
+            raise ValueError(f"{self.spec} holds no pairs of an image KEY.jpg (or "
+                             f"{' '.join(SUFFIXES[1:])}) and a caption in KEY.txt, or in KEY.json "
+                             f"as \"caption\"{example}; check the file names in the tars")
+        if skipped:
+            print0(f"{printable(self.spec)}: {skipped} of {skipped + len(self)} samples are "
+                   f"skipped ({examples[0]}, ...)")
+        new = sum(x["new"] for x in readable)
         if new:
-            print0(f"{printable(self.spec)}: indexed {new} of {n_tars} tars; later runs find the "
-                   f"indices in {printable(cache)}")
+            print0(f"{printable(self.spec)}: indexed {new} of {n_tars} tars; the index files are "
+                   f"kept in {printable(cache)} for later runs")
 
     def __len__(self):
         return int(self.ends[-1])
 
-    def place(self, index):
-        """-> tar, offset and size of the image, offset and size of the caption, and 1 if the
-        caption is plain text or 0 if it is JSON"""
-        k = int(np.searchsorted(self.ends, index, "right"))
+    def locate(self, index):
+        """-> tar, offset and size of the image, offset and size of the caption (in bytes), and 1
+        if the caption is plain text or 0 if it is JSON"""
+        k = int(np.searchsorted(self.ends, index, "right"))           # number of the tar
         tar, file, start = self.tars[k]
-        row = index - int(self.ends[k - 1]) if k else index
+        first = int(self.ends[k - 1]) if k else 0
+        row = index - first
+        # offsets are stored in blocks, so that uint32 is enough for tars of up to 2 TiB
         entry = np.fromfile(file, np.uint32, 5, offset=start + 20 * row)
         image_block, image_size, text_block, text_size, plain = map(int, entry)
         return tar, BLOCK * image_block, image_size, BLOCK * text_block, text_size, plain
 
     def load(self, index, rng=None):
-        tar, image_at, image_size, text_at, text_size, plain = self.place(index)
+        """-> PIL RGB image, caption, -1 (no class). rng is not used."""
+        tar, image_at, image_size, text_at, text_size, plain = self.locate(index)
         with open(tar, "rb") as f:
             f.seek(image_at)
             image = read_image(io.BytesIO(f.read(image_size)))
@@ -101,32 +113,33 @@ class Shards:
             return image, read_caption(f.read(text_size), plain), -1
 
     def name(self, index):
-        """Tar and file name. The file name is read from the header before the image, which holds
-        the first 100 bytes of it."""
+        """-> tar and file name, for messages. The file name is read from the header of the image,
+        which stores its first 100 bytes."""
         try:
-            tar, image_at, *_ = self.place(index)
+            tar, image_at, *_ = self.locate(index)
             with open(tar, "rb") as f:
                 f.seek(image_at - BLOCK)
                 file = f.read(100).split(b"\0")[0].decode("utf-8", "replace")
             return printable(f"{tar}:{file}")
-        except Exception:                                     # the tar has gone
+        except Exception:                                     # the tar was deleted or replaced
             return printable(f"sample {index} of {self.spec}")
 
 
 def read_caption(raw, plain=True):
     """The bytes of KEY.txt (plain) or of KEY.json with a "caption" -> string of 1 to 2000
-    characters; the tokenizer keeps at most 77 ids.
+    characters. More are not needed: the tokenizer keeps at most 77 ids.
 
-    What is not UTF-8 becomes U+FFFD. ValueError if the caption is empty.
+    Bytes that are not UTF-8 become U+FFFD. ValueError if there is no caption or if it is empty.
     """
     text = raw.decode("utf-8-sig", "replace")
     if not plain:
         found = json.loads(text)
         text = found.get("caption") if isinstance(found, dict) else None
         if not isinstance(text, str):
-            raise ValueError('its JSON has no "caption" that is a string')
+            raise ValueError('its JSON has no string "caption"')
     text = text.replace("\0", " ")
-    text = text.encode("utf-8", "replace").decode()           # a lone surrogate becomes "?"
+    # JSON can contain half of a surrogate pair, which cannot be encoded: it becomes "?"
+    text = text.encode("utf-8", "replace").decode()
     text = text.strip()[:2000]
     if not text:
         raise ValueError("its caption is empty")
@@ -135,7 +148,11 @@ def read_caption(raw, plain=True):
 
 # ---------------------------------------------------------------- the index
 def expand(pattern):
-    """'pairs-{000..012}.tar' or a glob -> names of tars, in order; a range's need not exist"""
+    """'pairs-{000..012}.tar', a glob pattern or a file name -> list of tars, in order
+
+    Each name of a range is returned, and so is a pattern without a match, even if there is no such
+    file. load_index then reports that it cannot be read.
+    """
     span = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if span:
         low, high = span.groups()
@@ -150,42 +167,45 @@ def expand(pattern):
 
 
 def cache_folder():
-    """-> the folder for index files; a temporary one if it cannot be written"""
+    """-> the folder for index files; a temporary folder if it is not writable"""
     folder = Path(os.environ.get("VTP_CACHE") or "~/.cache/vtp_min").expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as problem:
-        print0(f"{printable(folder)} cannot be written ({problem.strerror}): tars are indexed "
-               f"again in each run; set VTP_CACHE=DIR to a folder that can be written")
+        print0(f"{printable(folder)} is not writable ({problem.strerror}), so each run indexes "
+               f"the tars again; set VTP_CACHE=DIR to a writable folder")
         folder = Path(tempfile.mkdtemp(prefix="vtp_min-"))
     return folder
 
 
 def index_all(tars, cache, map_in_workers):
-    """-> load_index of each tar, in order. Each rank starts at another tar and uses the index files
-    that other ranks have written."""
+    """-> load_index(cache, tar) of each tar, in order
+
+    Each rank starts at a different tar and reads the index files that other ranks have written in
+    the meantime, so the ranks share the work.
+    """
     first = rank() * len(tars) // world_size()
     rotated = tars[first:] + tars[:first]
     workers = 0
     if len(tars) >= 8:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         workers = max(1, min(32, (os.cpu_count() or 1) // processes))
-    found = map_in_workers(partial(load_index, cache), rotated, workers)
+    entries = map_in_workers(partial(load_index, cache), rotated, workers)
     hide = workers == 0 or rank() > 0
-    found = list(tqdm(found, "indexing tars", len(tars), disable=hide))
-    return found[len(tars) - first:] + found[:len(tars) - first]
+    entries = list(tqdm(entries, "indexing tars", len(tars), disable=hide))
+    return entries[len(tars) - first:] + entries[:len(tars) - first]      # undo the rotation
 
 
 def load_index(cache, tar):
-    """The index of a tar, read from the cache or made now -> dict
+    """Read the index of a tar from the cache, or create it -> dict
 
-    tar, and either
-    broken   why the tar cannot be read
-    or
-    index    the index file        start  where its rows begin        samples  their number
-    lost     number of samples without an image or a caption          first    the first of them
-    end      how the tar is damaged, or ""                            new      whether made now
+    tar      file name of the tar
+    error    why the tar cannot be read; the other entries are then absent
+    index    file name of the index        start  offset of its rows, in bytes
+    samples  number of rows                lost   number of samples that are skipped
+    first    the first skipped sample      end    how the tar is damaged, or ""
+    new      True if the index was created now
     """
     try:
         stat = os.stat(tar)
@@ -194,8 +214,8 @@ def load_index(cache, tar):
         new = not file.exists()
         if new:
             rows, lost, end = index_tar(tar)
-    except Exception as problem:                              # tarfile raises anything
-        return {"tar": tar, "broken": f"({getattr(problem, 'strerror', None) or problem})"}
+    except Exception as problem:              # damaged tars make tarfile raise many kinds of errors
+        return {"tar": tar, "error": f"({getattr(problem, 'strerror', None) or problem})"}
     if new:
         write_index(file, tar, rows, lost, end)
     with open(file, "rb") as f:
@@ -204,29 +224,32 @@ def load_index(cache, tar):
 
 
 def write_index(file, tar, rows, lost, end):
-    """A line of JSON, then the rows. Ranks may index one tar at the same time: each writes a file
-    of its own, the last one stays."""
+    """Write an index file: a line of JSON, then the rows as raw uint32.
+
+    Ranks may index the same tar at the same time. Each one writes a temporary file of its own and
+    renames it. The contents are equal, so it does not matter which file stays.
+    """
     head = {"tar": os.path.abspath(tar), "samples": len(rows), "lost": len(lost),
             "first": lost[0] if lost else "", "end": end}
     part = file.with_name(f"{uuid.uuid4().hex}.part")
     try:
         part.write_bytes(json.dumps(head).encode() + b"\n" + rows.tobytes())
     except OSError as problem:
-        raise ValueError(f"the index of {tar} cannot be written into {file.parent} ({problem}); "
-                         f"free some space, or name another folder with $VTP_CACHE") from problem
+        raise ValueError(f"the index of {tar} cannot be written to {file.parent} ({problem}); free "
+                         f"some disk space, or set VTP_CACHE=DIR to another folder") from problem
     part.replace(file)
 
 
 def index_tar(path):
-    """Read the headers of a tar.
+    """Read the headers of a tar
 
-    -> rows  (n, 5) uint32: see Shards.place; offsets count blocks
-       lost  why a sample is skipped, for each
+    -> rows  (n, 5) uint32, see Shards.locate; offsets are in blocks
+       lost  for each skipped sample, a sentence that says why
        end   how the tar is damaged, or ""
     """
     with open(path, "rb") as f:
         if f.read(2) == GZIP:
-            raise ValueError("is gzip-compressed, which allows no random access: gunzip it")
+            raise ValueError("is compressed with gzip, which allows no random access; gunzip it")
     samples, lost, end = {}, [], ""
     with tarfile.open(path, "r:", encoding="utf-8") as tar:
         try:
@@ -234,30 +257,32 @@ def index_tar(path):
                 add_member(member, os.path.getsize(path), samples, lost)
             check_end(tar)
         except Exception as problem:
-            end = f"(ends early: {problem}; the samples before that are used)"
+            end = f"(ends early: {problem}; the samples before this point are used)"
     rows = []
     for key, files in samples.items():
         image = next((files[suffix] for suffix in SUFFIXES if suffix in files), None)
         text = files.get("txt") or files.get("json")
         if image and text:
             rows.append((*image, *text, "txt" in files))
+        elif image:
+            lost.append(f"{key} has no caption")
         else:
-            lost.append(f"{key} lacks its {'caption' if image else 'image'}")
+            lost.append(f"{key} has no image")
     if not rows and not end:
         end = "(holds no pairs)"
     return np.array(rows, np.uint32).reshape(-1, 5), lost, end
 
 
 def add_member(member, tar_size, samples, lost):
-    """Enter a file of a tar into samples {key: {suffix: (block, size)}}.
+    """Add one file of a tar to samples, {key: {suffix: (block, size)}}
 
-    As in WebDataset a key ends at the first dot of the file's name; its folder belongs to it. Of
-    two files of one name the first counts. Links and sparse files are ignored.
+    As in WebDataset, the key is the path up to the first dot of the file name. If a file name
+    occurs twice, the first file is used. Links, sparse files and empty files are ignored.
     """
     folder, slash, name = member.name.rpartition("/")
     key, _, suffix = name.partition(".")
     suffix = suffix.lower()
-    # a negative size would lead back to a header that was already read
+    # with a negative size, tarfile would return to a header that it has already read
     if member.size < 0 or (member.isreg() and member.size > tar_size - member.offset_data):
         raise ValueError(f"{member.name} is cut off")
     if not member.isreg() or member.issparse() or not key or not 0 < member.size < 2 ** 32:
@@ -270,37 +295,42 @@ def add_member(member, tar_size, samples, lost):
 
 
 def check_end(tar):
-    """ValueError if the tar does not end with zeros: tarfile stops silently at a damaged header"""
+    """ValueError if the tar does not end with blocks of zeros. tarfile itself raises no error: it
+    takes a damaged header for the end of the tar."""
     tar.fileobj.seek(tar.offset)
     tail = tar.fileobj.read(2 ** 20)
     if tail[:BLOCK] != bytes(BLOCK):
-        raise ValueError("no end mark")
+        raise ValueError("there is no end-of-archive block of zeros")
     if tail.strip(b"\0"):
-        raise ValueError("something follows the end mark")
+        raise ValueError("there are data after the end-of-archive block")
 
 
 # ---------------------------------------------------------------- large permutations
 def feistel_permutation(seed, epoch, n, k):
-    """The k-th number of a permutation of range(n), computed without storing it.
+    """The k-th number of a random permutation of range(n), computed without storing the permutation
 
-    Six Feistel rounds (a, b) -> (b, a ^ f(b)) on 2h bits, with 4^h >= n, repeated until the number
-    is below n. A round can be inverted whatever f is, so no number occurs twice. f is the last part
-    of splitmix64. It mixes few bits less well, so small n have a stored permutation.
+    k is split into two halves of h bits each, where 4^h >= n. Six Feistel rounds
+    (a, b) -> (b, a ^ f(b)) permute range(4^h), because a round can be inverted for any f. They are
+    repeated until the number is below n, which gives a permutation of range(n).
+
+    f is the last part of the generator splitmix64. It mixes well only if h is large, so data.py
+    uses this function only for large n.
     """
     h = ((n - 1).bit_length() + 1) // 2
     low_bits, all_bits = 2 ** h - 1, 2 ** 64 - 1
     while True:
         a, b = k >> h, k & low_bits
         for key in round_keys(seed, epoch):
-            f = (b ^ key) * 0xBF58476D1CE4E5B9 & all_bits
-            f = (f ^ f >> 27) * 0x94D049BB133111EB & all_bits
-            f = f ^ f >> 31
-            a, b = b, a ^ f & low_bits
-        k = a << h | b
+            f = ((b ^ key) * 0xBF58476D1CE4E5B9) & all_bits
+            f = ((f ^ (f >> 27)) * 0x94D049BB133111EB) & all_bits
+            f = f ^ (f >> 31)
+            a, b = b, a ^ (f & low_bits)
+        k = (a << h) | b
         if k < n:
             return k
 
 
 @lru_cache(maxsize=2)
 def round_keys(seed, epoch):
+    """-> six random integers, one for each Feistel round"""
     return [int(x) for x in make_rng(Stream.ORDER, seed, epoch).integers(2 ** 63, size=6)]
