@@ -47,7 +47,8 @@ from vtp_min.probes import zero_shot, zero_shot_classifier
 from vtp_min.text import quick_gelu
 
 CUT = Path(__file__).parent / "golden"
-# beginning of a name in tests/golden: the corresponding beginning in the full sets
+# Beginning of a name in tests/golden: the corresponding beginning in the full sets. The first that
+# matches is used, so a general one ("dit/") comes after its special cases.
 FULL_NAMES = {
     "dit/weights/": "dit_tiny/",
     "dit/grid/": "dit_time_grids/",
@@ -543,7 +544,8 @@ def dit_parameters(g):
         return sum(p.numel() for p in parameters)
 
     for name, theirs in g.json("dit_param_counts.json").items():
-        size, channels = name.split("-")[1].split("/")[0], int(name.split("in_chans=")[1])
+        size = name.split("-")[1].split("/")[0]    # the names contain "-SIZE/" and "in_chans=N"
+        channels = int(name.split("in_chans=")[1])
         if size not in dit.SIZES:                  # the reference has more sizes than dit.py
             continue
         with torch.device("meta"):
