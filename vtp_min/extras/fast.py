@@ -47,9 +47,10 @@ def set_malloc_threshold(above=2 ** 20):
     """Linux: allocate each tensor of more than `above` bytes with mmap, so that its memory returns
     to the system as soon as it is freed.
 
-    Otherwise large tensors fragment the heap of glibc: a training step of size S with 32 images
-    then needs 3.7 GB in place of 3.1 GB. For a small model this saves no memory and costs a fifth
-    of the speed, because the system clears returned pages before they are used again.
+    Otherwise large tensors fragment the heap of glibc: a training step of size S with 32 images of
+    64 px then needs 3.7 GB in place of 3.1 GB, with 4 images of 256 px 5.3 GB in place of 4.9. But
+    the system clears returned pages before they are used again, which costs about a quarter of the
+    speed (study/speed.txt, where the textbook forms run without it). A small model saves nothing.
     """
     if sys.platform == "linux":
         M_MMAP_THRESHOLD = -3                            # its number in glibc's malloc.h
