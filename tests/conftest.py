@@ -48,7 +48,7 @@ def form(request, textbook_forms):
     """A test that uses it runs twice: on the textbook forms, and on those of extras/fast.py.
 
     Functions are replaced in their modules, so the test must call them through the module:
-    losses.dino_loss, vit.rotate.
+    losses.cross_entropy, vit.rotate.
     """
     if request.param == "fast":
         fast.install()

@@ -195,8 +195,7 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_and_changes_no_weight(
         return dino_loss(*args) * factor
 
     monkeypatch.setattr(losses, "dino_loss", nan_in_the_third_step)
-    # fast=0: train.py would replace dino_loss by the fast form
-    lines = run_here(out, "--steps", 3, "--save-every", 1, *settings(fast=0), *flags)
+    lines = run_here(out, "--steps", 3, "--save-every", 1, *flags)
     assert [line.get("skipped", 0) for line in lines] == [0, 0, 1]
     assert lines[2]["dino"] == "nan"
     before = torch.load(out / "previous.pt")

@@ -21,8 +21,8 @@ averages the gradients accordingly. B must be equal on all ranks; M may differ.
 Precision: every loss is computed in float32 (in float64 if given float64), even inside autocast.
 to_fp32 casts the arguments, full_precision switches autocast and TF32 off.
 
-On a CPU, train.py replaces cross_entropy and dino_loss with the faster forms of extras/fast.py,
-which are equal up to rounding (--set fast=0 switches this off).
+On a CPU, train.py replaces cross_entropy with the form of extras/fast.py, which needs less memory
+and is equal up to rounding (--set fast=0 switches this off).
 
 B rows on this rank    B_all rows of all ranks    E CLIP space    K prototypes    V local crops
 M masked patches on this rank

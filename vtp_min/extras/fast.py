@@ -1,4 +1,5 @@
-"""Faster forms of some functions of the core, with the same results up to rounding.
+"""Faster forms of some functions of the core, or forms that store less for the backward pass, with
+the same results up to rounding.
 
     undo = install()        replaces the functions; undo() restores the textbook forms
 
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import augment, losses, vit
-from ..device import full_precision, to_fp32
+from ..device import to_fp32
 from . import fast_dit, fast_views
 
 
@@ -27,7 +28,7 @@ def install(dit=None, free_memory=False):
     """
     replacements = [(vit, "rms_norm", rms_norm), (vit, "rotate", rotate),
                     (vit, "attention", attention), (vit.SwiGLU, "forward", swiglu_forward),
-                    (losses, "cross_entropy", cross_entropy), (losses, "dino_loss", dino_loss),
+                    (losses, "cross_entropy", cross_entropy),
                     (augment, "ssl_views", fast_views.ssl_views)]
     if dit is not None:
         replacements += [(dit, name, getattr(fast_dit, name)) for name in fast_dit.FORMS]
@@ -137,44 +138,27 @@ class SiLUMulFunction(torch.autograd.Function):
 
 # ---------------------------------------------------------------- losses.py
 class CrossEntropyFunction(torch.autograd.Function):
-    """H(p, softmax(x / tau)) = n logsumexp(x / tau) - p x / tau, for targets p that sum to n
+    """H(p, softmax(x / tau)) = logsumexp(x / tau) - p x / tau, for targets p that sum to 1
 
-    x, p (..., K) -> (...). The gradient with respect to x is (n softmax(x / tau) - p) / tau. The
+    x, p (..., K) -> (...). The gradient with respect to x is (softmax(x / tau) - p) / tau. The
     softmax (..., K) is not stored for the backward pass, it is computed again from x.
     """
     @staticmethod
-    def forward(ctx, x, p, n, tau):
+    def forward(ctx, x, p, tau):
         y = to_fp32(x) / tau
         lse = y.logsumexp(-1)
         ctx.save_for_backward(x, p, lse)
-        ctx.n, ctx.tau = n, tau
-        return n * lse - torch.linalg.vecdot(p, y)
+        ctx.tau = tau
+        return lse - torch.linalg.vecdot(p, y)
 
     @staticmethod
     def backward(ctx, g):
         x, p, lse = ctx.saved_tensors
         softmax = (to_fp32(x) / ctx.tau).sub_(lse[..., None]).exp_()
-        dx = softmax.mul_(ctx.n).sub_(p).mul_(g[..., None] / ctx.tau)
-        return dx.to(x.dtype), None, None, None
+        dx = softmax.sub_(p).mul_(g[..., None] / ctx.tau)
+        return dx.to(x.dtype), None, None
 
 
 def cross_entropy(student, teacher, tau):
     """losses.cross_entropy; each row of teacher sums to 1"""
-    return CrossEntropyFunction.apply(student, teacher, 1, tau)
-
-
-@full_precision()
-def dino_loss(student, teacher, tau=0.1):
-    """losses.dino_loss with one cross-entropy per local crop instead of two.
-
-    A local crop s is compared with both global crops, whose targets are p and q. Cross-entropy is
-    linear in its target, so the targets are added: H(p, s) + H(q, s) = H(p + q, s).
-    """
-    teacher = to_fp32(teacher)
-    local_target = teacher.sum(0)                        # (B, K), each row sums to 2
-    total = CrossEntropyFunction.apply(student[0], teacher[1], 1, tau).mean()
-    total = total + CrossEntropyFunction.apply(student[1], teacher[0], 1, tau).mean()
-    for s in student[2:]:
-        total = total + CrossEntropyFunction.apply(s, local_target, 2, tau).mean()
-    pairs = 2 + 2 * (len(student) - 2)
-    return total / pairs
+    return CrossEntropyFunction.apply(student, teacher, tau)
