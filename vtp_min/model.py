@@ -48,16 +48,17 @@ class VTPModel(nn.Module):
         # None: no bottleneck, the latents have the width of the trunk
         d = D if c.vision_feature_bottleneck is None else c.vision_feature_bottleneck
         self.trunk = VisionTransformer(
-            D, c.vision_depth, c.vision_num_heads, c.vision_patch_size, c.vision_mlp_ratio,
-            c.vision_ffn_layer, c.vision_norm_layer, c.vision_use_qk_norm, c.vision_init_values,
-            latent_dim=d, rope_dtype=rope_dtype)
+            D, c.vision_depth, c.vision_num_heads, c.vision_patch_size, ratio=c.vision_mlp_ratio,
+            ffn=c.vision_ffn_layer, norm=c.vision_norm_layer, qk_norm=c.vision_use_qk_norm,
+            layer_scale=c.vision_init_values, latent_dim=d, rope_dtype=rope_dtype)
         self.feature_dim = D if c.vision_bottleneck_ae_only else d     # input of both heads
         # parts that the config switches off are not built, and checkpoints hold no weights for them
         if c.train_reconstruction:
             self.pixel_decoder = PixelDecoder(
-                d, c.decoder_embed_dim, c.decoder_depth, c.decoder_num_heads, c.decoder_ffn_layer,
-                c.decoder_norm_layer, c.decoder_use_qk_norm, c.decoder_init_values,
-                c.decoder_upscale, rope_dtype)
+                d, c.decoder_embed_dim, c.decoder_depth, c.decoder_num_heads,
+                ffn=c.decoder_ffn_layer, norm=c.decoder_norm_layer, qk_norm=c.decoder_use_qk_norm,
+                layer_scale=c.decoder_init_values, upscale=c.decoder_upscale,
+                rope_dtype=rope_dtype)
         if c.train_clip:
             self.add_clip()
 
@@ -72,8 +73,9 @@ class VTPModel(nn.Module):
         positions = torch.empty(c.text_context_length, E).normal_(std=0.01)
         self.positional_embedding = nn.Parameter(positions)
         self.text_transformer = TextTransformer(
-            E, c.text_depth, c.text_num_heads, c.text_mlp_ratio, not c.text_no_causal_mask,
-            c.text_quick_gelu, c.text_ls_init_value)
+            E, c.text_depth, c.text_num_heads, c.text_mlp_ratio,
+            causal=not c.text_no_causal_mask, use_quick_gelu=c.text_quick_gelu,
+            layer_scale=c.text_ls_init_value)
         self.ln_final = nn.LayerNorm(E)
         if c.text_proj_type != "none":           # any other name means a projection (released code)
             if c.text_proj_bias:
