@@ -59,7 +59,8 @@ $(RUN)/done-dit: $(RUN)/done-latents
 
 $(RUN)/done-samples: $(RUN)/done-dit
 	$(call begin,samples)
-	$(PY) dit.py sample $(RUN)/dit --per-class 20 --points 50 --cfg 5 --set cfg_channels=all
+	$(PY) dit.py sample $(RUN)/dit --per-class 20 --points 50 --cfg 5 --set cfg_channels=all \
+	    --fresh
 	@touch $@
 
 $(RUN)/done-fid: $(RUN)/done-samples

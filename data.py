@@ -18,27 +18,23 @@ T tokens of the longest caption
 """
 import argparse
 import os
-import signal
-import sys
 import textwrap
 import time
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import lcm
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vtp_min import augment, shapes
 from vtp_min.augment import ASSETS, EVAL_CROPS, VIEWS
 from vtp_min.device import move_to
-from vtp_min.dist import print0, printable, rank, rank_slice, world_size
+from vtp_min.dist import printable, rank, rank_slice, world_size
 from vtp_min.rng import Stream, make_rng, permutation
 
 # A stored permutation of this length takes 16 MB per worker and epoch. The paper's 277M samples
@@ -128,68 +124,22 @@ class Shapes:
 class Folder:
     """Class folders: DIR/train/CLASS/x.jpg and DIR/val/CLASS/y.jpg, or DIR/CLASS/x.jpg.
 
-    A label is the position of the class folder in sorted order. The name of a class is taken from
-    DIR/classnames.txt (lines of folder<TAB>name). Without an entry there, it is OpenCLIP's name if
-    the folder is a WordNet id of ImageNet, else the name of the folder with spaces for underscores.
-    Files and folders whose names begin with a dot are ignored.
+    The classes are the folders with images in train/, for both splits; without train/, those in
+    DIR. A label is the position of the class folder in sorted order. The name of a class is taken
+    from DIR/classnames.txt (lines of folder<TAB>name). Without an entry there, it is OpenCLIP's
+    name if the folder is a WordNet id of ImageNet, else the name of the folder with spaces for
+    underscores. Files and folders whose names begin with a dot are ignored.
     """
     endless = False
-    LAYOUTS = "expected DIR/train/CLASS/x.jpg and DIR/val/CLASS/y.jpg, or DIR/CLASS/x.jpg"
 
     def __init__(self, spec, split, whole):
-        from vtp_min.extras.images import SUFFIXES, is_image
+        from vtp_min.extras.class_folders import find_images
         self.spec = spec
-        base = Path(spec)
-        self.root = self.find_split(base, split, whole)
-        # the classes of both splits, so that labels agree even if one split lacks a class
-        splits = [self.root] if self.root == base else [base / "train", base / "val"]
-        folders = set()
-        for directory in filter(Path.is_dir, splits):
-            folders |= {e.name for e in os.scandir(directory) if e.is_dir() and e.name[0] != "."}
-        folders = sorted(folders, key=os.fsencode)       # by bytes: the same order in any locale
-
-        files, labels = [], []
-        # image files beside the class folders have no label
-        ignored = [e.name for e in os.scandir(self.root) if not e.is_dir() and is_image(e.name)]
-        for label, folder in enumerate(folders):
-            for file in files_below(self.root, folder):
-                if is_image(file):
-                    files.append(os.fsencode(file))
-                    labels.append(label)
-                else:
-                    ignored.append(file)
-        if not files:
-            raise ValueError(f"{self.root} holds no class folders with images "
-                             f"({' '.join(SUFFIXES)}); {self.LAYOUTS}")
+        self.root, files, labels, self.classes = find_images(spec, split, whole)
         # Forked workers share the memory of an array. A list of strings would be copied into each
         # worker over time, because reading a Python object changes its reference count.
         self.files, self.labels = np.array(files), np.array(labels)
-
-        if ignored:
-            print0(f"{printable(self.root)}: {len(ignored)} files are ignored, because they have "
-                   f"no image suffix or are not in a class folder ({printable(ignored[0])}, ...)")
-        empty = sorted(set(range(len(folders))) - set(labels))
-        if empty:
-            print0(f"{printable(self.root)}: {len(empty)} of {len(folders)} classes have no image "
-                   f"here ({printable(folders[empty[0]])}, ...)")
-        self.classes = class_names(base, folders)
         self.templates = (ASSETS / "imagenet_templates.txt").read_text("utf-8").splitlines()
-
-    def find_split(self, base, split, whole):
-        """-> the folder that contains the class folders of this split"""
-        if not base.is_dir():
-            raise ValueError(f"there is no folder {self.spec}; {self.LAYOUTS} (the name of a tar "
-                             f"file must end in .tar; without --data the built-in shapes are used)")
-        if (base / split).is_dir():
-            return base / split
-        if split == "train" and (base / "val").is_dir():
-            raise ValueError(f"{self.spec} has no train/ folder; to train on its val/ folder, type "
-                             f"--data {base / 'val'}")
-        # a folder without splits holds training images, unless --val-data names it
-        if split == "val" and ((base / "train").is_dir() or not whole):
-            raise ValueError(f"{self.spec} has no val/ folder; give another data set with "
-                             f"--val-data")
-        return base
 
     def __len__(self):
         return len(self.files)
@@ -207,33 +157,6 @@ class Folder:
 
     def name(self, index):
         return printable(self.path(index))
-
-
-def files_below(root, folder):
-    """Yield the paths of all files in root/folder and its subfolders, relative to root and sorted.
-    Symbolic links to folders are not followed."""
-    for directory, folders, files in os.walk(os.path.join(root, folder)):
-        # os.walk visits the folders that remain in this list, in its order
-        folders[:] = sorted((f for f in folders if f[0] != "."), key=os.fsencode)
-        directory = os.path.relpath(directory, root)
-        for file in sorted(files, key=os.fsencode):
-            if file[0] != ".":
-                yield f"{directory}/{file}"
-
-
-def class_names(base, folders):
-    """-> the class name of each folder; class Folder describes where they come from"""
-    wnids = (ASSETS / "imagenet_wnids.txt").read_text("utf-8").splitlines()
-    imagenet = (ASSETS / "imagenet_classnames.txt").read_text("utf-8").splitlines()
-    names = dict(zip(wnids, imagenet, strict=True))
-    # base may be DIR/val, so DIR/classnames.txt is read too; the file in base takes precedence
-    for path in (base.parent / "classnames.txt", base / "classnames.txt"):
-        if path.exists():
-            lines = path.read_text("utf-8-sig", "replace").splitlines()
-            names |= dict(line.split("\t", 1) for line in lines if "\t" in line)
-    # os.scandir decodes names by the locale; as UTF-8 they give the same captions in any locale
-    folders = [os.fsencode(folder).decode("utf-8", "replace") for folder in folders]
-    return [names.get(folder, folder.replace("_", " ")) for folder in folders]
 
 
 # ---------------------------------------------------------------- training batches
@@ -528,25 +451,10 @@ def map_in_workers(function, items, workers):
 
     The random state of the caller does not change.
     """
-    start_worker = partial(init_worker, augment.ssl_views)
-    # With batch_size=None, DataLoader calls collate_fn on single items, in the worker. Without a
-    # generator of its own it would draw a seed from torch's global generator.
-    return iter(DataLoader(items, batch_size=None, collate_fn=function, num_workers=workers,
-                           worker_init_fn=start_worker, generator=torch.Generator()))
-
-
-def init_worker(ssl_views, worker):
-    """Set up a worker process. It ignores signals that are sent to the whole process group,
-    because the main process handles them and may need another batch to finish its step.
-
-    ssl_views  the function that the main process uses      worker  number of the worker, not used
-    """
-    # a spawned worker imports the plain form anew and has not run extras.fast.install()
-    augment.ssl_views = ssl_views
-    for number in (signal.SIGINT, signal.SIGUSR1):                # Ctrl-C, job schedulers
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))    # exit after 30 seconds
-    signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
+    if workers == 0:
+        return map(function, items)
+    from vtp_min.extras.workers import map_in_processes
+    return map_in_processes(function, items, workers)
 
 
 # ---------------------------------------------------------------- evaluation batches
@@ -682,11 +590,13 @@ def main():
                    help="seed of the order of the samples, the crops and the masks")
     p.add_argument("--out", default="sheet.png", help="file for the contact sheet")
     args = p.parse_args()
-    # a terminal with LANG=C cannot encode all letters of a caption
-    sys.stdout.reconfigure(errors="backslashreplace")
+    from vtp_min.extras.flag_ranges import check_numbers
+    from vtp_min.extras.output import protect_output
+    protect_output()
     try:
+        check_numbers(args)
         show(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise SystemExit(f"data.py: {error}")
 
 

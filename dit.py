@@ -438,7 +438,7 @@ def train(args, device):
     from vtp_min.extras.latents import LatentBatches, Latents
     set_tf32(device, False)                               # as LightningDiT's train.py
     data = Latents(args.latents)
-    data.check()
+    data.check(load_tokenizer)
     check_train_args(args)
     stats, about, classes = data.stats, data.about, data.classes
     precision = precision_of(args, device)
@@ -467,7 +467,8 @@ def train(args, device):
     source = (f"{len(data)} of {C}x{side}x{side} from {about['data']} ({about['split']}) by "
               f"encoder {about['encoder']}, {about.get('precision', 'fp32')}")
     machine = f"{device}, {precision}{tf32_of(device)}"
-    run = Run(args.out, vars(args) | {"latents": source, "machine": machine}, args.fresh)
+    settings = vars(args) | {"latents": source, "machine": machine}
+    run = Run(args.out, settings, args.fresh, {"latents": data})
     state = {"model": model, "ema": ema, "opt": optimizer}
     run.restore(state)
     millions = sum(p.numel() for p in weights) / 1e6
@@ -535,35 +536,30 @@ CFG_CHANNELS = {"3": 3, "all": None}         # --set cfg_channels -> channels of
 
 def load_dit(folder, device):
     """-> EMA model, config (a dict), mean and std of the latents, class names, training step"""
+    from vtp_min.extras.latents import read_export
     folder = Path(folder)
-    files = ("config.json", "model.safetensors", "latents_stats.pt", "classes.json")
-    missing = [name for name in files if not (folder / name).exists()]
-    if missing:
-        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}; give a folder that was "
-                                f"written by: python dit.py train LATENTS --out {folder}")
-    config = json.loads((folder / "config.json").read_text())
+    config, stats, class_names = read_export(folder)
     model = LightningDiT(**config["model"])
     load_weights(model, folder / "model.safetensors")
     with safe_open(folder / "model.safetensors", "pt") as f:
         step = (f.metadata() or {}).get("step", "unknown")
-    stats = torch.load(folder / "latents_stats.pt", weights_only=True)
-    class_names = json.loads((folder / "classes.json").read_text())
     return model.to(device).eval(), config, stats, class_names, step
 
 
 def check_sample_args(args, config, class_names):
     """-> list of the classes to generate, number of images. ValueError for values that sampling
     cannot use."""
-    classes = list(range(len(class_names)))
-    if args.classes:
-        classes = [int(c) for c in args.classes.split(",")]
-    unknown = [str(c) for c in classes if not 0 <= c < len(class_names)]
+    given = [str(c) for c in range(len(class_names))]
+    if args.classes is not None:
+        given = args.classes.split(",")
+    unknown = [c for c in given if not c.strip().isdecimal() or int(c) >= len(class_names)]
     if unknown:
         shown = ", ".join(class_names[:10])
         if len(class_names) > 10:
             shown += ", ..."
         raise ValueError(f"--classes {','.join(unknown)}: the classes of this model are 0 .. "
                          f"{len(class_names) - 1} ({shown})")
+    classes = [int(c) for c in given]
     n = args.n if args.per_class is None else args.per_class * len(classes)
     if n < 1 or args.batch < 1 or args.points < 2 or args.shift < 0:
         raise ValueError(f"{n} samples, --batch {args.batch}, --points {args.points}, "
@@ -644,7 +640,7 @@ def sample(args, device):
                          f"latents of this model (fingerprint {config['encoder']}); give the right "
                          f"folder with --tokenizer, or encode and train again")
     out = Path(args.out or Path(args.run) / "samples")
-    prepare_folder(out)
+    prepare_folder(out, args.fresh)
 
     mean, std = stats["mean"].to(device), stats["std"].to(device)      # (1, C, 1, 1)
     shape = (config["model"]["in_channels"], model.input_size, model.input_size)
@@ -695,7 +691,7 @@ FLAGS = [  # commands, flag, type or list of choices, default, meaning and sourc
     ("latents", "--out", str, None, "folder of the latents (default: RUN/latents)"),
     ("train", "--out", str, None, "run folder; if it holds a checkpoint, training continues"),
     ("sample", "--out", str, None, "folder of the images (default: RUN/samples)"),
-    ("latents train", "--fresh", bool, False, "start over in --out"),
+    ("latents train sample", "--fresh", bool, False, "start over: replace what --out holds"),
     ("latents", "--data", str, None, "images (default: those the tokenizer was trained on)"),
     ("latents", "--split", str, "train", "train or val; LightningDiT: train"),
     ("latents", "--n", int, None, "at most this many images (default: all; 50000 of the shapes)"),
@@ -747,8 +743,6 @@ def parse(argv=None):
     args = parse_subcommands(argv, __doc__, COMMANDS, FLAGS, SETTINGS)
     if args.command == "train" and args.out is None:
         raise SystemExit("dit.py train: --out is missing; give a folder for the run")
-    if args.seed < 0:
-        raise SystemExit(f"dit.py {args.command}: --seed {args.seed} must be 0 or more")
     return args
 
 

@@ -16,7 +16,6 @@ RUN is a folder of train.py, or released weights. Data and image size default to
 Under torchrun each process evaluates a part of the images; the numbers are those of one process,
 up to rounding.
 """
-import json
 import sys
 from collections import defaultdict
 from functools import partial
@@ -29,7 +28,7 @@ from tokenizer import get_tokenizer
 from vtp_min.augment import denormalize, normalize
 from vtp_min.device import autocast, set_tf32, tf32_of, warn_if_emulated
 from vtp_min.dist import all_gather_ragged, cleanup, init_distributed, print0, rank, world_size
-from vtp_min.fid import Moments, frechet_distance, psnr, ssim
+from vtp_min.fid import MAX_PSNR, Moments, frechet_distance, psnr, ssim
 from vtp_min.flags import parse_subcommands
 from vtp_min.model import load_model
 from vtp_min.probes import (knn, linear_probe, probe_features, text_encoder, zero_shot,
@@ -40,9 +39,8 @@ from vtp_min.run import ProgressBar, record_metric
 # ---------------------------------------------------------------- model and images
 def settings_of(run):
     """-> the settings of a training run, from its run.json; {} for released weights or no run"""
-    if run and Path(run, "run.json").exists():
-        return json.loads(Path(run, "run.json").read_text())
-    return {}
+    from vtp_min.extras.files import read_settings
+    return read_settings(run)
 
 
 def open_source(args, split, side):
@@ -67,6 +65,12 @@ def open_labelled(args, split, side):
     if not source.classes:
         raise ValueError(f"{source.spec} has no class labels; give --val-data (and --data for a "
                          f"probe) a folder of class folders")
+    # the shapes have no list of labels: all classes occur
+    for kind, found in (("class name", source.classes),
+                        ("class", getattr(source, "labels", source.classes))):
+        if len(set(found)) < 2:
+            raise ValueError(f"the {split} images of {source.spec} have only one {kind}, so there "
+                             f"is nothing to tell apart; give data with two or more classes")
     return source
 
 
@@ -108,12 +112,14 @@ def encode(args, model, device, source, side, limit, crop, feature_fn):
 def zeroshot(args, device):
     """Zero-shot classification, top-1 and top-5, with the protocol of the released code: prompt
     templates, images resized to a square without cropping, logits 100 x cosine similarity"""
+    from vtp_min.extras.class_folders import note_untrained
     model = load_model(args.run).to(device)
     if not model.config.train_clip:
         raise ValueError(f"{args.run} was trained without captions (--w-clip 0), so it has no text "
                          f"tower; zero-shot classification needs one")
     side = model.config.image_size
     source = open_labelled(args, "val", side)
+    note_untrained(source, args.data or settings_of(args.run).get("data"))
     names = source.classes
     # the text features of the class names are the weights of a linear classifier
     with autocast(device, args.precision):
@@ -185,7 +191,7 @@ def recon(args, device):
     values = defaultdict(list)                             # {name: [(b,), ...]}
     for images, _, _ in eval_loader(args, side, source, args.limit):
         target, output = reconstruct(args, model, images.to(device))     # (B, 3, S, S) in [0, 1]
-        values["PSNR"].append(psnr(target, output))
+        values["PSNR"].append(psnr(target, output).clamp(max=MAX_PSNR))
         values["SSIM"].append(ssim(target, output))
         if lpips:                                          # its inputs are in [-1, 1]
             values["LPIPS"].append(lpips.lpips(2 * target - 1, 2 * output - 1).flatten())
@@ -203,9 +209,13 @@ def recon(args, device):
         precision += ", latents are the mean of the posterior (LDM and VA-VAE evaluate a sample)"
     protocol = (f"{len(values['PSNR'])} images of {source.spec} val, ADM crop {side} px, "
                 f"{precision}{tf32_of(device)}")
+    notes = {"LPIPS": f", {args.perceptual}, v0.1"}
+    n_exact = (values["PSNR"] == MAX_PSNR).sum().item()
+    if n_exact:
+        notes["PSNR"] = f"; {n_exact} exact or above {MAX_PSNR} dB count as {MAX_PSNR}"
     for key, x in values.items():
-        version = f", {args.perceptual}, v0.1" if key == "LPIPS" else ""
-        record_metric(args.out, key, x.mean().item(), f"{protocol}, mean over images{version}")
+        record_metric(args.out, key, x.mean().item(),
+                      f"{protocol}, mean over images{notes.get(key, '')}")
     if not lpips:
         print0("LPIPS is not measured (--perceptual none)")
     if net:
@@ -293,6 +303,7 @@ def fid(args, device):
     if not real and (args.run or args.data):
         train = open_source(args, "train", side)
         val = open_source(args, "val", side)
+        judges.check_labels(args, samples, train)
         real = image_sets.Crops(train, "training", side, args.train_limit, loader)
     net, name, description = feature_net(args, args.features, side, device)
 
@@ -302,15 +313,14 @@ def fid(args, device):
 
     real_moments = moments(real) if real else None
     sample_moments = moments(samples)
+    if real:
+        protocol = f"against {real.as_reference()}; {description}"
+        record_metric(args.out, name, frechet_distance(*sample_moments, *real_moments),
+                      f"{samples.as_samples()}; {protocol}")
     if args.save_stats:
         image_sets.save_statistics(args.save_stats, sample_moments, samples, description)
         print0(f"mean and covariance of {samples.name} are in {args.save_stats}")
-    if not real:                                           # only --set save_stats was requested
-        return
-    protocol = f"against {real.as_reference()}; {description}"
-    record_metric(args.out, name, frechet_distance(*sample_moments, *real_moments),
-                  f"{samples.as_samples()}; {protocol}")
-    if args.reference:                                     # there are no validation images
+    if args.reference or not real:                         # there are no validation images
         return
     # Validation images in place of the samples: the distance that a perfect generator would have.
     # It is not 0, because both sets are finite.

@@ -221,7 +221,7 @@ def main(args):
     data = train_batches(args, depth=len(model.trunk.blocks))
 
     # run folder
-    run = Run(args.out, settings, args.fresh)
+    run = Run(args.out, settings, args.fresh, {"data": data.source})
     state = {"student": student, "optimizer": optimizer, "scaler": scaler, "targets": targets}
     if teacher is not None:
         state["teacher"] = teacher
@@ -473,7 +473,8 @@ def arguments(argv=None):
 
 def check_arguments(args):
     """ValueError for values that cannot work. TrainBatches checks the batch sizes."""
-    check_numbers(args)
+    from vtp_min.extras.flag_ranges import check_numbers
+    check_numbers(args, RECIPE)
     check_choices(args)
     check_sides(args)
     weights = args.w_clip, args.w_ssl, args.w_rec
@@ -483,23 +484,6 @@ def check_arguments(args):
     if args.batch_ssl == 1 and args.w_ssl and args.w_koleo:
         raise ValueError("--batch-ssl 1: KoLeo needs at least two images; take 2 or more, or "
                          "--set w_koleo=0")
-
-
-def check_numbers(args):
-    smallest = dict.fromkeys(["image", "patch", "latent_dim", "steps", "batch", "batch_ssl",
-                              "batch_rec", "log_every", "save_every", "prototypes", "head_hidden",
-                              "head_bottleneck"], 1)
-    smallest |= {"locals": 0, "micro": 0}
-    for name, least in smallest.items():
-        if getattr(args, name) < least:
-            raise ValueError(f"{spell(name)}{getattr(args, name)}: wanted {least} or more")
-    if not 0 <= args.max_bad <= 1:
-        raise ValueError(f"--set max_bad={args.max_bad}: wanted a fraction from 0 to 1")
-
-
-def spell(name):
-    """batch_ssl -> '--batch-ssl ', as it is typed; locals -> '--set locals='"""
-    return f"--set {name}=" if name in RECIPE else f"--{name.replace('_', '-')} "
 
 
 def check_choices(args):

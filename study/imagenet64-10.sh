@@ -12,6 +12,6 @@ $PY eval.py recon $RUN --perceptual none
 $PY dit.py latents $RUN --fresh
 $PY dit.py train $RUN/latents --out $RUN/dit --size nano --steps 2500 --batch 64 --lr 1e-3 \
     --warmup 50
-$PY dit.py sample $RUN/dit --per-class 50 --points 50 --cfg 3 --set cfg_channels=all
+$PY dit.py sample $RUN/dit --per-class 50 --points 50 --cfg 3 --set cfg_channels=all --fresh
 $PY eval.py fid $RUN/dit/samples --run $RUN --features classifier --few --set judge_steps=1200
 $PY eval.py report $RUN

@@ -168,7 +168,7 @@ def stages(cell, data, quick, existing=(), also=""):
         "dit": f"dit.py train RUN/latents --out RUN/dit --size nano "
                f"--steps {cell.dit or t['dit']} {t['adam']} --warmup 50 --seed 0",
         "sample": f"dit.py sample RUN/dit --tokenizer RUN/decoder --out RUN/samples "
-                  f"--n {t['samples']} --points 50 --seed 0",
+                  f"--n {t['samples']} --points 50 --seed 0 --fresh",
         "fid": f"eval.py fid RUN/samples --features squeezenet {reference['REAL']}",
         "halved": f"eval.py fid RUN/samples --features squeezenet --set halve=true "
                   f"{reference['HALF']}",

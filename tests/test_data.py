@@ -21,7 +21,7 @@ from data import TrainBatches, eval_batches, open_data, prefetch
 from vtp_min import augment, dist
 from vtp_min.augment import (VIEWS, adm_crop, batch_masks, block_mask, denormalize, kept_rows,
                              mask_index_and_weight, normalize, random_crop, ssl_view)
-from vtp_min.extras import fast_views, shards
+from vtp_min.extras import fast_views, shards, weights
 from vtp_min.extras.images import read_image
 from vtp_min.extras.shards import feistel_permutation
 from vtp_min.rng import permutation
@@ -140,6 +140,203 @@ def test_a_folder_without_the_requested_split_raises_an_error_that_says_what_to_
         open_data(tmp_path / "only")
 
 
+# ---------------------------------------------------------------- folders with a wrong layout
+def images(root, *names):
+    """Write one image per name, such as train/cat/0.png"""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        noise(8).save(root / name)
+    return root
+
+
+def contents(source):
+    """-> [(file, name of its class)]"""
+    names = [source.files[i].decode() for i in range(len(source))]
+    return [(name, source.classes[label]) for name, label in zip(names, source.labels)]
+
+
+def test_validation_images_in_no_class_of_train_are_refused(tmp_path, capsys):
+    names = [f"train/{wnid}/images/{i}.png" for wnid in ("n01443537", "n01629819") for i in (0, 1)]
+    images(tmp_path, *names, "val/images/0.png", "val/images/1.png", "test/images/0.png")
+    (tmp_path / "val" / "val_annotations.txt").write_text("0.png\tn01443537\n")
+    assert open_data(tmp_path).classes == ["goldfish", "fire salamander"]
+    assert "1 folders of val/ are not classes of train/" in capsys.readouterr().out
+    for whole in (False, True):
+        with pytest.raises(ValueError, match=r"no class folder of .*val \(images\) is one of"):
+            open_data(tmp_path, "val", whole=whole)
+
+
+def test_numbered_validation_folders_are_refused_beside_named_ones_in_train(tmp_path):
+    images(tmp_path, "train/cat/0.png", "train/dog/0.png", "val/0/0.png", "val/1/0.png")
+    with pytest.raises(ValueError, match="no class folder of .*val"):
+        open_data(tmp_path, "val")
+
+
+def test_validation_images_in_further_folders_are_left_out_and_counted(tmp_path, capsys):
+    images(tmp_path, "train/cat/0.png", "train/dog/0.png", "val/dog/0.png", "val/Cat/0.png",
+           "val/ant/0.png", "val/ant/1.png")
+    source = open_data(tmp_path, "val")
+    assert contents(source) == [("dog/0.png", "dog")] and source.classes == ["cat", "dog"]
+    out = capsys.readouterr().out
+    assert "3 images are left out" in out and "Cat/0.png" in out
+    assert "1 of 2 classes have no image here (cat)" in out
+
+
+@pytest.mark.parametrize("names, command", [
+    (("training/cat/0.png", "validation/cat/0.png", "test/cat/0.png"),
+     "--data .*training --val-data .*validation"),
+    (("Training/cat/0.png", "Testing/cat/0.png"), "--data .*Training --val-data .*Testing"),
+    (("seg_train/cat/0.png", "seg_test/cat/0.png"), "--data .*seg_train --val-data .*seg_test"),
+    (("train2017/0.png", "val2017/0.png"), "look like splits"),
+    (("TrainingSet/cat/0.png",), "look like splits"),
+    (("cat/train/0.png", "cat/test/0.png", "dog/train/0.png"), "class folder cat contains"),
+    (("imagenet/train/cat/0.png", "imagenet/val/cat/0.png"), "--data .*imagenet"),
+    (("images/train/0.png", "images/val/0.png", "labels/0.png"), "class folder images contains")])
+def test_splits_under_other_names_are_not_taken_for_classes(tmp_path, names, command):
+    with pytest.raises(ValueError, match=command):
+        open_data(images(tmp_path, *names))
+
+
+def test_a_missing_split_names_the_folder_that_may_be_it(tmp_path):
+    images(tmp_path, "train/cat/0.png", "valid/cat/0.png")
+    assert len(open_data(tmp_path)) == 1
+    with pytest.raises(ValueError, match="no val/ folder; the folder valid looks like one"):
+        open_data(tmp_path, "val")
+
+
+def test_classes_whose_names_contain_train_or_test_are_classes(tmp_path):
+    images(tmp_path, "bullet_train/0.png", "crash_test/0.png", "Train/0.png", "invalid/0.png")
+    assert open_data(tmp_path).classes == ["Train", "bullet train", "crash test", "invalid"]
+
+
+@pytest.mark.parametrize("inner", ["", "lot1/"])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_class_called_train_or_val_is_refused_with_the_reason(tmp_path, inner, split):
+    images(tmp_path, *(f"{name}/{inner}{i}.png" for name in ("bus", "car", split) for i in (0, 1)))
+    for asked in ("train", "val"):
+        with pytest.raises(ValueError, match=rf"\(bus, car\)\. A folder called {split} is taken"):
+            open_data(tmp_path, asked, whole=True)
+
+
+def test_folders_with_images_beside_the_splits_are_named(tmp_path, capsys):
+    images(tmp_path, "train/cat/0.png", "val/cat/0.png", "raw/0.png", "docs/figure/0.png")
+    assert len(open_data(tmp_path)) == 1
+    assert "2 folders with images are beside train and val and are not used (docs, raw)" in (
+        capsys.readouterr().out)
+
+
+def test_a_class_called_train_within_train_is_a_class(tmp_path):
+    images(tmp_path, "train/bus/0.png", "train/train/0.png", "val/train/0.png")
+    assert open_data(tmp_path).classes == open_data(tmp_path, "val").classes == ["bus", "train"]
+
+
+def test_linked_folders_within_a_class_are_read_once_and_circles_are_named(tmp_path, capsys):
+    images(tmp_path, "store/more/b.png", "store/more/deep/c.png", "data/dog/a.png",
+           "data/dog/own/d.png", "data/cat/a.png")
+    dog = tmp_path / "data" / "dog"
+    (dog / "linked").symlink_to(tmp_path / "store" / "more")
+    (dog / "own" / "linked").symlink_to(tmp_path / "store" / "more")     # the same images again
+    (dog / "circle").symlink_to(dog)
+    (dog / "up").symlink_to(tmp_path / "data")
+    (tmp_path / "store" / "more" / "deep" / "back").symlink_to(tmp_path / "store")
+    (dog / "gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "data" / "ant").symlink_to(tmp_path / "unmounted")
+    source = open_data(tmp_path / "data")
+    assert [name for name, _ in contents(source)] == [
+        "cat/a.png", "dog/a.png", "dog/linked/b.png", "dog/linked/deep/c.png", "dog/own/d.png"]
+    out = capsys.readouterr().out
+    assert "4 links are not followed" in out and "dog/circle, dog/up" in out
+    assert "2 links lead nowhere (ant, dog/gone)" in out
+
+
+def test_a_data_set_whose_linked_folders_are_gone_is_refused_with_their_names(tmp_path):
+    (tmp_path / "train").mkdir()
+    for name in ("cat", "dog"):
+        (tmp_path / "train" / name).symlink_to(tmp_path / "unmounted" / name)
+    with pytest.raises(ValueError, match=r"2 links lead nowhere \(cat, dog\)"):
+        open_data(tmp_path)
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch, capsys):
+    images(tmp_path, "cat/0.png", "dog/0.png", "dog/private/1.png")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("private"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert len(open_data(tmp_path)) == 2
+    assert "1 folders cannot be read (dog/private)" in capsys.readouterr().out
+
+
+def test_numbered_folders_of_images_with_captions_are_refused(tmp_path):
+    names = [f"{shard}/{shard}{i}" for shard in ("00000", "00001") for i in range(3)]
+    images(tmp_path, *(f"{name}.png" for name in names))
+    for k, suffix in enumerate(("txt", "json")):
+        (tmp_path / f"{names[k]}.{suffix}").write_text("a yellow cab")
+    with pytest.raises(ValueError, match=r"2 images have a text .* tars only.*00000\.tar"):
+        open_data(tmp_path)
+
+
+def test_captions_beside_images_in_named_folders_are_counted(tmp_path, capsys):
+    images(tmp_path, "cat/0.png", "cat/1.png", "dog/0.png")
+    for name in ("cat/0.txt", "cat/1.json", "cat/notes.txt"):
+        (tmp_path / name).write_text("text")
+    assert len(open_data(tmp_path)) == 3
+    assert "2 images have a text of the same name beside them" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("junk", ["__MACOSX/cat/._0.png", "lost+found", "@eaDir/cat/thumb.png",
+                                  "$RECYCLE.BIN/0.png", "cat/@eaDir/0.png", "nothing"])
+def test_folders_of_the_system_and_folders_without_images_are_no_classes(tmp_path, junk, capsys):
+    images(tmp_path, "cat/0.png", "dog/0.png")
+    if junk.endswith(".png"):
+        images(tmp_path, junk)
+    else:
+        (tmp_path / junk).mkdir()
+    source = open_data(tmp_path)
+    assert source.classes == ["cat", "dog"] and len(source) == 2
+    assert junk.split("/")[0] in capsys.readouterr().out
+
+
+def test_names_in_two_unicode_forms_are_one_class(tmp_path, capsys):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    images(tmp_path, f"train/{decomposed}/0.png", "train/tea/0.png", f"val/{composed}/0.png",
+           "val/tea/0.png")
+    (tmp_path / "classnames.txt").write_text(f"{composed}\ta cup of coffee\n", "utf-8")
+    for split in ("train", "val"):
+        source = open_data(tmp_path, split)
+        assert source.classes == ["a cup of coffee", "tea"] and list(source.labels) == [0, 1]
+    images(tmp_path, f"val/{decomposed}/1.png")
+    assert list(open_data(tmp_path, "val").labels) == [0, 0, 1]
+    assert "in another Unicode form" in capsys.readouterr().out
+
+
+def test_a_single_class_is_named_and_its_folders_are_suggested(tmp_path, capsys):
+    open_data(images(tmp_path, "faces/ann/0.png", "faces/bob/0.png"))
+    out = capsys.readouterr().out
+    assert "only one class, faces" in out and f"--data {tmp_path / 'faces'}" in out
+
+
+@pytest.mark.parametrize("text", [
+    "c0 tench, Tinca tinca\nc1 goldfish\n", "c0,tench\nc1,goldfish\n", "tench\tc0\n", "",
+    "0\ttench\n1\tgoldfish\n", "version https://git-lfs.github.com/spec/v1\nsize 9\n", "c0\t\n"])
+def test_a_classnames_txt_that_names_no_class_is_refused(tmp_path, text):
+    images(tmp_path, "c0/0.png", "c1/0.png")
+    (tmp_path / "classnames.txt").write_text(text)
+    with pytest.raises(ValueError, match="classnames.txt.*wanted lines of folder, TAB, name"):
+        open_data(tmp_path)
+
+
+def test_lines_of_classnames_txt_without_a_tab_are_counted(tmp_path, capsys):
+    images(tmp_path, "c0/0.png", "c1/0.png")
+    (tmp_path / "classnames.txt").write_text("c0\ttench\nc1 goldfish\n")
+    assert open_data(tmp_path).classes == ["tench", "c1"]
+    assert "1 of 2 lines have no TAB" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- tars
 def test_shards_give_each_image_its_own_caption_and_count_what_is_incomplete(tmp_path, capsys):
     images = [noise(20, i) for i in range(5)]
     members = {}
@@ -211,6 +408,53 @@ def test_a_tar_is_indexed_once_and_again_only_when_it_has_changed(
                                 "2.png": png(noise()), "2.txt": b"due"})
     assert [open_data(tar).load(i)[1] for i in range(2)] == ["uno", "due"] and len(indexed) == 2
     assert sorted(f.name for f in tmp_path.iterdir()) == ["x.tar"]    # nothing else is written
+
+
+@pytest.mark.parametrize("damage", [
+    lambda content: b"", lambda content: content[:30], lambda content: content[:-20],
+    lambda content: content[:-40] + bytes(40), lambda content: bytes(len(content)),
+    lambda content: b"version https://git-lfs.github.com/spec/v1\n", lambda content: b"[1]\n",
+    lambda content: b'{"samples": "many"}\n' + content])
+def test_a_damaged_index_is_made_again(tmp_path, cache, damage):
+    tar = tar_of(tmp_path / "x.tar", {f"{i}.{suffix}": content for i in range(8)
+                                      for suffix, content in (("png", png(noise(8, i))),
+                                                              ("txt", f"number {i}".encode()))})
+    assert len(open_data(tar)) == 8
+    file, = cache.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(damage(whole))
+    source = open_data(tar)
+    assert [source.load(i)[1] for i in range(8)] == [f"number {i}" for i in range(8)]
+    assert file.read_bytes() == whole and [*cache.iterdir()] == [file]
+
+
+def test_names_with_dots_are_pairs_and_further_parts_of_a_sample_are_not_missed(tmp_path, capsys):
+    members = {}
+    for key in ("frame.0001", "frame.0002", "a.b/v1.2 x", "plain"):
+        members |= {f"{key}.png": png(noise(8)), f"{key}.txt": key.encode()}
+    source = open_data(tar_of(tmp_path / "x.tar", members | {"plain.seg.png": png(noise(8))}))
+    assert [source.load(i)[1] for i in range(4)] == ["frame.0001", "frame.0002", "a.b/v1.2 x",
+                                                     "plain"]
+    assert "skipped" not in capsys.readouterr().out
+    lonely = {f"IMG.{i}.png": png(noise(8)) for i in range(30)}
+    assert len(open_data(tar_of(tmp_path / "y.tar", members | lonely))) == 4
+    assert "30 of 34 samples are skipped" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="IMG.0 has no caption.*up to its last dot"):
+        open_data(tar_of(tmp_path / "z.tar", lonely | {"IMG.txt": b"one for all"}))
+
+
+@pytest.mark.parametrize("folder", ["~/cache", "~nobody-has-this-name/cache", ""])
+def test_without_a_home_the_index_is_kept_in_a_temporary_folder(
+        tmp_path, monkeypatch, folder, capsys):
+    monkeypatch.setenv("VTP_CACHE", folder)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])       # KeyError, as for unknown users
+    tar = tar_of(tmp_path / "x.tar", {"1.png": png(noise()), "1.txt": b"one"})
+    assert len(open_data(tar)) == 1
+    assert "set VTP_CACHE=DIR" in capsys.readouterr().out
+    monkeypatch.setenv("VTP_WEIGHTS", folder)
+    with pytest.raises(FileNotFoundError, match="vgg16-397923af.pth is missing"):
+        weights.find("vgg")
 
 
 def test_ranks_start_to_index_at_different_tars_and_all_find_the_same(tmp_path, monkeypatch):

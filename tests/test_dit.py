@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import dit
 from dit import (SIZES, LightningDiT, RotaryEmbedding, euler, flow_loss, lognorm_time,
@@ -635,12 +635,13 @@ def test_labels_are_balanced_or_random_over_the_classes_asked_for(folder):
     assert generate(folder, "D", "one")["labels"].tolist() == list(range(7))
     assert (folder / "one" / "grid.png").exists()
     again = generate(folder, "D", "one", "--per-class", "2", "--classes", "1,4", "--cfg", "2",
-                     "--set", "cfg_channels=all")
+                     "--set", "cfg_channels=all", "--fresh")
     assert again["labels"].tolist() == [1, 4, 1, 4]
     assert len(list((folder / "one" / "png").iterdir())) == 4
     drawn = []
     for n in ("20", "9"):
-        made = generate(folder, "D", "two", "--set", "labels=random", "--classes", "1,4", "--n", n)
+        made = generate(folder, "D", f"random{n}", "--set", "labels=random", "--classes", "1,4",
+                        "--n", n)
         drawn.append(made["labels"].tolist())
     assert set(drawn[0]) == {1, 4} and drawn[0][:9] == drawn[1]
 
@@ -659,13 +660,19 @@ def test_samples_are_one_array_as_adm_s_evaluator_reads_it_and_the_same_images_a
 
 @pytest.mark.parametrize("command, sentence", [
     ("latents {0}/RUN", "already holds latents"),
-    ("latents {0}/RUN --n 0 --out {0}/new", "at least 1"),
+    ("latents {0}/RUN --n 0 --out {0}/new", "--n 0: wanted 1 or more"),
     ("train {0}/nothing --out {0}/X", "holds no latents_rank"),
     ("train {0}/RUN/latents --out {0}/X --batch 0", "--batch 0"),
     ("train {0}/RUN/latents --out {0}/X --log-every 0", "--log-every 0"),
     ("sample {0}/RUN", "lacks config.json"),
     ("sample {0}/C --classes 3,12", "--classes 12: the classes of this model are 0 .. 9"),
-    ("sample {0}/C --n 0", "0 samples"),
+    ("sample {0}/C --classes circle", "--classes circle: the classes of this model are 0 .. 9"),
+    ("sample {0}/C --classes -1", "--classes -1: "),
+    ("sample {0}/C --classes 1.5,2", "--classes 1.5: "),
+    ("sample {0}/C --n 0", "--n 0: wanted 1 or more"),
+    ("sample {0}/C --per-class 0", "--per-class 0: wanted 1 or more"),
+    ("sample {0}/C --seed -1", "--seed -1: wanted 0 or more"),
+    ("sample {0}/C --cfg nan", "--cfg nan: wanted a finite number"),
     ("sample {0}/C --points 1", "--points 1"),
     ("sample {0}/C --set labels=some", "labels must be balanced or random"),
     ("sample {0}/C --set cfg_channels=4", "balanced or random, and cfg_channels 3 or all"),
@@ -696,7 +703,197 @@ def test_another_decoder_of_the_same_encoder_is_accepted_and_that_of_another_enc
     assert len(generate(folder, "E", "out", "--tokenizer", "STAGE2")["arr_0"]) == 7
     torch.nn.init.constant_(other.encoder.weight, 2.0)
     with pytest.raises(SystemExit, match="did not make the latents"):
-        run_sample(folder, "E", "out")
+        run_sample(folder, "E", "new")
+
+
+# ---------------------------------------------------------------- files that exist, moved, or are
+# damaged
+
+def test_samples_of_an_earlier_run_are_replaced_only_with_fresh(folder, capsys):
+    train(folder, "D", "--steps", "1")
+    first = generate(folder, "D", "out")["arr_0"]
+    users = folder / "out" / "png" / "0001-mine.png"
+    users.write_bytes(b"an image of the user")
+    for name in ("grid.png", "samples.npz", "labels.json", "png/000003.png"):
+        with pytest.raises(SystemExit, match="already holds samples.*--out.*--fresh"):
+            run_sample(folder, "D", "out", "--n", "2")
+        assert (folder / "out" / name).exists()
+        (folder / "out" / name).unlink()                     # one file of the samples is enough
+    capsys.readouterr()
+    again = generate(folder, "D", "out", "--n", "2", "--fresh")["arr_0"]
+    assert "samples of an earlier run are deleted (6 images)" in capsys.readouterr().out
+    assert np.array_equal(again, first[:2]) and users.read_bytes() == b"an image of the user"
+
+
+def test_a_killed_repetition_does_not_leave_the_old_array_beside_new_images(folder, monkeypatch):
+    train(folder, "D", "--steps", "1")
+    generate(folder, "D", "out")
+    monkeypatch.setattr(dit, "euler", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_sample(folder, "D", "out", "--fresh")
+    assert [path.name for path in (folder / "out").iterdir()] == ["png"]
+
+
+@pytest.fixture
+def moved_on(folder, monkeypatch):
+    """The tokenizer of `folder` has been trained on since the latents were encoded"""
+    (folder / "RUN" / "config.json").write_text("{}")
+    other = Folded()
+    torch.nn.init.constant_(other.encoder.weight, 2.0)
+    monkeypatch.setattr(dit, "load_model", lambda folder: other)
+    return folder
+
+
+def test_latents_of_an_older_encoder_are_refused_before_the_training(moved_on):
+    sentence = "holds latents of an older encoder.*--fresh"
+    with pytest.raises(SystemExit, match=sentence):
+        encode(moved_on)
+    with pytest.raises(SystemExit, match=sentence):
+        run_train(moved_on, "X", "--steps", "1")
+    assert not (moved_on / "X").exists()
+    encode(moved_on, "--fresh")
+    run_train(moved_on, "X", "--steps", "1")
+
+
+def test_a_training_on_latents_is_not_continued_after_the_encoder_has_changed(folder, request):
+    train(folder, "X", "--steps", "1")
+    request.getfixturevalue("moved_on")
+    with pytest.raises(SystemExit, match="holds latents of an older encoder"):
+        run_train(folder, "X", "--steps", "2")
+
+
+def test_latents_without_their_tokenizer_are_trained_on_with_a_note(folder, capsys):
+    os.rename(folder / "RUN" / "latents", folder / "latents")
+    dit.main(f"train {folder}/latents --out {folder}/X --size nano --batch 4 --steps 1 --device "
+             f"cpu".split())
+    assert "is not there; so it is not checked" in capsys.readouterr().out
+    assert (folder / "X" / "model.safetensors").exists()
+
+
+def in_three_shards(folder, ranks=(0, 0, 0)):
+    """Divide the 24 latents into three shards of 8, written by these ranks -> paths"""
+    (path,) = shards(folder / "RUN" / "latents")
+    tensors = load_file(path)
+    path.unlink()
+    for k, r in enumerate(ranks):
+        number = k - ranks.index(r)
+        part = {name: x[8 * k:8 * k + 8].clone() for name, x in tensors.items()}
+        save_file(part, path.with_name(f"latents_rank{r:02d}_shard{number:03d}.safetensors"))
+    return shards(path.parent)
+
+
+@pytest.mark.parametrize("stated", [True, False])            # older folders do not state the number
+@pytest.mark.parametrize("ranks, lost, told", [
+    ((0, 0, 0), 1, "1 did not arrive .shard 1 of rank 0"),
+    ((0, 1, 2), 1, "1 did not arrive .shard 0 of rank 1"),
+    ((0, 0, 1), 0, "1 did not arrive .shard 0 of rank 0")])
+def test_a_shard_that_did_not_arrive_is_named(folder, ranks, lost, told, stated):
+    paths = in_three_shards(folder, ranks)
+    train(folder, "X", "--steps", "1")                       # complete
+    paths[lost].unlink()
+    if not stated:
+        forget_the_number(folder)
+    with pytest.raises(SystemExit, match=f"holds 16 latents in 2 shards, but {told}.*copy it"):
+        train(folder, "Y", "--steps", "1")
+
+
+def forget_the_number(folder):
+    path = folder / "RUN" / "latents" / "latents.json"
+    about = json.loads(path.read_text())
+    assert about.pop("n") == 24
+    path.write_text(json.dumps(about))
+
+
+def test_missing_last_shards_and_shards_that_are_there_twice_are_counted(folder):
+    paths = in_three_shards(folder)
+    paths[2].unlink()
+    with pytest.raises(SystemExit, match="16 latents in 2 shards, but latents.json counts 24"):
+        train(folder, "X", "--steps", "1")
+    forget_the_number(folder)
+    copy = paths[0].with_stem(paths[0].stem + " (1)")
+    copy.write_bytes(paths[0].read_bytes())
+    with pytest.raises(SystemExit, match=r"shard000.safetensors is there twice, also as .* \(1\)"):
+        train(folder, "X", "--steps", "1")
+
+
+def test_an_encoding_on_disks_that_are_not_shared_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(latents, "all_reduce_sum", lambda n: n + 10)        # another rank's latents
+    with pytest.raises(SystemExit, match="holds 24 of the 34 latents .* that all machines share"):
+        encode(folder, "--fresh")
+    assert not (folder / "RUN" / "latents" / "latents_stats.pt").exists()
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n"
+FILES_OF_LATENTS = ["latents_rank00_shard000.safetensors", "latents_stats.pt", "latents.json",
+                    "classes.json"]
+FILES_OF_A_DIT = ["config.json", "model.safetensors", "latents_stats.pt", "classes.json"]
+
+
+def damaged(whole):
+    return {"half": whole[:len(whole) // 2], "empty": b"", "zeros": bytes(300), "pointer": LFS,
+            "other": b"7"}
+
+
+@pytest.mark.parametrize("kind", damaged(b""))
+def test_a_damaged_file_of_latents_or_of_a_transformer_is_named_with_what_to_do(folder, kind):
+    train(folder, "D", "--steps", "1")
+    for where, names in (("RUN/latents", FILES_OF_LATENTS), ("D", FILES_OF_A_DIT)):
+        for name in names:
+            path = folder / where / name
+            whole = path.read_bytes()
+            path.write_bytes(damaged(whole)[kind])
+            with pytest.raises(SystemExit, match=f"{name} cannot be read .*; .*copy"):
+                if where == "D":
+                    run_sample(folder, "D", "out")
+                else:
+                    run_train(folder, "X", "--steps", "1")
+            path.write_bytes(whole)
+    assert not (folder / "X").exists() and not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("name, contents, told", [
+    ("latents.json", {"image": 16}, "it lacks tokenizer, encoder, data, split"),
+    ("classes.json", {"cat": 0}, "it holds a dict, not a list"),
+    ("classes.json", [*range(10)], "it holds other values than names"),
+    ("classes.json", ["cat"], "labels are between 0 and 9, but classes.json names 1"),
+    ("latents_stats.pt", {"mu": 0}, "'mean' is missing"),
+    ("latents_stats.pt", torch.zeros(3), "cannot be read"),
+    ("latents_stats.pt", {"mean": torch.zeros(1, 12, 1, 1), "std": torch.zeros(1, 12, 1, 1)},
+     "not above 0"),
+    ("latents_stats.pt", {"mean": torch.zeros(12), "std": torch.ones(12)}, "wanted .1, C, 1, 1."),
+    ("latents_rank00_shard000.safetensors", {"latents": torch.zeros(2, 3)}, "cannot be read"),
+    ("latents_rank00_shard001.safetensors",
+     {"latents": torch.zeros(2, 12, 4, 4), "latents_flip": torch.zeros(2, 12, 4, 4),
+      "labels": torch.zeros(2, dtype=torch.long)}, "its latents are .12, 4, 4., those of"),
+    ("latents_rank00_shard001.safetensors",
+     {"latents": torch.zeros(2, 12, 8, 8), "latents_flip": torch.zeros(2, 12, 8, 8),
+      "labels": torch.zeros(3, dtype=torch.long)}, "labels are torch.int64 .3,.")])
+def test_files_of_another_program_are_refused_before_the_training(folder, name, contents, told):
+    path = folder / "RUN" / "latents" / name
+    if path.suffix == ".json":
+        path.write_text(json.dumps(contents))
+    elif path.suffix == ".pt":
+        torch.save(contents, path)
+    else:
+        save_file(contents, path)
+    with pytest.raises(SystemExit, match=told):
+        train(folder, "X", "--steps", "1")
+    assert not (folder / "X").exists()
+
+
+def test_a_transformer_beside_the_class_names_or_the_statistics_of_another_is_refused(folder):
+    train(folder, "D", "--steps", "1")
+    (folder / "D" / "classes.json").write_text('["cat", "dog"]')
+    with pytest.raises(SystemExit, match="12 channels and 10 classes; .* names 2 classes"):
+        run_sample(folder, "D", "out")
+
+
+def test_classes_without_latents_are_named_and_counted(folder, capsys):
+    classes = folder / "RUN" / "latents" / "classes.json"
+    classes.write_text(json.dumps([*json.loads(classes.read_text()), "lost+found"]))
+    train(folder, "D", "--steps", "1")
+    # there is no star among the 24 shapes
+    assert "2 of 11 classes have no latents (star, ...)" in capsys.readouterr().out
 
 
 def test_the_fingerprint_is_that_of_trunk_and_bottleneck_and_of_nothing_else(monkeypatch):

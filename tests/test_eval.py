@@ -3,6 +3,7 @@ error message says why a number cannot be measured."""
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,18 @@ def test_samples_are_judged_by_a_classifier_whose_distance_is_not_called_fid(
     here(*command, "--few")
     assert "training the classifier" not in capsys.readouterr().out        # read from its file
     assert metrics(run)["FD-classifier"]["value"] == pytest.approx(first["value"], rel=1e-4)
+    n_recognised = sum(m["name"] == "samples recognised" for m in lines(run))
+    with np.load(tmp_path / "samples.npz") as file:
+        images = file["arr_0"]
+    for labels in (np.full(60, 999), np.arange(5), np.eye(60)):
+        np.savez(tmp_path / "samples.npz", arr_0=images, labels=labels)
+        here(*command, "--few")
+        said = capsys.readouterr().out
+        assert "is left out" in said or "60 of 60 are not between 0 and 9" in said
+    assert sum(m["name"] == "samples recognised" for m in lines(run)) == n_recognised
+    here(*command[:-1], "judge_steps=5", "--few")
+    with pytest.raises(SystemExit, match="--set judge_steps=0: wanted 1 or more"):
+        here(*command[:-1], "judge_steps=0", "--few")
 
 
 def test_as_a_script_it_ends_with_an_error_message_and_no_traceback():
@@ -171,6 +184,72 @@ def test_names_that_occur_twice_are_counted_in_the_protocol(run, here, tmp_path)
     assert "3 classes (2 distinct names) x 80 templates" in protocol
 
 
+def class_folders(root, *names):
+    for k, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (20, 20), (40 * k, 60 * i, 0)).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.mark.parametrize("command", ["zeroshot", "probe", "fid"])
+@pytest.mark.parametrize("names, told", [
+    (["train/face", "val/face"], "have only one class name"),
+    (["train/face", "train/hand", "val/face"], "have only one class,"),
+    (["train/n01443537/images", "train/n01440764/images", "val/images"], "no class folder of")])
+def test_an_accuracy_over_one_class_or_without_labels_is_refused(
+        run, here, tmp_path, command, names, told, capsys):
+    data = class_folders(tmp_path / "data", *names)
+    more = [run]
+    if command == "fid":
+        np.savez(tmp_path / "s.npz", arr_0=np.zeros((6, 16, 16, 3), np.uint8))
+        more = [tmp_path / "s.npz", "--run", run, "--features", "classifier", "--few"]
+    with pytest.raises(SystemExit, match=told):
+        here(command, *more, "--data", data, "--val-data", data, "--out", tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_folders_without_images_do_not_count_for_chance(run, here, tmp_path):
+    data = class_folders(tmp_path / "data", "cat", "dog")
+    for junk in ("__MACOSX/cat", "lost+found", "empty"):
+        (data / junk).mkdir(parents=True)
+    here("zeroshot", run, "--val-data", data, "--out", tmp_path)
+    protocol = metrics(tmp_path)["zero-shot top1"]["protocol"]
+    assert "2 classes x 80 templates" in protocol and "chance 0.500" in protocol
+
+
+def test_classes_that_training_never_saw_are_named(run, here, tmp_path, capsys):
+    class_folders(tmp_path / "data" / "train", "cat", "dog")
+    class_folders(tmp_path / "data" / "val", "images", "other")
+    words = ["zeroshot", run, "--out", tmp_path, "--data", tmp_path / "data" / "train"]
+    here(*words, "--val-data", tmp_path / "data" / "val")
+    assert "none of the 2 classes of" in capsys.readouterr().out
+    here(*words, "--val-data", tmp_path / "data" / "train")
+    assert "none of" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words, told", [
+    (["zeroshot", "RUN", "--limit", "0"], "--limit 0: wanted 1 or more"),
+    (["probe", "RUN", "--train-limit", "-5"], "--train-limit -5: wanted 1 or more"),
+    (["probe", "RUN", "--seed", "-1"], "--seed -1: wanted 0 or more"),
+    (["recon", "RUN", "--batch", "0"], "--batch 0: wanted 1 or more"),
+    (["recon", "RUN", "--workers", "-2"], "--workers -2: wanted 0 or more"),
+    (["recon", "RUN", "--device", "gpu"], "--device gpu: wanted cpu, cuda or mps"),
+    (["probe", "RUN", "--set", "epochs=0"], "--set epochs=0: wanted 1 or more")])
+def test_a_number_out_of_range_is_refused_with_the_name_of_its_flag(run, here, words, told):
+    with pytest.raises(SystemExit, match=told):
+        here(*(word.replace("RUN", str(run)) for word in words))
+
+
+def test_check_needs_two_names_and_report_a_seed(run, here, capsys):
+    for words, told in ((["check", run, "--names", "dog"], "--names dog: wanted two or more"),
+                        (["report", run, "--seed", -1], "--seed -1: wanted 0 or more"),
+                        (["cost", "--image", 0], "--image 0: wanted 1 or more")):
+        with pytest.raises(SystemExit):
+            here(*words)
+        assert told in capsys.readouterr().err
+
+
 def test_lpips_is_a_mean_over_images_for_any_batch_size(weights, here, tmp_path, monkeypatch):
     plain = perceptual.Perceptual
 
@@ -187,6 +266,35 @@ def test_lpips_is_a_mean_over_images_for_any_batch_size(weights, here, tmp_path,
     found = metrics(tmp_path)
     assert "squeeze" in found["LPIPS"]["protocol"]
     assert "encoder and decoder fp32 (official: encoder bf16)" in found["PSNR"]["protocol"]
+
+
+class Exact(torch.nn.Module):
+    """A model that reproduces images below a brightness exactly, and others with an error of 0.1"""
+    config = Namespace(train_reconstruction=True, image_size=16)
+
+    def get_reconstruction_latents(self, image):
+        return image
+
+    def get_latents_decoded_images(self, z):
+        bright = eval.denormalize(z).mean((1, 2, 3), keepdim=True) > 0.5
+        return torch.where(bright, eval.normalize(255 * (eval.denormalize(z) - 0.1)), z)
+
+
+@pytest.mark.parametrize("levels, psnr, note", [
+    ([0, 0, 0], 100, "; 3 exact or above 100 dB count as 100"),
+    ([0, 255, 255], (100 + 20 + 20) / 3, "; 1 exact or above 100 dB count as 100"),
+    ([255, 255, 255], 20, "")])
+def test_an_exact_image_counts_as_100_db_and_the_protocol_says_so(
+        here, tmp_path, monkeypatch, capsys, levels, psnr, note):
+    (tmp_path / "val" / "x").mkdir(parents=True)
+    for k, level in enumerate(levels):
+        Image.new("RGB", (16, 16), (level,) * 3).save(tmp_path / "val" / "x" / f"{k}.png")
+    monkeypatch.setattr(eval, "load_model", lambda run: Exact())
+    here("recon", tmp_path, "--val-data", tmp_path / "val", "--perceptual", "none")
+    found = metrics(tmp_path)["PSNR"]
+    assert found["value"] == pytest.approx(psnr, abs=0.01)
+    assert found["protocol"].endswith(f"mean over images{note}")
+    assert metrics(tmp_path)["SSIM"]["protocol"].endswith("mean over images")
 
 
 def test_rfid_compares_reconstructions_with_the_crops_and_says_when_it_is_left_out(

@@ -1,11 +1,16 @@
 """Damaged, unusual and hostile files in folders and tars: a readable image has the right pixels and
 caption, any other file is skipped, reported and counted. All files are made by these tests."""
 import io
+import json
+import multiprocessing
+import multiprocessing.synchronize
 import os
+import signal
 import struct
 import subprocess
 import sys
 import tarfile
+import time
 import warnings
 import zlib
 from pathlib import Path
@@ -16,10 +21,13 @@ import torch
 from PIL import Image
 
 import data
-from data import TrainBatches, eval_batches, open_data
+import dit
+from data import TrainBatches, eval_batches, open_data, prefetch
+from vtp_min import VTPConfig, VTPModel
 from vtp_min.augment import adm_crop, clip_view, resize_square, ssl_view
 from vtp_min.dist import printable
-from vtp_min.extras.images import read_image
+from vtp_min.extras.images import is_image, read_header, read_image
+from vtp_min.extras.latents import write_shard, write_stats
 from vtp_min.extras.shards import read_caption
 
 ROOT = Path(__file__).parent.parent
@@ -228,6 +236,79 @@ def test_a_large_image_is_read_without_a_warning_and_a_decompression_bomb_raises
             read_image(io.BytesIO(png(50000, 50000, 8, 0, b"")))
 
 
+# ---------------------------------------------------------------- TIFF
+
+def tiff(bits, content, photometric, order="<", sample_format=1, side=4, extra=()):
+    """A gray TIFF without compression -> bytes
+
+    photometric  0: zeros are white, 1: zeros are black      order  byte order, < or >
+    extra        further tags of type SHORT with one value: (tag, value)
+    """
+    short, long = 3, 4
+    tags = [(256, short, side), (257, short, side), (258, short, bits), (259, short, 1),
+            (262, short, photometric), (273, long, 8), (277, short, 1), (278, short, side),
+            (279, long, len(content)), (339, short, sample_format)]
+    tags += [(tag, short, value) for tag, value in extra]
+    directory = struct.pack(order + "H", len(tags))
+    for tag, kind, value in sorted(tags):
+        number = struct.pack(order + "I", value)
+        if kind == short:
+            number = struct.pack(order + "HH", value, 0)
+        directory += struct.pack(order + "HHI", tag, kind, 1) + number
+    head = (b"II" if order == "<" else b"MM") + struct.pack(order + "HI", 42, 8 + len(content))
+    return head + content + directory + bytes(4)
+
+
+@pytest.mark.parametrize("photometric", [0, 1])
+@pytest.mark.parametrize("bits, order", [
+    (1, "<"), (4, ">"), (8, "<"), (8, ">"), (16, "<"), (16, ">")])
+@pytest.mark.parametrize("turn", [1, 6])
+def test_tiff_files_in_which_zeros_are_white_are_inverted_for_every_number_of_bits(
+        bits, order, photometric, turn):
+    n_bytes = max(4 * bits // 8, 1) * 4                       # rows begin at whole bytes
+    for value, byte in ((1, 255), (0, 0)):
+        content = tiff(bits, bytes([byte] * n_bytes), photometric, order, extra=[(274, turn)])
+        wanted = 255 * (value if photometric else 1 - value)
+        assert (decoded(content) == wanted).all()
+
+
+@pytest.mark.parametrize("gray, wanted", [(4095, 255), (0, 0), (2048, 128)])
+def test_white_has_12_bits_in_a_12_bit_tiff(gray, wanted):
+    pair = bytes([gray >> 4, (gray & 15) << 4 | gray >> 8, gray & 255])     # two pixels
+    assert (decoded(tiff(12, pair * 8, 1)) == wanted).all()
+
+
+@pytest.mark.parametrize("bits, sample_format", [(8, 2), (16, 2), (32, 2), (32, 3), (32, 1)])
+def test_signed_and_floating_point_pixels_and_those_of_32_bits_are_refused(bits, sample_format):
+    content = tiff(bits, bytes(bits // 8 * 16), 1, sample_format=sample_format)
+    with pytest.raises(ValueError, match="does not define the value of white"):
+        read_image(io.BytesIO(content))
+
+
+def test_gray_multiplied_by_alpha_in_a_tiff_is_blended_with_white():
+    content = encoded(Image.new("LA", (4, 4), (50, 128)), "TIFF")
+    # the tag ExtraSamples: 2 means alpha, 1 means alpha that the gray level is multiplied by
+    plain, multiplied = (struct.pack("<HHIHH", 338, 3, 1, value, 0) for value in (2, 1))
+    assert content.count(plain) == 1
+    assert abs(decoded(content.replace(plain, multiplied)) - (50 + 255 - 128)).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP"])
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_the_header_states_the_size_of_the_upright_image(kind, turn):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    how = {"exif": exif} if kind not in ("GIF", "BMP") else {}       # they have no EXIF
+    content = encoded(noise(32).crop((0, 0, 20, 10)), kind, **how)
+    size, format = read_header(io.BytesIO(content))
+    assert size == read_image(io.BytesIO(content)).size and format == kind
+
+
+def test_hidden_files_are_not_images():
+    names = ["x.png", "a/b.JPG", "a.b/x.tif", "._x.png", "a/._x.png", ".x.jpg", "x.txt"]
+    assert [is_image(name) for name in names] == [True] * 3 + [False] * 4
+
+
 # ---------------------------------------------------------------- files without a usable image
 
 def broken():
@@ -295,7 +376,7 @@ def test_a_folder_of_many_kinds_of_files_gives_its_images_and_reports_the_others
     source = open_data(zoo, "val", whole=True)
     out = capsys.readouterr().out
     assert "2 files are ignored" in out and "stray.png" in out
-    assert "1 of 14 classes have no image here (nobody" in out
+    assert "1 folders have no image and are not classes (nobody" in out
     assert len(source) == 48 + 1 + 1 + LOST
     assert "caf\u00e9 au lait" in source.classes and ".git" not in source.classes
     assert sum(len(x) for x, _, _ in eval_batches(source, 16, 16, workers=1)) == 50
@@ -483,3 +564,142 @@ def test_an_index_that_cannot_be_stored_is_made_again_with_a_message(tmp_path, m
 def test_printable_gives_one_line_without_control_characters():
     name = "a\nb\t\x1b[31m\udcff caf\u00e9"
     assert printable(name) == r"a\nb\t\x1b[31m\udcff caf" + "\u00e9"
+
+
+# ---------------------------------------------------------------- workers without shared memory
+@pytest.fixture
+def at_most_60_seconds():
+    """A worker that fails silently would make a test wait without end."""
+    def stop(number, frame):
+        raise TimeoutError("the workers have sent no batch")
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def no_space(*_):
+    raise RuntimeError("unable to write to file </torch_1>: No space left on device (28)")
+
+
+def same_batches(a, b):
+    for x, y in zip(a, b, strict=True):
+        assert x.captions == y.captions
+        assert torch.equal(x.image, y.image) and torch.equal(x.crops, y.crops)
+
+
+def test_batches_that_do_not_fit_into_shared_memory_come_through_a_pipe_with_a_note(
+        monkeypatch, capsys, at_most_60_seconds):
+    wanted = list(prefetch(small_batches(open_data("shapes")), 0, 3))
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", no_space)
+    same_batches(wanted, list(prefetch(small_batches(open_data("shapes")), 0, 3, workers=2)))
+    printed = capsys.readouterr().out
+    assert printed.count("shared memory (/dev/shm) is too small") == 1
+    assert "--workers 0" in printed and "--shm-size" in printed
+
+
+def test_evaluation_works_too_if_only_some_tensors_fit_into_shared_memory(
+        monkeypatch, at_most_60_seconds):
+    source = open_data("shapes", "val", side=16)
+    wanted = list(eval_batches(source, 16, 4, limit=12))
+    share = torch.UntypedStorage._share_fd_cpu_
+
+    def share_small_ones(storage, *args):
+        return no_space() if storage.nbytes() > 100 else share(storage, *args)
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", share_small_ones)
+    found = list(eval_batches(source, 16, 4, limit=12, workers=2))
+    for a, b in zip(wanted, found, strict=True):
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and a[2] == b[2]
+
+
+def test_workers_that_cannot_be_started_for_lack_of_shared_memory_are_explained(monkeypatch):
+    def no_lock(*_, **__):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(multiprocessing.synchronize.Lock, "__init__", no_lock)
+    with pytest.raises(ValueError, match="worker processes cannot be started .*--workers 0"):
+        prefetch(small_batches(open_data("shapes")), 0, 3, workers=2)
+
+
+def test_an_error_of_a_worker_has_the_message_that_it_has_without_workers(tmp_path):
+    (tmp_path / "class").mkdir()
+    (tmp_path / "class" / "0.png").write_bytes(b"")
+    messages = []
+    for workers in (0, 1):
+        with pytest.raises(ValueError) as error:
+            list(prefetch(small_batches(open_data(tmp_path)), 0, 3, workers))
+        messages.append(str(error.value))
+    assert messages[0] == messages[1] and messages[0].startswith("100 samples in a row")
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_a_sentence(at_most_60_seconds):
+    stream = prefetch(small_batches(open_data("shapes")), 0, 1000, workers=1)
+    next(stream)
+    worker, = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(ValueError, match="a worker process ended .*--workers 0"):
+        list(stream)
+
+
+# ---------------------------------------------------------------- a terminal that is gone
+def tokenizer(folder):
+    """The files of a small trained tokenizer"""
+    torch.manual_seed(0)
+    config = VTPConfig.of_size("pico", image=16, patch=8, latent_dim=8, clip=False)
+    VTPModel(config).save_pretrained(folder)
+    (folder / "run.json").write_text(json.dumps({"data": "shapes", "seed": 0, "size": "pico"}))
+    return folder
+
+
+def train_command(folder):
+    return (f"train.py --size pico --image 16 --patch 8 --batch 8 --w-clip 0 --w-ssl 0 "
+            f"--batch-rec 8 --perceptual none --out {folder}/out")
+
+
+def stage2_command(folder):
+    return (f"train.py --stage 2 --init {tokenizer(folder)} --batch 4 --perceptual none "
+            f"--w-gan 0 --out {folder}/out")
+
+
+def dit_command(folder):
+    tokenizer(folder)
+    latents = folder / "latents"
+    latents.mkdir()
+    z = torch.randn(8, 8, 2, 2)
+    write_shard(latents / "latents_rank00_shard000.safetensors", z, -z, torch.arange(8) % 2, "cpu")
+    _, encoder = dit.load_tokenizer(folder, "cpu")
+    about = {"tokenizer": "..", "encoder": encoder, "data": "shapes", "split": "train"}
+    write_stats(latents, ["a", "b"], about, seed=0)
+    return f"dit.py train {latents} --size pico --batch 4 --out {folder}/out"
+
+
+@pytest.mark.parametrize("command", [train_command, stage2_command, dit_command])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP], ids=["tee", "terminal"])
+def test_a_training_whose_output_nobody_reads_finishes_its_step_and_saves(tmp_path, command,
+                                                                          number):
+    """`2>&1 | tee log` and Ctrl-C, which ends tee too; a terminal that is closed"""
+    words = command(tmp_path).split() + "--steps 100000 --log-every 1 --device cpu".split()
+    run = subprocess.Popen([sys.executable, *words, "--workers", "0"], cwd=ROOT,
+                           env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+                           stderr=subprocess.STDOUT)
+    log = tmp_path / "out" / "log.jsonl"
+    while run.poll() is None and not (log.exists() and log.stat().st_size):
+        time.sleep(0.05)
+    run.stdout.close()
+    run.send_signal(number)
+    assert run.wait(60) == 75
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert torch.load(tmp_path / "out" / "last.pt")["step"] == steps[-1]
+
+
+def test_a_training_goes_on_when_the_reader_of_its_output_ends_before_it_starts(tmp_path):
+    """As in `| head -1`"""
+    words = train_command(tmp_path).split() + "--steps 3 --device cpu --workers 0".split()
+    reader, writer = os.pipe()
+    os.close(reader)
+    run = subprocess.run([sys.executable, *words], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE,
+                         text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    os.close(writer)
+    assert run.returncode == 0, run.stderr
+    assert "can no longer be written" in run.stderr and "Exception" not in run.stderr
+    assert torch.load(tmp_path / "out" / "last.pt")["step"] == 3

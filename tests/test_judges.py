@@ -1,17 +1,21 @@
 """The networks that replace Inception: SqueezeNet and a classifier trained on the user's data."""
+import json
 import os
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from test_fid import GOLDEN, chw
 from test_image_sets import noise
 from vtp_min.augment import ASSETS
-from vtp_min.extras.judges import (Classifier, SqueezeNet, load_or_train_classifier,
-                                   load_squeezenet, train_classifier)
+from vtp_min.extras.image_sets import open_samples
+from vtp_min.extras.judges import (Classifier, SqueezeNet, check_fid_args, check_labels,
+                                   load_or_train_classifier, load_squeezenet, train_classifier)
 from vtp_min.extras.weights import find
 
 
@@ -160,3 +164,73 @@ def test_a_stored_classifier_is_trained_once_and_again_for_other_images(tmp_path
     assert torch.equal(first.head.weight, again.head.weight)
     classifier_of("bars")
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("content", [
+    b"", bytes(100), b"half", b"version https://git-lfs.github.com/spec/v1\n", None])
+def test_a_damaged_or_foreign_classifier_is_trained_again_with_a_message(
+        tmp_path, capsys, content):
+    path = tmp_path / "judge.safetensors"
+
+    def classifier():
+        images = [*stripes(16, 0), *stripes(8, 1)]
+        return load_or_train_classifier(path, {"data": "stripes"}, 2, lambda: images, 2, "cpu")
+    first, _ = classifier()
+    if content is None:                                    # of another program: no metadata
+        save_file({"x": torch.zeros(3)}, path)
+    else:
+        path.write_bytes(path.read_bytes()[:500] if content == b"half" else content)
+    capsys.readouterr()
+    again, _ = classifier()
+    said = capsys.readouterr().out
+    assert "training the classifier" in said
+    assert content is None or "judge.safetensors cannot be read" in said
+    assert torch.equal(first.head.weight, again.head.weight)
+
+
+# ---- the arguments of eval.py fid
+
+def fid_args(**changes):
+    return Namespace(**{"few": True, "run": "RUN", "data": None, "save_stats": None,
+                        "save_real": None, "features": "classifier"} | changes)
+
+
+def samples_with(tmp_path, labels, name="x.npz"):
+    np.savez(tmp_path / name, arr_0=noise(4), labels=labels)
+    return open_samples(tmp_path / name)
+
+
+@pytest.mark.parametrize("labels, kept", [
+    ([0, 1, 2, 0], True), ([0, 1, 2, 3], False), ([-1, 0, 0, 0], False), ([999] * 4, False)])
+def test_labels_that_are_no_classes_are_left_out_before_the_computation(
+        tmp_path, capsys, labels, kept):
+    train = Namespace(classes=["a", "b", "c"], spec="DATA")
+    samples = samples_with(tmp_path, labels)
+    check_labels(fid_args(features="squeezenet"), samples, train)      # reads no labels
+    assert samples.labels is not None
+    check_labels(fid_args(), samples, train)
+    assert (samples.labels is not None) == kept
+    assert ("not those of the 3 classes of DATA" in capsys.readouterr().out) != kept
+
+
+def test_labels_of_classes_with_other_names_are_left_out(tmp_path, capsys):
+    summary = {"protocol": "Euler", "classes": ["a", "x"], "labels": [0, 1, 0, 1]}
+    (tmp_path / "labels.json").write_text(json.dumps(summary))
+    for classes in (["a", "x"], ["a", "b"]):
+        samples = samples_with(tmp_path, [0, 1, 0, 1], "samples.npz")
+        check_labels(fid_args(), samples, Namespace(classes=classes, spec="DATA"))
+        assert (samples.labels is not None) == (classes == ["a", "x"])
+    assert "names other classes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value, told", [
+    ("stats", "ends in .npz"), (5, "ends in .npz"), ("x.npz", "is not overwritten"),
+    ("x.npz/y.npz", "cannot be written")])
+@pytest.mark.parametrize("name", ["save_stats", "save_real"])
+def test_a_file_for_statistics_is_checked_before_the_computation(tmp_path, name, value, told):
+    samples = samples_with(tmp_path, [0] * 4)
+    path = value if value == 5 else str(tmp_path / value)
+    with pytest.raises(ValueError, match=told) as error:
+        check_fid_args(fid_args(**{name: path}), samples, None)
+    assert f"--set {name}" in str(error.value)
+    check_fid_args(fid_args(**{name: str(tmp_path / "new" / "y.npz")}), samples, None)

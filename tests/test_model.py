@@ -731,13 +731,28 @@ def damage(tensors):
     return tensors
 
 
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:1234\nsize 567\n"
+
+
+def half(path):
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+
+
 @pytest.mark.parametrize("file, content, sentence", [
-    ("config.json", "{not json", "is not JSON .* wanted the config.json of a VTP model"),
-    ("config.json", "[1, 2]", "holds a list; wanted"),
+    ("config.json", "{not json", "cannot be read .* wanted the config.json of a VTP model"),
+    ("config.json", "[1, 2]", "holds a list.* wanted"),
     ("config.json", '{"model_type": "clip"}', "has model_type 'clip'; wanted .* 'vtp'"),
-    ("config.json", '{"vision_depth": -1}', "vision_depth is -1"),
+    ("config.json", '{"vision_depth": -1}', "config.json: .* vision_depth is -1"),
+    ("config.json", '{"vision_depth": "four"}', "config.json: .* vision_depth is .four"),
+    ("config.json", "", "config.json cannot be read .*empty"),
+    ("config.json", "\0" * 500, "config.json cannot be read .*zeros, as after a power failure"),
+    ("config.json", LFS_POINTER, "config.json cannot be read .*git lfs pull"),
     ("model.safetensors", "rubbish",
-     "model.safetensors is damaged .* copy or download it again"),
+     "model.safetensors cannot be read .* copy or download it again"),
+    ("model.safetensors", "", "model.safetensors cannot be read .*empty"),
+    ("model.safetensors", "\0" * 500, "model.safetensors cannot be read .*zeros"),
+    ("model.safetensors", LFS_POINTER, "model.safetensors cannot be read .*git lfs pull"),
+    ("model.safetensors", half, "model.safetensors cannot be read"),
     ("model.safetensors", None, "model.safetensors is missing"),
     ("model.safetensors", damage,
      "does not match the config.json beside it; take both files from the same model.*"
@@ -747,9 +762,11 @@ def damage(tensors):
 def test_a_damaged_file_or_the_file_of_another_model_raises_an_error_that_explains_it(
         file, content, sentence, tmp_path):
     tiny().save_pretrained(tmp_path)
-    if callable(content):
-        tensors = content(safetensors.torch.load_file(tmp_path / file))
+    if content is damage:
+        tensors = damage(safetensors.torch.load_file(tmp_path / file))
         safetensors.torch.save_file(tensors, tmp_path / file)
+    elif content is half:
+        half(tmp_path / file)
     elif content is None:
         (tmp_path / file).unlink()
     else:

@@ -49,6 +49,11 @@ def test_top5_of_four_classes_is_not_reported_because_it_is_always_right():
     assert zero_shot(torch.eye(4), torch.eye(4), torch.arange(4)) == {"top1": 1}
 
 
+def test_zero_shot_classification_with_one_class_is_refused():
+    with pytest.raises(ValueError, match="only one class"):
+        zero_shot(torch.eye(4)[:, :3], torch.ones(3, 1), torch.zeros(4, dtype=torch.long))
+
+
 # ---- linear probe
 
 def test_the_linear_probe_is_perfect_on_separable_clouds():

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from data import Shapes, eval_batches, open_data
 from tokenizer import get_tokenizer
 from vtp_min import VTPConfig, VTPModel, vit
-from vtp_min.extras import report
+from vtp_min.extras import commands, report
 from vtp_min.extras.report import (alternating_order, class_attention, figure, format_number,
                                    image_saver, metrics_table, nearest_neighbours, pca_rgb, resize,
                                    samples)
@@ -195,6 +196,90 @@ def test_samples_of_the_diffusion_transformer_are_grouped_by_class(tmp_path):
     assert shown.tolist() == [[1, 255], [200, 202]]
     assert page.index("cat") < page.index("&lt;dog&gt;") and "3 samples" in page
     assert "no samples" in samples(image_saver(tmp_path), tmp_path / "elsewhere")
+
+
+def test_samples_that_cannot_be_read_are_replaced_by_the_reason(tmp_path):
+    folder = tmp_path / "samples"
+    (folder / "png").mkdir(parents=True)
+    info = {"protocol": "2 samples", "classes": ["cat"], "labels": [0, 0]}
+    for text, told in ((json.dumps(info), "000000.png cannot be read"),
+                       (json.dumps(info)[:20], "labels.json cannot be read"),
+                       ("[]", "it holds a list"), (json.dumps(info | {"labels": [0, 7]}), "the label 7"),
+                       (json.dumps(info | {"classes": [0]}), "a class name is not a text"),
+                       ('{"labels": [["000000.png", 3]]}', "it lacks protocol")):
+        (folder / "labels.json").write_text(text)
+        page = samples(image_saver(tmp_path), tmp_path)
+        assert "The samples cannot be shown" in page and told in page
+    (folder / "labels.json").write_text(json.dumps(info))
+    for j, side in ((0, 16), (1, 8)):
+        Image.new("RGB", (side, side)).save(folder / "png" / f"{j:06d}.png")
+    assert "The samples cannot be shown" in samples(image_saver(tmp_path), tmp_path)
+
+
+def test_numbers_that_are_not_finite_and_damaged_lines_do_not_prevent_a_report(
+        tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "GALLERY", 12)
+    make_run(tmp_path)
+    write_lines(tmp_path / "metrics.jsonl", [
+        {"name": "PSNR", "value": "inf", "protocol": "exact"},
+        {"name": "FID", "value": float("nan"), "protocol": "written by another program"},
+        {"name": "SSIM", "value": None, "protocol": "p"}, {"name": "LPIPS"}])
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b'{"name": "kNN full", "value": 0.' + b'{"name": "kNN latent", "value": 0.5, '
+                   b'"protocol": "k 20"}\n' + bytes(99) + b"\n")
+    with open(tmp_path / "log.jsonl", "ab") as file:
+        file.write(bytes(300) + b'{"step": 9, "clip": "inf", "rec": "-inf", "dino": null, '
+                   b'"images_per_s": "inf"}\n{"step": 10, "clip": 1e999, "x": [1]}\n'
+                   b'{"step": 11, "cl')
+    page = write_report(tmp_path).read_text("utf-8")
+    for part in ("<td>inf<td>exact", "<td>nan<td>written", "kNN latent<td>0.5", "10 of 40",
+                 "50 images per second"):
+        assert part in page
+    assert "SSIM" not in page and "LPIPS" not in page and "kNN full" not in page
+    said = capsys.readouterr().out
+    assert "metrics.jsonl: 3 of 6 lines are damaged" in said
+    assert "log.jsonl: 1 of 11 lines are damaged" in said
+
+
+def test_the_command_prints_numbers_that_are_not_finite(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "GALLERY", 12)
+    write_lines(make_run(tmp_path) / "metrics.jsonl", [
+        {"name": "PSNR", "value": "inf", "protocol": "exact"}, {"name": "x", "value": "many"}])
+    args = commands.arguments(["report", str(tmp_path)])
+    commands.report(args, "cpu", open_data, eval_batches, get_tokenizer)
+    said = capsys.readouterr().out
+    assert re.search(r"PSNR +inf   exact", said) and "wrote" in said and "many" not in said
+
+
+def test_a_model_whose_features_are_not_finite_has_a_page_with_its_curves(tmp_path):
+    make_run(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in weights if name.startswith("trunk.blocks.0") and "qkv" in name)
+    weights[name].fill_(float("nan"))
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    page = write_report(tmp_path).read_text("utf-8")
+    assert page.count("features of this model are not finite") == 5
+    assert (tmp_path / "report" / "curves.png").exists()
+
+
+def test_a_log_without_a_readable_line_and_a_run_json_of_another_version_have_a_page(
+        tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "GALLERY", 12)
+    make_run(tmp_path)
+    (tmp_path / "log.jsonl").write_bytes(bytes(500))
+    (tmp_path / "run.json").write_text('{"data": "shapes", "w_clip": 1}')
+    page = write_report(tmp_path).read_text("utf-8")
+    assert "no log.jsonl with readable lines" in page and "0 of unknown" in page
+    (tmp_path / "run.json").write_text('{"data": "sha')
+    with pytest.raises(ValueError, match="run.json cannot be read .*; restore it, or delete it"):
+        write_report(tmp_path)
+
+
+def test_exact_reconstructions_have_a_finite_mean_psnr(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "GALLERY", 12)
+    monkeypatch.setattr(report, "psnr", lambda a, b: torch.full((len(a),), float("inf")))
+    page = write_report(make_run(tmp_path)).read_text("utf-8")
+    assert "images: 100.0 dB (exact images count as 100)" in page
 
 
 def test_a_folder_without_weights_or_images_is_rejected_with_the_command_to_type(tmp_path):

@@ -1,28 +1,37 @@
 """A run folder: files are always complete, a resumed run equals an uninterrupted one, and a folder
 with other settings is rejected with a message."""
+import io
 import json
 import math
+import multiprocessing
 import os
 import resource
 import runpy
+import shutil
 import signal
+import sys
 import time
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from data import open_data
 from vtp_min import config
 from vtp_min import device as devices
 from vtp_min import run as runs
 from vtp_min.config import atomic_write
 from vtp_min.device import autocast, move_to, peak_flops, set_tf32, tf32_of
+from vtp_min.extras.output import protect_output
+from vtp_min.extras.run_folder import append_line
 from vtp_min.run import MUTABLE_FLAGS, Run, parse_settings, record_metric, to_json
 
 SETTINGS = {"size": "nano", "lr": 1e-3, "betas": (0.9, 0.98), "steps": 10, "workers": 0,
             "device": "cpu"}
-SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
+SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP
 
 
 class Part:
@@ -88,7 +97,7 @@ def test_the_last_two_checkpoints_are_kept_and_no_temporary_file_remains(tmp_pat
     save_three_checkpoints(tmp_path)
     assert saved_steps(tmp_path) == [3, 2]
     names = {p.name for p in tmp_path.iterdir()}
-    assert names == {"last.pt", "previous.pt", "log.jsonl", "run.json"}
+    assert names == {"last.pt", "previous.pt", "log.jsonl", "run.json", ".lock"}
 
 
 def test_an_interrupted_write_leaves_the_old_file_complete(tmp_path):
@@ -188,7 +197,342 @@ def test_fresh_deletes_checkpoints_and_log_even_with_other_settings(tmp_path):
     save_three_checkpoints(tmp_path)
     (tmp_path / "mine.txt").write_text("a file of the user")
     assert Run(tmp_path, SETTINGS | {"size": "S"}, fresh=True).checkpoint is None
-    assert {p.name for p in tmp_path.iterdir()} == {"run.json", "mine.txt"}
+    assert {p.name for p in tmp_path.iterdir()} == {"run.json", "mine.txt", ".lock"}
+
+
+# ---------------------------------------------------------------- files of others
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("names", [["config.json", "model.safetensors"], ["model.safetensors"],
+                                   ["config.json"], ["last.pt", "model.safetensors"]], ids=str)
+def test_a_folder_with_weights_of_others_is_refused_and_stays_as_it_is(tmp_path, names, fresh):
+    for name in names:
+        (tmp_path / name).write_bytes(b"weights of somebody else")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="--out"):
+        Run(tmp_path, SETTINGS, fresh)
+    after = contents(tmp_path)
+    assert {name: after[name] for name in names} == before
+    assert "run.json" not in after
+
+
+def test_a_run_without_checkpoints_is_not_overwritten_unless_fresh_is_given(tmp_path):
+    save_three_checkpoints(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"trained for days")
+    for name in ("last.pt", "previous.pt"):
+        (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match="model.safetensors of a run, but no checkpoint.*--fresh"):
+        Run(tmp_path, SETTINGS)
+    assert (tmp_path / "model.safetensors").exists()
+    Run(tmp_path, SETTINGS, fresh=True)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_fresh_does_not_delete_the_run_of_another_command(tmp_path):
+    """dit.py train RUN/latents --out RUN --fresh would delete the tokenizer."""
+    save_three_checkpoints(tmp_path)
+    with pytest.raises(ValueError, match="run of another command"):
+        Run(tmp_path, SETTINGS | {"latents": "90 of 64x4x4"}, fresh=True)
+    assert saved_steps(tmp_path) == [3, 2]
+
+
+def test_a_checkpoint_of_another_program_is_named_and_not_overwritten(tmp_path, capsys):
+    torch.save({"model": {"w": torch.zeros(3)}, "epoch": 7}, tmp_path / "last.pt")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="no checkpoint in .* can be read"):
+        Run(tmp_path, SETTINGS)
+    assert "last.pt is damaged (it is not the checkpoint of a run)" in capsys.readouterr().out
+    assert contents(tmp_path)["last.pt"] == before["last.pt"]
+
+
+def in_another_process(function):
+    """-> message of the ValueError that function raises in a new process, or "" """
+    def call(connection):
+        message = ""
+        try:
+            function()
+        except ValueError as error:
+            message = str(error)
+        connection.send(message)
+
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=call, args=(theirs,))
+    process.start()
+    message = ours.recv()
+    process.join()
+    return message
+
+
+def test_a_folder_is_used_by_one_process_at_a_time(tmp_path):
+    run = Run(tmp_path, SETTINGS)
+    run.log(1, loss=1.0)
+    for fresh in (False, True):
+        message = in_another_process(lambda: Run(tmp_path, SETTINGS, fresh))
+        assert f"is in use by process {os.getpid()}" in message and "--out" in message
+    assert logged_steps(tmp_path) == [1]
+    assert in_another_process(lambda: Run(tmp_path / "other", SETTINGS)) == ""
+    # the other process has ended, so its folder is free
+    Run(tmp_path / "other", SETTINGS)
+
+
+def test_a_killed_process_leaves_no_lock_even_if_its_workers_still_live(tmp_path):
+    def hold(connection):
+        Run(tmp_path, SETTINGS)
+        worker = os.fork()
+        if worker == 0:
+            time.sleep(60)
+        connection.send(worker)
+        time.sleep(60)
+
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=hold, args=(theirs,))
+    process.start()
+    worker = ours.recv()
+    process.kill()
+    process.join()
+    try:
+        os.kill(worker, 0)                                        # it lives
+        Run(tmp_path, SETTINGS)
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
+# ---------------------------------------------------------------- data that moved
+@pytest.fixture
+def images(tmp_path):
+    """A folder of 6 images in 2 classes"""
+    for c in ("cat", "dog"):
+        (tmp_path / "a" / c).mkdir(parents=True)
+        for i in range(3):
+            pixels = np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "a" / c / f"{i}.png")
+    return tmp_path / "a"
+
+
+def run_on(out, data, **settings):
+    """A run on a data set, as train.py opens it"""
+    data = str(data)
+    return Run(out, SETTINGS | {"data": data} | settings, files={"data": open_data(data)})
+
+
+@pytest.fixture
+def trained(images, tmp_path):
+    """A run folder with a checkpoint of step 1, trained on these images"""
+    run_on(tmp_path / "run", images).save(1, weights(1))
+    return tmp_path / "run"
+
+
+def test_the_same_images_under_another_path_continue_the_run(images, trained, capsys):
+    moved = images.rename(images.with_name("b"))
+    capsys.readouterr()
+    assert run_on(trained, moved).step == 1
+    printed = capsys.readouterr().out
+    assert f"data is now {str(moved)!r}; it was {str(images)!r}. The files are the same" in printed
+    assert json.loads((trained / "run.json").read_text())["data"] == str(moved)
+
+
+def test_relative_and_absolute_paths_and_links_name_the_same_data(images, trained, monkeypatch):
+    monkeypatch.chdir(images.parent)
+    images.with_name("link").symlink_to(images)
+    for path in ("a", "./a", "../" + images.parent.name + "/a/", "link"):
+        assert run_on(trained, path).step == 1
+
+
+def test_old_checkpoints_continue_with_another_spelling_of_the_same_path(images, trained,
+                                                                         monkeypatch):
+    checkpoint = torch.load(trained / "last.pt")
+    del checkpoint["files"]
+    torch.save(checkpoint, trained / "last.pt")
+    monkeypatch.chdir(images.parent)
+    assert run_on(trained, "./a").step == 1
+
+
+@pytest.mark.parametrize("change", ["one less", "another name", "another size"])
+def test_other_images_under_another_path_are_other_settings(images, trained, change):
+    moved = images.rename(images.with_name("b"))
+    if change == "one less":
+        (moved / "cat" / "1.png").unlink()
+    elif change == "another name":
+        (moved / "cat" / "1.png").rename(moved / "cat" / "3.png")
+    else:
+        Image.new("RGB", (9, 9)).save(moved / "cat" / "1.png")
+    with pytest.raises(ValueError, match=r"data: was '.*/a', now '.*/b' \(6 samples .*, now [56]"):
+        run_on(trained, moved)
+
+
+def test_images_that_changed_under_the_same_path_are_reported(images, trained, capsys):
+    (images / "cat" / "1.png").unlink()
+    assert run_on(trained, images).step == 1
+    assert "have changed since the last checkpoint: they were 6 samples" in capsys.readouterr().out
+
+
+def test_the_same_weights_under_another_path_continue_the_run(tmp_path):
+    def open_run(init):
+        return Run(tmp_path / "run", SETTINGS | {"init": str(init)}, files={"init": str(init)})
+    (tmp_path / "stage1").mkdir()
+    (tmp_path / "stage1" / "model.safetensors").write_bytes(b"weights")
+    open_run(tmp_path / "stage1").save(1, weights(1))
+    shutil.copytree(tmp_path / "stage1", tmp_path / "copy")
+    assert open_run(tmp_path / "copy").step == 1
+    (tmp_path / "copy" / "model.safetensors").write_bytes(b"others!")
+    with pytest.raises(ValueError, match="init: was .*stage1.*, now .*copy"):
+        open_run(tmp_path / "copy")
+
+
+# ---------------------------------------------------------------- damaged logs, full disks
+LINES = [json.dumps({"step": n, "loss": 1 / n}).encode() for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("log, steps", [
+    (LINES[0] + b"\n" + bytes(300) + LINES[1] + b"\n" + LINES[2] + b"\n", [1, 2, 3]),
+    (LINES[0] + b"\n" + bytes(300) + b"\n" + LINES[2] + b"\n", [1, 3]),
+    (LINES[0] + b"\n" + LINES[1][:9] + LINES[2] + b"\n", [1, 3]),
+    (LINES[0] + b"\n\xff\xfe\x80}\n[2]\n{}\n" + LINES[2], [1, 3]),
+    (bytes(4096), []), (b"version https://git-lfs.github.com/spec/v1\n", [])
+], ids=["zeros before a line", "a line of zeros", "half a line before the next", "no objects",
+        "only zeros", "Git LFS pointer"])
+def test_damaged_lines_of_the_log_are_reported_and_the_run_continues(tmp_path, log, steps, capsys):
+    save_three_checkpoints(tmp_path)
+    (tmp_path / "log.jsonl").write_bytes(log)
+    capsys.readouterr()
+    assert Run(tmp_path, SETTINGS).step == 3
+    assert logged_steps(tmp_path) == steps
+    if steps != [1, 2, 3]:
+        printed = capsys.readouterr().out
+        assert "log.jsonl" in printed and "damaged" in printed
+        assert (tmp_path / "log.jsonl.damaged").read_bytes() == log
+
+
+@pytest.fixture
+def limit_file_size():
+    """-> function that limits the size of files, as a full disk does"""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, before)
+
+
+def test_on_a_full_disk_all_metrics_are_printed_and_no_half_line_stays(tmp_path, limit_file_size,
+                                                                       capsys):
+    record_metric(tmp_path, "psnr", 31.25, "adm crop")
+    complete = (tmp_path / "metrics.jsonl").read_bytes()
+    limit_file_size(len(complete) + 10)
+    for name, value in (("ssim", 0.875), ("lpips", 0.125)):
+        record_metric(tmp_path, name, value, "adm crop")
+    limit_file_size(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    printed = capsys.readouterr().out
+    assert "0.875" in printed and "0.125" in printed and printed.count("(not saved: ") == 2
+    assert (tmp_path / "metrics.jsonl").read_bytes() == complete
+    record_metric(tmp_path, "fid", 12.5, "2048 samples")
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["name"] for line in lines] == ["psnr", "fid"]
+
+
+def test_a_new_line_does_not_continue_an_incomplete_one(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for half in (b'{"name": "psnr", "va', bytes(50), b'{"name": "psnr"}'):
+        path.write_bytes(half)
+        append_line(path, {"name": "fid"})
+        assert path.read_bytes() == half + b'\n{"name": "fid"}\n'
+
+
+def test_a_log_line_that_a_full_disk_cuts_off_is_removed(tmp_path, limit_file_size):
+    run = save_three_checkpoints(tmp_path)
+    complete = (tmp_path / "log.jsonl").read_bytes()
+    limit_file_size(len(complete) + 10)
+    with pytest.raises(ValueError, match="log.jsonl cannot be written .*free some space"):
+        run.log(4, loss=0.25)
+    assert (tmp_path / "log.jsonl").read_bytes() == complete
+
+
+def test_metrics_of_a_folder_that_cannot_be_written_are_printed(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").mkdir()                          # root may write in any folder
+    for name, value in (("psnr", 31.25), ("ssim", 0.875)):
+        record_metric(tmp_path, name, value, "adm crop")
+    printed = capsys.readouterr().out
+    assert "31.25" in printed and "0.875" in printed
+    assert "cannot be written, Is a directory; --out names another folder" in printed
+
+
+def test_a_run_folder_that_cannot_be_written_is_refused_before_training(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file/run cannot be written .*--out"):
+        Run(tmp_path / "file" / "run", SETTINGS)
+
+
+# ---------------------------------------------------------------- output
+def close_output(monkeypatch):
+    """Make sys.stdout and sys.stderr pipes that nobody reads. (A fixture could not: pytest replaces
+    both again when the test begins.)"""
+    for name in ("stdout", "stderr"):
+        reader, writer = os.pipe()
+        os.close(reader)
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(os.fdopen(writer, "wb", 0),
+                                                        write_through=True))
+
+
+def test_output_to_a_closed_pipe_raises_no_error(monkeypatch):
+    close_output(monkeypatch)
+    with pytest.raises(BrokenPipeError):
+        print("lost", flush=True)
+    protect_output()
+    protect_output()                                              # a second call changes nothing
+    for stream in (sys.stdout, sys.stderr):
+        print("lost", file=stream, flush=True)
+        stream.flush()
+        os.write(stream.fileno(), b"also from libraries")         # it is /dev/null now
+
+
+def test_a_run_whose_output_nobody_reads_continues_and_saves(monkeypatch, tmp_path):
+    close_output(monkeypatch)
+    protect_output()
+
+    def send(run, step):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+    run = loop(tmp_path, send)
+    assert run.status == runs.EXIT_RESUME and torch.load(tmp_path / "last.pt")["step"] == 4
+
+
+def test_the_other_stream_says_that_output_is_lost(tmp_path, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w"))
+    monkeypatch.setattr(sys, "stderr", open(tmp_path / "errors", "w"))
+    protect_output()
+    for _ in range(3):
+        print("lost", flush=True)
+    sys.stderr.flush()
+    text = (tmp_path / "errors").read_text()
+    assert text.count("can no longer be written (Broken pipe); the program continues") == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_output_to_a_full_disk_and_a_stream_that_is_closed_raise_no_error(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))
+    monkeypatch.setattr(sys, "stderr", None)
+    protect_output()
+    for stream in (sys.stdout, sys.stderr):
+        print("lost", file=stream, flush=True)
+
+
+def test_sighup_stops_a_run_except_under_nohup(tmp_path):
+    run, before = Run(tmp_path, SETTINGS), handlers()
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)              # nohup
+        run._catch_signals()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not run.stop_requested
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        run._catch_signals()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert run.stop_requested
+    finally:
+        restore_handlers(before)
 
 
 # ---------------------------------------------------------------- log, metrics, signals

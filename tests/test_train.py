@@ -16,9 +16,11 @@ from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import train
@@ -41,7 +43,8 @@ def settings(**values):
 def run_here(out, *flags):
     """python train.py within this process, where PyTorch is already imported, which is much faster
     -> its log.   out: run folder; flags: added to TINY"""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP
+    handlers = {s: signal.getsignal(s) for s in numbers}
     argv = sys.argv
     sys.argv = ["train.py", "--out", str(out), *TINY, *map(str, flags)]
     try:
@@ -379,6 +382,20 @@ def test_a_run_can_be_continued_with_more_steps(reference_run, out):
     assert [line["step"] for line in lines] == [1, 2, 22]
 
 
+def test_a_run_continues_when_its_images_have_moved(out, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        path = tmp_path / "job1" / "train" / f"class {i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(path)
+    flags = ["--w-clip", 0, "--w-ssl", 0, "--data"]
+    run_here(out, "--steps", 2, *flags, tmp_path / "job1")
+    shutil.move(tmp_path / "job1", tmp_path / "job2")
+    lines = run_here(out, "--steps", 3, *flags, tmp_path / "job2")
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert "The files are the same (8 samples" in capsys.readouterr().out
+
+
 def test_continuing_with_other_settings_is_an_error_that_names_them(reference_run, capsys):
     with pytest.raises(SystemExit, match=r"train.py: .*lr: was 0.0005, now 0.5.*--fresh"):
         run_here(reference_run, "--steps", 4, "--lr", 0.5)
@@ -459,6 +476,12 @@ def test_siglip_centring_and_stochastic_depth_run_and_stay_finite(out):
     (["--image", 4], "--image 4 is not a multiple of --patch 8; try --image 8"),
     (["--patch", 0], "--patch 0: wanted 1 or more"),
     (["--log-every", 0], "--log-every 0: wanted 1 or more"),
+    (["--seed", -1], "--seed -1: wanted 0 or more"),
+    (["--workers", -1], "--workers -1: wanted 0 or more"),
+    (["--lr", "nan"], "--lr nan: wanted a finite number"),
+    (["--device", "gpu"], "--device gpu: wanted cpu, cuda or mps"),
+    (settings(drop_ssl=1), "--set drop_ssl=1.0: wanted 0 or more, and less than 1"),
+    (settings(max_bad=2), "--set max_bad=2.0: wanted a number from 0 to 1"),
     (settings(local_image=9), "local_image=9 is not a multiple"),
     (settings(emma=0.9), "emma=0.9: wanted name=value, where name is one of clip_loss"),
     (settings(teacher="mean"), "teacher=mean: wanted one of sinkhorn, centering"),

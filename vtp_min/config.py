@@ -6,6 +6,7 @@
 """
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -193,10 +194,11 @@ def atomic_write(path, write, keep=None):
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
     except Exception as error:         # torch and safetensors have their own errors for a full disk
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):                               # a read-only file system
+            temporary.unlink()
         raise ValueError(f"{path} could not be written ({error}); the old file is unchanged. If "
-                         f"the disk is full, free some space: the same command continues from the "
-                         f"last checkpoint") from error
+                         f"the disk is full, free some space: the same command then goes on; a "
+                         f"training continues from its last checkpoint") from error
     if keep and path.exists():
         os.replace(path, keep)
     os.replace(temporary, path)                               # atomic on the same file system
@@ -216,15 +218,9 @@ def write_model(folder, config, tensors):
 
 def read_json(path):
     """Path of a config.json -> dict. Raises ValueError if the file is not a JSON object."""
-    try:
-        found = json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); wanted the config.json of a VTP "
-                         f"model") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds a {type(found).__name__}; wanted the config.json of a VTP "
-                         f"model, an object with model_type 'vtp'")
-    return found
+    from .extras import files
+    return files.read_json(path, "wanted the config.json of a VTP model; copy or download it "
+                                 "again, or repeat the command that trained the model")
 
 
 def read_config(path):
@@ -252,10 +248,12 @@ def load_weights(model, path):
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing; wanted the weights beside config.json")
+    from .extras.files import reading
+    with reading(path, "wanted the weights beside config.json; copy or download it again, or "
+                       "repeat the command that trained the model"):
+        tensors = safetensors.torch.load_file(path)
     try:
-        model.load_state_dict(safetensors.torch.load_file(path))
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); copy or download it again") from None
+        model.load_state_dict(tensors)
     except RuntimeError as error:
         differences = " ".join(str(error).split())            # PyTorch's message has many lines
         raise ValueError(f"{path} does not match the config.json beside it; take both files from "

@@ -4,7 +4,7 @@ Helpers over torch.distributed. On a single process they return their input or d
 files call them in both cases. `python train.py` starts one process, `torchrun` starts many.
 """
 import os
-import sys
+import re
 
 import torch
 import torch.distributed as dist
@@ -49,9 +49,8 @@ def init_distributed(device=None):
     device  'cpu', 'cuda', 'mps', or None for the best available one. ValueError if the device is
             not available.
     """
-    if hasattr(sys.stdout, "reconfigure"):
-        # With LANG=C, print would raise an error for class names with non-ASCII letters.
-        sys.stdout.reconfigure(errors="backslashreplace")
+    from .extras.output import protect_output
+    protect_output()                          # a closed pipe or terminal ends no training
     device = choose_device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)         # NCCL needs a different GPU for each process
@@ -71,8 +70,12 @@ def choose_device(name=None):
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name is None:
         name = next((kind for kind in available if available[kind]), "cpu")
+    if not re.fullmatch(r"(cpu|cuda|mps)(:\d+)?", name):
+        raise ValueError(f"--device {name}: wanted cpu, cuda or mps")
     device = torch.device(name)
-    if not available.get(device.type, True):                  # True: cpu is always available
+    n_devices = max(1, torch.cuda.device_count())
+    # True: cpu is always available
+    if not available.get(device.type, True) or (device.index or 0) >= n_devices:
         raise ValueError(f"--device {name} is not available on this machine or in this build of "
                          f"PyTorch; try --device cpu")
     if device.type == "cuda" and device.index is None:

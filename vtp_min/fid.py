@@ -215,6 +215,9 @@ def square_root(cov):
 
 
 # ---------------------------------------------------------------- reconstruction and original
+MAX_PSNR = 100       # dB. A larger PSNR counts as this in a mean, so that it is never inf
+
+
 def psnr(a, b):
     """Peak signal-to-noise ratio in dB of each pair of images.
 

@@ -15,6 +15,7 @@ def parse_subcommands(argv, description, commands, flags, settings):
 
     -> Namespace with .command, its flags and its settings. Exits with a message after a mistake.
     """
+    from .extras.flag_ranges import check_numbers
     raw = argparse.RawDescriptionHelpFormatter             # keeps the line breaks of the docstrings
     parser = argparse.ArgumentParser(description=description, formatter_class=raw)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -35,7 +36,12 @@ def parse_subcommands(argv, description, commands, flags, settings):
     except ValueError as problem:
         parser.error(str(problem))
     del args.set                               # each setting stands under its own name
-    return argparse.Namespace(**vars(args) | found)
+    args = argparse.Namespace(**vars(args) | found)
+    try:
+        check_numbers(args, found)
+    except ValueError as problem:
+        raise SystemExit(f"{parser.prog} {args.command}: {problem}") from None
+    return args
 
 
 def rows_of(table, command):

@@ -263,7 +263,11 @@ class VTPModel(nn.Module):
         settings = read_config(Path(folder, "config.json"))
         if rope_dtype is not None:
             settings["rope_dtype"] = str(rope_dtype).removeprefix("torch.")
-        model = cls(VTPConfig(**settings))
+        try:
+            config = VTPConfig(**settings)
+        except ValueError as error:
+            raise ValueError(f"{folder}/config.json: {error}") from None
+        model = cls(config)
         load_weights(model, Path(folder, "model.safetensors"))
         return model.eval()
 

@@ -86,6 +86,8 @@ def zero_shot(features, classifier, labels, topk=(1, 5)):
     features (n, E), of any length; classifier (E, C); labels (n,) -> {"top1": ..., "top5": ...},
     accuracies in 0..1. If k is not below C, the top-k accuracy is always 1 and is left out.
     """
+    if classifier.shape[1] < 2:
+        raise ValueError("there is only one class, so zero-shot classification is always right")
     # 100 is part of the protocol of OpenCLIP and VTP, whatever scale the model has learned
     logits = 100 * F.normalize(features.float(), dim=-1) @ classifier   # (n, C)
     C = classifier.shape[1]

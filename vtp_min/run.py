@@ -41,9 +41,6 @@ MUTABLE_FLAGS = {"steps", "workers", "device", "log_every", "save_every", "micro
                  "compile", "max_bad", "out", "fresh", "val_data", "machine", "fast", "free_memory"}
 # fields of a log line that depend on the speed of the machine, so they differ between equal runs
 TIMING = {"images_per_s", "gflops", "share_of_peak", "data_wait"}
-# files that --fresh deletes; other files in the folder belong to the user
-FILES = ("last.pt", "previous.pt", "log.jsonl", "metrics.jsonl", "run.json", "config.json",
-         "model.safetensors")
 EXIT_RESUME = 75       # exit status after a signal: EX_TEMPFAIL in sysexits.h, "try again later"
 # Skipped steps in a row that end a run (ours). With fp16, up to 16 in a row are normal: the loss
 # scale starts at 2^16 and is halved after each skipped step.
@@ -51,15 +48,18 @@ MAX_BAD_STEPS = 25
 
 
 class Run:
-    def __init__(self, folder, settings, fresh=False):
+    def __init__(self, folder, settings, fresh=False, files=None):
         """Open the folder of a run; create it if it does not exist.
 
         settings  dict of flags, stored in run.json
         fresh     delete the run that the folder contains
+        files     {setting that is a path: what it names}; the same files may have another path when
+                  the run is continued
         self.step is the next step: 0, or the number of steps completed in the checkpoint. Raises
-        ValueError if the folder contains a run with other settings, or if none of its checkpoints
-        can be read.
+        ValueError if the folder contains a run with other settings or other weights, if none of
+        its checkpoints can be read, or if another process uses it.
         """
+        from .extras import run_folder
         self.folder = Path(folder)
         # as JSON returns them (tuples become lists), to compare them with those of the checkpoint
         self.settings = json.loads(json.dumps(settings))
@@ -70,25 +70,21 @@ class Run:
         self.reported = set()              # their names
         self.skipped = 0                   # steps without an update
         self.bad_steps = 0                 # steps without an update since the last update
+        self.files = run_folder.fingerprints(files)
         # torchrun restarts a failed process with the same flags; --fresh must not delete its run
-        restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-        if fresh and not restarted:
-            self._delete_files()
-            self.checkpoint = None
-        else:
-            self.checkpoint = self._load_newest_checkpoint()
+        fresh = fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+        if rank() == 0:
+            run_folder.claim(self.folder, self.settings, fresh)
+        self.checkpoint = None if fresh else self._load_newest_checkpoint()
         self.step = 0
         if self.checkpoint:
+            run_folder.check_settings(self.folder, self.checkpoint, self.settings, self.files,
+                                      MUTABLE_FLAGS)
             self._resume()
         if rank() == 0:
-            self._prepare_folder()
+            run_folder.prepare(self.folder, self.settings, self.step)
 
     # ------------------------------------------------------------ opening
-    def _delete_files(self):
-        if rank() == 0:
-            for name in FILES:
-                (self.folder / name).unlink(missing_ok=True)
-
     def _load_newest_checkpoint(self):
         """-> dict on the CPU, or None if the folder contains no checkpoint"""
         found = [path for path in (self.folder / "last.pt", self.folder / "previous.pt")
@@ -99,9 +95,13 @@ class Run:
                 with zipfile.ZipFile(path) as archive:
                     if archive.testzip():
                         raise ValueError("a checksum is wrong")
-                return torch.load(path, map_location="cpu", weights_only=True)
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+                if not {"step", "settings", "skipped"} <= checkpoint.keys():
+                    raise ValueError("it is not the checkpoint of a run")
+                return checkpoint
             except Exception as error:             # damaged files cause errors of many types
-                print0(f"{path} is damaged ({type(error).__name__}: {error}) and is ignored")
+                from .extras.files import reason
+                print0(f"{path} is damaged ({reason(path, error)}) and is ignored")
                 self.last_is_damaged = True
         if found:
             # Starting at step 0 would overwrite the files, and the user may be able to restore one.
@@ -110,37 +110,13 @@ class Run:
         return None
 
     def _resume(self):
-        """Compare the settings with those of the checkpoint, and take its counters."""
-        old, new = self.checkpoint["settings"], self.settings
-        changes = []
-        for name in sorted(old.keys() | new.keys()):
-            if name not in MUTABLE_FLAGS and old.get(name) != new.get(name):
-                changes.append(f"{name}: was {old.get(name)!r}, now {new.get(name)!r}")
-        if changes:
-            raise ValueError(f"{self.folder} was trained with other settings "
-                             f"({'; '.join(changes)}); use the old settings or another --out, or "
-                             f"start over with --fresh")
+        """Take the counters of the checkpoint."""
         self.step = self.checkpoint["step"]
         self.skipped = self.checkpoint["skipped"]
         # the saved count is a sum over ranks, so only one rank may start from it
         self.unreadable = self.checkpoint.get("bad", 0) if rank() == 0 else 0
         print0(f"{self.folder} holds a checkpoint of step {self.step}: training continues from it "
                f"(--fresh starts over)")
-
-    def _prepare_folder(self):
-        self.folder.mkdir(parents=True, exist_ok=True)
-        # temporary files of atomic_write, if a process was killed while it was writing
-        for unfinished in self.folder.glob("*.part"):
-            unfinished.unlink()
-        text = json.dumps(self.settings, indent=2) + "\n"
-        atomic_write(self.folder / "run.json", lambda path: path.write_text(text))
-        # Steps after the checkpoint are trained again, so their log lines are removed. The last
-        # line may be incomplete; complete lines end with a brace.
-        log = self.folder / "log.jsonl"
-        if log.exists():
-            lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
-            kept = [line + "\n" for line in lines if json.loads(line)["step"] <= self.step]
-            atomic_write(log, lambda path: path.write_text("".join(kept)))
 
     def restore(self, state):
         """Load the checkpoint, if there is one, into state {name: object with load_state_dict()}"""
@@ -300,8 +276,8 @@ class Run:
             return
         line = {"step": step} | {name: to_json(value) for name, value in values.items()}
         try:
-            with open(self.folder / "log.jsonl", "a") as f:
-                f.write(json.dumps(line) + "\n")
+            from .extras.run_folder import append_line
+            append_line(self.folder / "log.jsonl", line)
         except OSError as error:
             raise ValueError(f"{self.folder}/log.jsonl cannot be written ({error}); the last "
                              f"checkpoint is complete: free some space and run the same command "
@@ -314,6 +290,8 @@ class Run:
         checkpoint = {name: part.state_dict() for name, part in state.items()}
         checkpoint |= {"step": step, "settings": self.settings, "skipped": self.skipped,
                        "bad": unreadable}
+        if self.files:
+            checkpoint["files"] = self.files
         # a damaged last.pt must not replace a previous.pt that can be read
         keep = None if self.last_is_damaged else self.folder / "previous.pt"
         atomic_write(self.folder / "last.pt", lambda path: torch.save(checkpoint, path), keep=keep)
@@ -331,9 +309,11 @@ class Run:
 
     # ------------------------------------------------------------ signals
     def _catch_signals(self):
-        """After SIGTERM, SIGINT (Ctrl-C) or SIGUSR1, the loop finishes its step, saves and stops.
+        """After SIGTERM, SIGINT (Ctrl-C), SIGUSR1 or SIGHUP, the loop finishes its step, saves and
+        stops.
 
-        A cluster such as Slurm can send SIGTERM or SIGUSR1 before the time limit of a job.
+        A cluster such as Slurm can send SIGTERM or SIGUSR1 before the time limit of a job. SIGHUP
+        is sent when a terminal is closed; nohup ignores it.
 
         A second Ctrl-C stops immediately, except under torchrun: there, a worker may receive one
         Ctrl-C twice, from the terminal and from torchrun. torchrun kills workers that are still
@@ -359,6 +339,8 @@ class Run:
         signal.signal(signal.SIGTERM, request_stop)
         signal.signal(signal.SIGUSR1, request_stop)
         signal.signal(signal.SIGINT, interrupt)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:         # else under nohup
+            signal.signal(signal.SIGHUP, request_stop)
 
 
 def average_over_ranks(values):
@@ -403,8 +385,12 @@ def record_metric(folder, name, value, protocol, **more):
         print0(f"(not saved: {folder} is not a folder)")
         return
     line = {"name": name, "value": to_json(value), "protocol": protocol, **more}
-    with open(Path(folder) / "metrics.jsonl", "a") as f:
-        f.write(json.dumps(line) + "\n")
+    from .extras.run_folder import append_line
+    try:
+        append_line(Path(folder) / "metrics.jsonl", line)
+    except OSError as error:                                  # the other numbers are printed, too
+        print0(f"(not saved: {folder}/metrics.jsonl cannot be written, {error.strerror}; "
+               f"--out names another folder)")
 
 
 class ProgressBar(tqdm):

@@ -12,12 +12,18 @@ speed
     fast_dit.py          the same for dit.py
     fast_views.py        the same for crops and colour jitter
 data and files
+    files.py             reads files that may be damaged; errors name the file
+    run_folder.py        locks a run folder, protects files of others, recognises data that moved
+    output.py            a closed pipe or terminal does not end a training
+    workers.py           processes that load data, also where shared memory is small
+    class_folders.py     class folders: splits, labels, class names
     shards.py            tar shards: index and random access
     images.py            reads any image file
     latents.py           latents on disk, in LightningDiT's format
     sample_folder.py     a folder of generated images
     grid.py              a contact sheet
     weights.py           external weights: address, hash, download
+    flag_ranges.py       ranges of the numbers on the command line
 evaluation
     commands.py          check, cost, report and fetch of eval.py
     probe_official.py    the linear probe of the released code

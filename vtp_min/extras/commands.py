@@ -9,13 +9,14 @@ eval.py calls `arguments` to parse the command line, then `run`. Each command is
 same name; its docstring is the description that `--help` prints.
 """
 import argparse
-import json
 from pathlib import Path
 
 from ..config import VTPConfig
 from ..dist import barrier, cleanup, print0, rank
 from ..model import SIZES, SMALL, VTPModel, load_model
 from ..run import parse_settings, record_metric
+from .files import check_writable, read_settings
+from .flag_ranges import check_numbers
 
 
 def run(args, device, open_data, eval_batches, get_tokenizer):
@@ -47,7 +48,7 @@ def check(args, device, open_data, get_tokenizer):
     OUT/metrics.jsonl."""
     from .check import check_model
     from .cost import describe
-    Path(args.out).mkdir(parents=True, exist_ok=True)
+    check_writable(args.out, "give another folder with --out")
     model = load_model(args.run).to(device)
     print0("\n".join([args.run, *describe(model)]))
     side = args.image or model.config.image_size
@@ -91,10 +92,7 @@ def model_of_run(folder):
     The sizes are (prototypes, hidden, bottleneck), or None for a run without self-distillation and
     for released weights, which have no run.json.
     """
-    path = Path(folder, "run.json")
-    settings = {}
-    if path.exists():
-        settings = json.loads(path.read_text())
+    settings = read_settings(folder)
     head = None
     if settings.get("w_ssl"):
         head = [settings[name] for name in ("prototypes", "head_hidden", "head_bottleneck")]
@@ -124,21 +122,12 @@ def model_of_size(size, args):
 def report(args, device, open_data, eval_batches, get_tokenizer):
     """Write RUN/report.html: training curves, reconstructions, patch features, attention maps,
     zero-shot classification, generated samples, and all metrics."""
-    from .report import write_report
+    from .report import latest_metrics, write_report
     path = write_report(args.run, open_data, eval_batches, get_tokenizer, args.data,
                         args.val_data, device, args.dit, args.seed)
-    for metric in latest_metrics(args.run).values():
+    for metric in latest_metrics([args.run]).values():
         print0(f"{metric['name']:28s} {float(metric['value']):10.4g}   {metric['protocol']}")
     print0(f"wrote {path}")
-
-
-def latest_metrics(run):
-    """-> {name: last line of RUN/metrics.jsonl with this name}; {} if there is no such file"""
-    path = Path(run, "metrics.jsonl")
-    if not path.exists():
-        return {}
-    metrics = [json.loads(line) for line in path.read_text().splitlines()]
-    return {metric["name"]: metric for metric in metrics}
 
 
 def fetch(args):
@@ -215,6 +204,9 @@ def arguments(argv):
     defaults = {name: default for name, (default, _) in SETTINGS.items()}
     try:
         given = parse_settings(getattr(args, "set", []), defaults)
+        check_numbers(argparse.Namespace(**vars(args) | given), given)
+        if getattr(args, "names", None) and args.command == "check" and len(set(args.names)) < 2:
+            raise ValueError(f"--names {args.names[0]}: wanted two or more names to choose from")
     except ValueError as problem:
         top.error(str(problem))
     vars(args).update(defaults | given)

@@ -28,7 +28,6 @@ B images on this process    H, W image size    h, w grid of the discriminator's 
 d latent channels
 """
 import argparse
-import json
 import os
 from math import inf
 from pathlib import Path
@@ -45,6 +44,8 @@ from ..model import SMALL, VTPModel
 from ..optim import update_ema, warmup_cosine
 from ..rng import Stream, make_rng
 from ..run import Run, parse_settings
+from .files import read_settings as settings_of_run
+from .flag_ranges import check_numbers
 from .perceptual import Perceptual
 
 # name: (our default for pico, nano and micro; default for S, B and L; source of the second)
@@ -341,7 +342,10 @@ def train_with_gan(args, model, reconstruct, last_layer, device, precision, clea
         ema.swap()
 
     # ---- the run folder: new, or continued from a checkpoint
-    run = Run(args.out, settings, args.fresh)
+    files = {"data": data.source}
+    for name in ("init", "encoder"):                          # folders with weights
+        files[name] = getattr(args, name, None)
+    run = Run(args.out, settings, args.fresh, files)
     run.restore(state)
     print_summary(args, trained, disc, data, gan_start, data_range, device, precision)
     run.start(args, data.images_per_step, device, precision, export, check=discriminator_warnings())
@@ -481,8 +485,7 @@ def inherit_settings(args, config):
 
     config  VTPConfig of the model in --init. ValueError if the data are unknown.
     """
-    path = Path(args.init, "run.json")
-    stage1 = json.loads(path.read_text()) if path.exists() else {}
+    stage1 = settings_of_run(args.init)
     if args.data is None:
         args.data = stage1.get("data")
         args.val_data = args.val_data or stage1.get("val_data")
@@ -624,3 +627,4 @@ def check_values(args):
         value = getattr(args, name)
         if value is not None and not 0 <= value <= 1:
             raise ValueError(f"--set {name}={value}: must be a number from 0 to 1")
+    check_numbers(args, RECIPE)                               # the rest: seed, workers, lr, ...

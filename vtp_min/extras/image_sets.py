@@ -20,20 +20,26 @@ Every set has these attributes and methods:
 
 b images of a batch    H, W sides in pixels    F features
 """
-import json
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from ..config import atomic_write
-from ..dist import rank, rank_slice
+from ..dist import print0, rank, rank_slice
 from ..fid import statistics
+from .files import reading
+from .images import FORMATS, read_header, read_image
+from .sample_folder import read_summary
 
 # {network: F}; F shows which network the statistics in a file belong to
 WIDTHS = {"inception": 2048, "squeezenet": 512}
+WANTED = ("a folder of images, an npz with arr_0 (images), or an npz with mu and sigma "
+          "(statistics)")
+# arrays of an npz besides arr_0, the images: statistics and labels
+ARRAYS = ("mu", "sigma", "n", "features", "what", "labels", "arr_1")
 
 
 def open_samples(path, jpeg=False):
@@ -48,22 +54,23 @@ def open_samples(path, jpeg=False):
     path = Path(path)
     if (path / "samples.npz").exists():
         path = path / "samples.npz"
-    if path.suffix != ".npz":
+    if path.is_dir() or (not path.exists() and path.suffix != ".npz"):
         return ImageFolder(path, jpeg)
     if not path.exists():
-        raise ValueError(f"{path} does not exist; wanted a folder of images, an npz with arr_0, or "
-                         f"an npz with mu and sigma")
-    try:
-        names = np.load(path).files
-    except (OSError, ValueError, zipfile.BadZipFile) as problem:
-        raise ValueError(f"{path} is not an npz file ({problem})") from None
+        raise ValueError(f"{path} does not exist; wanted {WANTED}")
+    if path.suffix.lower() != ".npz":
+        raise ValueError(f"{path} is a file, but not an npz; wanted {WANTED}")
+    with reading(path, f"copy it again, or write it again; wanted {WANTED}"):
+        with np.load(path) as file:
+            names = file.files
+            arrays = {name: file[name] for name in ARRAYS if name in names}
     if {"mu", "sigma"} <= set(names):
         # ADM's reference files contain a few images too, but the statistics are of the whole set
-        return SavedStats(path)
+        return SavedStats(path, arrays)
     if "arr_0" not in names:
         raise ValueError(f"{path} contains {', '.join(names) or 'no arrays'}; wanted arr_0, uint8 "
                          f"(n, H, W, 3), as dit.py sample writes it, or mu and sigma")
-    return NpzImages(path)
+    return NpzImages(path, arrays)
 
 
 def check_sample_count(n, few):
@@ -83,15 +90,15 @@ def small_sample_note(n):
 
 
 class ImageSet:
-    """Base class: descriptions, and the statistics of a set with .batches"""
-    size = labels = None
+    """Base class: descriptions, and the statistics of a set with .batches
+
+    .protocol, .classes   how `dit.py sample` generated the images, and its class names; or None
+    """
+    size = labels = protocol = classes = None
 
     def origin(self):
-        """-> the protocol in the labels.json of `dit.py sample`; without that file, the name"""
-        path = self.folder / "labels.json"
-        if path.exists():
-            return json.loads(path.read_text())["protocol"]
-        return self.name
+        """-> how the images were generated, if this is known; else the name"""
+        return self.protocol or self.name
 
     def as_samples(self):
         number = self.n or "an unstated number of"
@@ -119,9 +126,6 @@ class Crops(ImageSet):
         self.n, self.size = min(limit, len(source)), (side, side)
         self.name = f"{self.n} {split} images of {source.spec}, ADM crop {side} px"
 
-    def origin(self):
-        return self.name
-
     def as_reference(self):
         return self.name
 
@@ -131,13 +135,13 @@ class Crops(ImageSet):
 
 
 class ImageFolder(ImageSet):
-    """The images in one folder, without its subfolders, sorted by name, as in pytorch-fid"""
+    """The images in one folder, without its subfolders, sorted by name, as in pytorch-fid. Pixels
+    are those that training reads; hidden files, such as macOS's ._x.png, are not images."""
     SUFFIXES = (".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+    FORMATS = (*FORMATS, "PPM")                            # PPM: .pgm and .ppm
 
     def __init__(self, path, jpeg):
-        self.folder, self.files = path, []
-        if path.is_dir():
-            self.files = sorted(f for f in path.iterdir() if f.suffix.lower() in self.SUFFIXES)
+        self.files = sorted(f for f in path.glob("[!.]*") if f.suffix.lower() in self.SUFFIXES)
         if not self.files:
             raise ValueError(f"{path} contains no samples.npz and no images "
                              f"({' '.join(self.SUFFIXES)}); to generate samples, type: "
@@ -145,7 +149,7 @@ class ImageFolder(ImageSet):
         sizes = {}                                         # {(W, H): name of the first such file}
         n_jpeg = 0
         for file in self.files:                            # reads only the headers
-            size, kind = read(file, lambda image: (image.size, image.format))
+            size, kind = self.read(read_header, file)
             sizes.setdefault(size, file.name)
             n_jpeg += kind in ("JPEG", "MPO")
         if len(sizes) > 1:
@@ -162,40 +166,52 @@ class ImageFolder(ImageSet):
         if n_jpeg:
             self.name += f", {n_jpeg} of them JPEG"
 
+    def read(self, function, file):
+        """-> function(file), which is read_header or read_image"""
+        with reading(file, "replace or delete it: a skipped image would change the distance"):
+            return function(file, self.FORMATS)
+
     def batches(self, size):
         """Yield the images of this rank: uint8 (b, 3, H, W), b <= size."""
         files = [self.files[k] for k in rank_slice(self.n)]
         for k in range(0, len(files), size):
-            images = [read(file, lambda image: np.array(image.convert("RGB")))
-                      for file in files[k:k + size]]
+            images = [np.array(self.read(read_image, file)) for file in files[k:k + size]]
             yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-
-
-def read(file, function):
-    """-> function(image), where image is the opened PIL image. ValueError if it cannot be read."""
-    try:
-        with Image.open(file) as image:
-            return function(image)
-    except (OSError, SyntaxError) as problem:
-        raise ValueError(f"{file} cannot be read as an image ({problem}). It is not skipped, "
-                         f"because that would change the distance; replace or delete it") from None
 
 
 class NpzImages(ImageSet):
     """The array arr_0 of an npz file, uint8 (n, H, W, 3), read batch by batch"""
 
-    def __init__(self, path):
-        self.path, self.folder, self.name = path, path.parent, str(path)
-        with zipfile.ZipFile(path) as z, z.open("arr_0.npy") as f:
+    def __init__(self, path, arrays):
+        """arrays  {name: array} of the file, without arr_0"""
+        self.path, self.name = path, str(path)
+        with self._open() as f:
             self.shape, dtype = self._read_header(f)
         shape = self.shape
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or not shape[0]:
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
             raise ValueError(f"{path}: arr_0 is {dtype} {shape}; wanted uint8 (n, H, W, 3)")
         self.n, self.size = shape[0], (shape[2], shape[1])
-        with np.load(path) as arrays:
-            for name in ("arr_1", "labels"):               # ADM's name, dit.py's name
-                if name in arrays:
-                    self.labels = torch.from_numpy(arrays[name]).long()
+        for name in ("arr_1", "labels"):                   # ADM's name, dit.py's name
+            if name in arrays:
+                self.labels = self._check_labels(name, arrays[name])
+        if path.name == "samples.npz" and (path.parent / "labels.json").exists():
+            summary = read_summary(path.parent)
+            self.protocol, self.classes = summary["protocol"], summary["classes"]
+
+    def _check_labels(self, name, labels):
+        """-> LongTensor (n,), or None and a message if the array is not one label per image"""
+        if labels.shape == (self.n,) and labels.dtype.kind in "biuf" and (labels % 1 == 0).all():
+            return torch.from_numpy(labels.astype(np.int64))
+        print0(f"{self.path}: {name} is left out. It is {labels.dtype} {labels.shape}; as labels "
+               f"of the images, {self.n} whole numbers are wanted")
+        return None
+
+    @contextmanager
+    def _open(self):
+        """-> open file at the start of arr_0, which is not loaded as a whole"""
+        with reading(self.path, "copy it again, or write it again"):
+            with zipfile.ZipFile(self.path) as z, z.open("arr_0.npy") as f:
+                yield f
 
     def _read_header(self, f):
         """-> shape, dtype of the array; afterwards, f is positioned at its first number"""
@@ -206,23 +222,23 @@ class NpzImages(ImageSet):
             header = np.lib.format.read_array_header_2_0(f)
         shape, fortran_order, dtype = header
         if fortran_order:
-            raise ValueError(f"{self.path}: arr_0 is stored column by column (Fortran order) and "
-                             f"cannot be read image by image; save np.ascontiguousarray(arr_0)")
+            raise ValueError("arr_0 is stored column by column (Fortran order), not image by "
+                             "image; save np.ascontiguousarray(arr_0)")
         return shape, dtype
 
     def batches(self, size):
         """Yield the images of this rank: uint8 (b, 3, H, W), b <= size."""
         rows = rank_slice(self.n)
         n_bytes = int(np.prod(self.shape[1:]))             # of one image
-        with zipfile.ZipFile(self.path) as z, z.open("arr_0.npy") as f:
+        with self._open() as f:
             self._read_header(f)
             f.seek(rows.start * n_bytes, 1)                # relative to the first number
             for k in range(rows.start, rows.stop, size):
                 n = min(size, rows.stop - k)
                 data = bytearray(f.read(n * n_bytes))
                 if len(data) < n * n_bytes:
-                    raise ValueError(f"{self.path} is incomplete: it ends after image "
-                                     f"{k + len(data) // n_bytes} of {self.n}; write it again")
+                    raise ValueError(f"it ends after image {k + len(data) // n_bytes} of "
+                                     f"{self.n}")
                 images = torch.frombuffer(data, dtype=torch.uint8).view(n, *self.shape[1:])
                 yield images.permute(0, 3, 1, 2)
 
@@ -235,26 +251,25 @@ class SavedStats(ImageSet):
     """
     size = None
 
-    def __init__(self, path):
-        self.folder, self.name = path.parent, f"{path}, saved statistics"
-        with np.load(path) as arrays:
+    def __init__(self, path, arrays):
+        """arrays  {name: array} of the file"""
+        self.name = f"{path}, saved statistics"
+        with reading(path, "wanted numbers: mu (F,), sigma (F, F) and n, the number of images"):
             self.mu = torch.from_numpy(np.asarray(arrays["mu"], np.float64))
             self.sigma = torch.from_numpy(np.asarray(arrays["sigma"], np.float64))
-            self.n = int(arrays["n"]) if "n" in arrays else 0
-            self.features = str(arrays["features"]) if "features" in arrays else ""
-            if "what" in arrays:                           # save_statistics: origin of the images
-                self.name += f" of {arrays['what']}"
+            self.n = int(arrays.get("n", 0))
+        self.features = str(arrays.get("features", ""))
+        if "what" in arrays:                               # save_statistics: origin of the images
+            self.name += f" of {arrays['what']}"
         F = self.mu.numel()
         if self.mu.shape != (F,) or self.sigma.shape != (F, F):
             raise ValueError(f"{path}: mu is {tuple(self.mu.shape)} and sigma "
                              f"{tuple(self.sigma.shape)}; wanted (F,) and (F, F), F = 2048 for FID")
         finite = self.mu.isfinite().all() and self.sigma.isfinite().all()
-        if not finite or not torch.allclose(self.sigma, self.sigma.T, rtol=1e-4, atol=1e-8):
-            raise ValueError(f"{path}: sigma is not symmetric, as a covariance must be, or a value "
-                             f"is not finite; write the file again")
-
-    def origin(self):
-        return self.name
+        symmetric = torch.allclose(self.sigma, self.sigma.T, rtol=1e-4, atol=1e-8)
+        if not finite or not symmetric or (self.sigma.diag() < 0).any():
+            raise ValueError(f"{path}: sigma is not symmetric with a diagonal of at least 0, as a "
+                             f"covariance must be, or a value is not finite; write the file again")
 
     def statistics(self, net, kind, features, batch=None, device=None):
         """-> mu, sigma; see the head of this file

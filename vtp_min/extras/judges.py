@@ -8,6 +8,7 @@ The distance of other features is recorded under other names, never as FID.
     Classifier, classifier_of      trained on the user's data: images -> features (B, 256), logits
     feature_net                    the network that --features and --set halve select
     check_fid_args                 checks the combination of arguments of `eval.py fid`
+    check_labels                   leaves out labels of samples that are not the user's classes
     record_recognition             accuracy of the classifier on class-conditional samples
 
 B images    H, W, S sides in pixels    F features
@@ -24,6 +25,7 @@ from ..config import atomic_write
 from ..dist import all_gather_ragged, all_reduce_sum, barrier, print0, rank, rank_slice
 from ..fid import in_chunks, load_inception
 from ..run import ProgressBar, record_metric
+from .files import check_writable, reading
 from .image_sets import SavedStats, check_sample_count
 from .weights import find
 
@@ -104,6 +106,40 @@ def check_fid_args(args, samples, reference):
     if from_data and has_images and samples.size[0] != samples.size[1]:
         raise ValueError(f"{samples.name}: the images are {samples.size[0]}x{samples.size[1]}, but "
                          f"samples must be square, because real images are cropped to squares")
+    for name in ("save_stats", "save_real"):
+        path = getattr(args, name)
+        if path is not None:
+            check_output(name, path)
+
+
+def check_output(name, path):
+    """Check the file of --set save_stats or save_real before anything is computed. ValueError if
+    it exists, or cannot be written."""
+    if Path(str(path)).suffix != ".npz":
+        raise ValueError(f"--set {name}={path}: wanted the name of a file that ends in .npz")
+    path = Path(path)
+    if path.exists():
+        raise ValueError(f"--set {name}={path}: this file exists and is not overwritten; give "
+                         f"another name, or delete it")
+    check_writable(path.parent, f"give another file with --set {name}")
+
+
+def check_labels(args, samples, train):
+    """Leave out the labels of the samples, with a message, if they are not classes of the training
+    images: samples.labels becomes None. Only --features classifier reads them."""
+    if samples.labels is None or args.features != "classifier" or not train.classes:
+        return
+    C = len(train.classes)
+    n_unknown = int(((samples.labels < 0) | (samples.labels >= C)).sum())
+    if n_unknown:
+        problem = f"{n_unknown} of {samples.n} are not between 0 and {C - 1}"
+    elif samples.classes not in (None, train.classes):
+        problem = "its labels.json names other classes"
+    else:
+        return
+    print0(f"{samples.name}: the labels are not those of the {C} classes of {train.spec} "
+           f"({problem}), so the fraction of recognised samples is not measured")
+    samples.labels = None
 
 
 # ---------------------------------------------------------------- SqueezeNet v1.0
@@ -262,7 +298,8 @@ def train_classifier(images, labels, n_classes, val_images, val_labels, steps=24
         torch.manual_seed(seed)
         model = Classifier(n_classes).to(device)
         optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.2)
+        warmup = 0.2 if steps != 5 else 0.3                # 0.2 of 5 steps: division by zero
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=warmup)
         epochs = steps * batch // len(images) + 1
         order = torch.cat([torch.randperm(len(images)) for _ in range(epochs)])
         silent = not progress or rank() > 0
@@ -287,18 +324,17 @@ def train_classifier(images, labels, n_classes, val_images, val_labels, steps=24
 def load_or_train_classifier(path, metadata, n_classes, load_images, steps, device):
     """Load the classifier from the file `path`, or train it and write the file.
 
-    Rank 0 trains if the file is missing, or if its metadata or its number of steps is different.
+    Rank 0 trains if the file is missing or damaged, or if its metadata or its number of steps is
+    different.
 
     metadata     {str: str} that identifies the training data; stored in the file
     load_images  function () -> images, labels, val_images, val_labels; called by every rank
     -> Classifier, its accuracy on the validation images
     """
-    def read_metadata():
-        with safetensors.safe_open(path, "pt") as f:
-            return dict(f.metadata())
-
     metadata = metadata | {"steps": str(steps)}
-    if not path.exists() or not metadata.items() <= read_metadata().items():
+    model, accuracy = load_classifier(path, metadata, n_classes)
+    if model is None:
+        check_writable(path.parent, "the classifier is stored there; give another --out")
         print0(f"training the classifier on the real images; it will be stored in {path}")
         # before the branch below, because all ranks must take part in gathering the images
         images, labels, val_images, val_labels = load_images()
@@ -307,13 +343,29 @@ def load_or_train_classifier(path, metadata, n_classes, load_images, steps, devi
                                                steps=steps, device=device)
             tensors = {name: x.contiguous() for name, x in model.state_dict().items()}
             metadata["accuracy"] = str(accuracy)
-            path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write(path, lambda part: safetensors.torch.save_file(tensors, part, metadata))
         barrier()
+        model, accuracy = load_classifier(path, metadata, n_classes)
+    return model.to(device), accuracy
+
+
+def load_classifier(path, metadata, n_classes):
+    """-> Classifier from a file, its accuracy; None, None if the file is missing, damaged or that
+    of other data"""
+    if not path.exists():
+        return None, None
     model = Classifier(n_classes)
-    model.load_state_dict(safetensors.torch.load_file(path))
-    model = model.to(device).eval().requires_grad_(False)
-    return model, float(read_metadata()["accuracy"])
+    try:
+        with reading(path, "the classifier is trained again"):
+            with safetensors.safe_open(path, "pt") as f:
+                found = f.metadata() or {}
+            if not metadata.items() <= found.items():
+                return None, None
+            model.load_state_dict(safetensors.torch.load_file(path))
+            return model.eval().requires_grad_(False), float(found["accuracy"])
+    except ValueError as problem:
+        print0(problem)
+        return None, None
 
 
 def classifier_of(args, train, val, side, device, loader):

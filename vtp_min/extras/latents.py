@@ -5,9 +5,10 @@
     latents_stats.pt                          mean, std (1, C, 1, 1) for each channel; the DiT is
                                               trained on (z - mean) / std
     classes.json                              class names in the order of the labels (ours)
-    latents.json                              how the latents were made (ours)
+    latents.json                              how the latents were made, and their number (ours)
 
-latents_stats.pt marks a complete encoding, so it is deleted first and written last.
+latents_stats.pt marks a complete encoding, so it is deleted first and written last. A folder may
+have been copied, and a tokenizer trained on: `dit.py train` checks both before it starts.
 
 C channels of the latents    h, w latent grid    b images or latents of a batch on this rank
 """
@@ -15,6 +16,7 @@ import bisect
 import json
 import math
 import os
+import re
 from functools import lru_cache, partial
 from itertools import count, islice
 from pathlib import Path
@@ -27,12 +29,15 @@ from safetensors.torch import save_file
 from ..augment import normalize
 from ..config import atomic_write
 from ..device import autocast, tf32_of
-from ..dist import barrier, print0, rank, rank_slice, world_size
+from ..dist import all_reduce_sum, barrier, print0, rank, rank_slice, world_size
 from ..rng import Stream, make_rng, permutation
 from ..run import ProgressBar
+from .files import check_writable, read_json, read_names, read_settings, reading
 
 SHARD_SIZE = 10000           # latents per shard: VTP
 STATS_SAMPLES = 10000        # latents from which mean and std are computed: LightningDiT
+# keys of latents.json that dit.py reads
+ABOUT = ("tokenizer", "encoder", "data", "split")
 
 
 # ---------------------------------------------------------------- encoding
@@ -44,18 +49,21 @@ def encode_folder(args, device, load_tokenizer, open_data, eval_batches):
     load_tokenizer, open_data, eval_batches  the functions of dit.py and data.py
     """
     out = Path(args.out or Path(args.run) / "latents")
-    check_folder(out, args.fresh)
     if args.batch < 1 or (args.n is not None and args.n < 1):
         raise ValueError(f"--batch {args.batch} --n {args.n}: both must be at least 1")
     tokenizer, encoder = load_tokenizer(args.run, device)
+    check_folder(out, args.fresh, encoder)
     source, side = open_images(args, tokenizer, open_data)
     n = min(args.n or len(source), len(source))
     prepare_folder(out)
     images = eval_batches(source, side, args.batch, limit=n, crop="adm", workers=args.workers)
     batches = encode_images(tokenizer, images, n, args, device)
-    write_shards(out, batches, max(1, SHARD_SIZE // args.batch), device)
+    n_written = write_shards(out, batches, max(1, SHARD_SIZE // args.batch), device)
     if rank() > 0:                                  # one rank computes the statistics of all shards
         return
+    if len(Latents(out)) != n_written:
+        raise ValueError(f"{out} holds {len(Latents(out))} of the {n_written} latents that the "
+                         f"processes wrote; give an --out on a disk that all machines share")
     posterior = f"sampled with seed {args.seed}" if is_kl(tokenizer) else "deterministic"
     about = dict(tokenizer=os.path.relpath(args.run, out), encoder=encoder, data=source.spec,
                  split=args.split, image=side, precision=args.precision, posterior=posterior)
@@ -72,13 +80,17 @@ def open_images(args, tokenizer, open_data):
 
     ValueError or FileNotFoundError if no data are named, or if they have no classes.
     """
-    path = Path(args.run) / "run.json"
-    if not path.exists() and args.data is None:
+    settings = read_settings(args.run)
+    if not settings and args.data is None:
         raise FileNotFoundError(f"{args.run} has no run.json that names its training data; give "
                                 f"--data")
-    settings = json.loads(path.read_text()) if path.exists() else {}
     spec = args.data or settings.get("data")
     side = args.image or settings.get("image") or tokenizer.config.image_size
+    config = getattr(tokenizer, "config", None)
+    patch = getattr(config, "vision_patch_size", 1)         # the baselines have no patches
+    if side % patch:
+        raise ValueError(f"--image {side} is not a multiple of the patch size, {patch}; try "
+                         f"--image {max(side // patch, 1) * patch}")
     source = open_data(spec, split=args.split, seed=settings.get("seed", 0), side=side)
     if source.classes is None:
         raise ValueError(f"{spec} has no classes, but LightningDiT is class-conditional; use a "
@@ -129,7 +141,7 @@ def shards(folder):
     Each rank encodes a contiguous part of the images. So this order is the order of the images, for
     any number of ranks.
     """
-    paths = Path(folder).glob("latents_rank*_shard*.safetensors")
+    paths = Path(folder).glob("latents_rank[0-9]*_shard[0-9]*.safetensors")
     # by length first: rank 100 follows rank 99
     return sorted(paths, key=lambda path: (len(path.name), path.name))
 
@@ -139,11 +151,18 @@ def is_complete(folder):
     return (folder / "latents_stats.pt").exists()
 
 
-def check_folder(folder, fresh):
-    """ValueError if the folder holds a complete encoding, unless --fresh is given"""
-    if shards(folder) and is_complete(folder) and not fresh:
-        raise ValueError(f"{folder} already holds latents ({len(shards(folder))} files); train on "
-                         f"them (python dit.py train {folder}), or encode again with --fresh")
+def check_folder(folder, fresh, encoder):
+    """ValueError if the folder holds a complete encoding, unless --fresh is given
+
+    encoder  fingerprint of the encoder
+    """
+    if fresh or not shards(folder) or not is_complete(folder):
+        return
+    old = Latents(folder)
+    if old.about["encoder"] != encoder:
+        raise ValueError(old.outdated(encoder))
+    raise ValueError(f"{folder} already holds latents ({len(old.paths)} files); train on them "
+                     f"(python dit.py train {folder}), or encode again with --fresh")
 
 
 def prepare_folder(folder):
@@ -154,17 +173,18 @@ def prepare_folder(folder):
                f"all images are encoded again")
     barrier()                                       # all ranks have listed the old shards by now
     if rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+        check_writable(folder, "give another folder with --out")
         for path in [folder / "latents_stats.pt", *folder.glob("latents_rank*")]:
             path.unlink(missing_ok=True)
     barrier()
 
 
 def write_shards(folder, batches, batches_per_shard, device):
-    """Write the latents of this rank
+    """Write the latents of this rank -> number of latents that all ranks wrote
 
     batches  iterator of latents, latents of mirror images (b, C, h, w), labels (b,)
     """
+    n_written = 0
     for number in count():
         part = list(islice(batches, batches_per_shard))
         if not part:
@@ -172,7 +192,9 @@ def write_shards(folder, batches, batches_per_shard, device):
         z, z_flip, labels = [torch.cat(tensors).contiguous() for tensors in zip(*part)]
         path = folder / f"latents_rank{rank():02d}_shard{number:03d}.safetensors"
         write_shard(path, z, z_flip, labels, device)
-    barrier()                                       # all shards of all ranks are complete
+        n_written += len(z)
+    # waits for all ranks, so that all shards are complete
+    return int(all_reduce_sum(torch.tensor(n_written, device=device)))
 
 
 def write_shard(path, z, z_flip, labels, device):
@@ -196,9 +218,11 @@ def write_stats(folder, classes, about, seed):
     """
     latents = Latents(folder)
     stats = latent_stats(latents, seed)
-    about = about | {"shape": latents.shape}
-    (folder / "classes.json").write_text(json.dumps(list(classes)) + "\n")
-    (folder / "latents.json").write_text(json.dumps(about, indent=2) + "\n")
+    about = about | {"shape": latents.shape, "n": len(latents)}
+    names = json.dumps(list(classes)) + "\n"
+    text = json.dumps(about, indent=2) + "\n"
+    atomic_write(folder / "classes.json", lambda path: path.write_text(names))
+    atomic_write(folder / "latents.json", lambda path: path.write_text(text))
     atomic_write(folder / "latents_stats.pt", lambda path: torch.save(stats, path))
     return latents, stats
 
@@ -236,6 +260,21 @@ def memory_mapped(path, name):
         return f.get_tensor(name)
 
 
+def read_stats(path, remedy):
+    """Path of latents_stats.pt -> {"mean", "std": (1, C, 1, 1)}. ValueError if it is damaged"""
+    with reading(path, remedy):
+        stats = torch.load(path, weights_only=True)
+        if not isinstance(stats, dict):
+            raise ValueError(f"it holds a {type(stats).__name__}, not a dict")
+        mean, std = stats["mean"], stats["std"]
+        if mean.shape != std.shape or mean.shape != (1, mean.numel(), 1, 1):
+            raise ValueError(f"mean is {tuple(mean.shape)} and std {tuple(std.shape)}; wanted "
+                             f"(1, C, 1, 1)")
+        if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
+            raise ValueError("a mean is not finite, or a standard deviation is not above 0")
+    return stats
+
+
 class Latents:
     """The shards of a folder as one list of latents (C, h, w) with labels
 
@@ -243,7 +282,8 @@ class Latents:
     stats     {"mean", "std": (1, C, 1, 1)}
     classes   class names          about  the contents of latents.json
 
-    The last three raise FileNotFoundError until the encoding is complete.
+    The last three raise FileNotFoundError until the encoding is complete. ValueError if a file is
+    damaged.
     """
 
     def __init__(self, folder):
@@ -252,12 +292,30 @@ class Latents:
         if not self.paths:
             raise FileNotFoundError(f"{folder} holds no latents_rank*_shard*.safetensors; write "
                                     f"them with: python dit.py latents RUN --out {folder}")
+        self.remedy = (f"copy it again, or encode again: python dit.py latents RUN --out {folder} "
+                       f"--fresh")
         memory_mapped.cache_clear()                # the shards may have been replaced by new ones
-        labels = [memory_mapped(path, "labels") for path in self.paths]
+        self.shape = None
+        labels = [self._check_shard(path) for path in self.paths]
         self.labels = torch.cat(labels)
         # number of latents in the shards up to and including this one
         self.ends = np.cumsum([len(part) for part in labels]).tolist()
-        self.shape = tuple(memory_mapped(self.paths[0], "latents").shape[1:])
+
+    def _check_shard(self, path):
+        """-> labels (n,) of a shard. ValueError if it is damaged or unlike the shards before it"""
+        names = ("labels", "latents", "latents_flip")
+        with reading(path, self.remedy):
+            labels, z, z_flip = [memory_mapped(path, name) for name in names]
+            shape = tuple(z.shape[1:])
+            self.shape = self.shape or shape
+            matches = len(z) > 0 and labels.shape == z.shape[:1] and z.shape == z_flip.shape
+            if not matches or labels.is_floating_point():
+                raise ValueError(f"labels are {labels.dtype} {tuple(labels.shape)}, latents "
+                                 f"{tuple(z.shape)}, latents_flip {tuple(z_flip.shape)}")
+            if shape != self.shape or len(shape) != 3:
+                raise ValueError(f"its latents are {shape}, those of {self.paths[0].name} "
+                                 f"{self.shape}")
+        return labels
 
     def __len__(self):
         return len(self.labels)
@@ -279,18 +337,22 @@ class Latents:
 
     @property
     def stats(self):
-        return torch.load(self.file("latents_stats.pt"), weights_only=True)
+        return read_stats(self.file("latents_stats.pt"), self.remedy)
 
     @property
     def classes(self):
-        return json.loads(self.file("classes.json").read_text())
+        return read_names(self.file("classes.json"), self.remedy)
 
     @property
     def about(self):
-        return json.loads(self.file("latents.json").read_text())
+        return read_json(self.file("latents.json"), self.remedy, keys=ABOUT)
 
-    def check(self):
-        """ValueError if LightningDiT cannot be trained on these latents"""
+    def check(self, load_tokenizer):
+        """ValueError if LightningDiT cannot be trained on these latents, or if they do not fit
+        their tokenizer any more
+
+        load_tokenizer  the function of dit.py
+        """
         C, height, width = self.shape
         if height != width:
             raise ValueError(f"latents are {height}x{width}, but LightningDiT needs square ones; "
@@ -303,6 +365,78 @@ class Latents:
         if lowest < 0 or highest >= len(classes):
             raise ValueError(f"labels are between {lowest} and {highest}, but classes.json names "
                              f"{len(classes)} classes; encode again with --fresh")
+        unused = sorted(set(range(len(classes))) - set(self.labels.tolist()))
+        if unused:
+            print0(f"{self.folder}: {len(unused)} of {len(classes)} classes have no latents "
+                   f"({classes[unused[0]]}, ...); samples of them will look like no class")
+        self._check_shard_names()
+        self._check_encoder(load_tokenizer)
+
+    def _check_shard_names(self):
+        """ValueError if a shard is missing. Each rank numbers its shards from 0."""
+        found = {}                                 # {(rank, number): path}
+        last = {}                                  # {rank: number of its last shard}
+        problems = []
+        for path in self.paths:
+            r, k = map(int, re.findall("[0-9]+", path.name)[:2])
+            if (r, k) in found:
+                problems.append(f"{found[r, k].name} is there twice, also as {path.name}")
+            found[r, k] = path
+            last[r] = max(k, last.get(r, 0))
+        wanted = {(r, k) for r in range(max(last) + 1) for k in range(last.get(r, 0) + 1)}
+        missing = [f"shard {k} of rank {r}" for r, k in sorted(wanted - set(found))]
+        if missing:
+            problems.append(f"{len(missing)} did not arrive ({', '.join(missing[:5])})")
+        expected = self.about.get("n", len(self))  # older folders do not state the number
+        if expected != len(self):
+            problems.append(f"latents.json counts {expected} latents")
+        if problems:
+            raise ValueError(f"{self.folder} holds {len(self)} latents in {len(self.paths)} "
+                             f"shards, but {'; '.join(problems)}; {self.remedy}")
+
+    def _check_encoder(self, load_tokenizer):
+        """ValueError if the tokenizer has been trained on since it made these latents"""
+        tokenizer = os.path.normpath(self.folder / self.about["tokenizer"])
+        if not Path(tokenizer, "config.json").exists():
+            print0(f"note: {tokenizer}, the tokenizer of these latents, is not there; so it is not "
+                   f"checked whether it was trained on since, and dit.py sample needs --tokenizer")
+            return
+        _, encoder = load_tokenizer(tokenizer, "cpu")
+        if encoder != self.about["encoder"]:
+            raise ValueError(self.outdated(encoder))
+
+    def outdated(self, encoder):
+        """-> error message: the tokenizer has now this fingerprint"""
+        return (f"{self.folder} holds latents of an older encoder (fingerprint "
+                f"{self.about['encoder']}; the tokenizer has {encoder} now, because it was trained "
+                f"on). Its decoder does not fit them: encode again with python dit.py latents RUN "
+                f"--out {self.folder} --fresh, or restore the tokenizer of that time")
+
+
+def read_export(folder):
+    """Read the files that `dit.py train` writes beside its weights -> the contents of config.json,
+    latents_stats.pt and classes.json
+
+    FileNotFoundError if one is missing; ValueError if one is damaged or does not fit the others.
+    """
+    files = ("config.json", "model.safetensors", "latents_stats.pt", "classes.json")
+    missing = [name for name in files if not (folder / name).exists()]
+    if missing:
+        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}; give a folder that was "
+                                f"written by: python dit.py train LATENTS --out {folder}")
+    remedy = (f"copy it again, or repeat the command python dit.py train LATENTS --out {folder}: "
+              f"it writes the file again from its checkpoint")
+    config = read_json(folder / "config.json", remedy, keys=("model", "tokenizer", "encoder"))
+    stats = read_stats(folder / "latents_stats.pt", remedy)
+    classes = read_names(folder / "classes.json", remedy)
+    with reading(folder / "config.json", remedy):
+        wanted = config["model"]["in_channels"], config["model"]["num_classes"]
+        found = stats["mean"].numel(), len(classes)
+        if found != wanted:
+            raise ValueError(f"it is a model of {wanted[0]} channels and {wanted[1]} classes; "
+                             f"latents_stats.pt has {found[0]} channels and classes.json names "
+                             f"{found[1]} classes")
+    return config, stats, classes
 
 
 class LatentBatches:

@@ -14,10 +14,10 @@ d latent channels    E width of the CLIP space    C class names, or channels
 import base64
 import html
 import io
-import json
 import math
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from string import Template
 
@@ -30,10 +30,14 @@ from PIL import Image
 
 from .. import vit
 from ..augment import denormalize, normalize
-from ..fid import psnr
+from ..config import atomic_write
+from ..fid import MAX_PSNR, psnr
 from ..model import VTPModel
 from ..probes import text_encoder, zero_shot_classifier
+from .files import check_writable, read_json_lines, read_settings, reading
 from .grid import image_grid
+from .images import read_image
+from .sample_folder import image_path, read_summary
 
 PAGE = Path(__file__).parent / "report.html"
 GALLERY = 256          # maximum number of images; nearest neighbours are searched among them
@@ -89,33 +93,38 @@ def write_report(run, open_data, eval_batches, get_tokenizer, data=None, val_dat
     if not (run / "model.safetensors").exists():
         raise ValueError(f"{run} contains no model.safetensors; give the output folder of a "
                          f"training: python train.py --out {run}")
-    settings = {}
-    if (run / "run.json").exists():
-        settings = json.loads((run / "run.json").read_text())
+    settings = read_settings(run)
     data = data or settings.get("data")
     val_data = val_data or settings.get("val_data")
     if not (data or val_data):
         raise ValueError(f"{run} has no run.json that names its training data; give the "
                          f"validation images: --val-data DIR")
+    save = image_saver(run / "report")
     model = VTPModel.from_pretrained(run).to(device or "cpu")
     source = open_data(val_data or data, "val", side=model.config.image_size, whole=bool(val_data))
     batch = encode_images(model, settings, eval_batches, source, seed)
-    log = read_lines(run / "log.jsonl")
-    save = image_saver(run / "report")
+    log = read_json_lines(run / "log.jsonl", lambda line: isinstance(line.get("step"), int))
     page = Template(PAGE.read_text("utf-8")).substitute(
         title=esc(title_of(settings, model)),
         folder=esc(str(run)),
         settings=settings_table(batch, settings, log),
         metrics=metrics_table(run, dit),
         curves=curves(save, settings, log),
-        reconstructions=reconstructions(save, batch),
-        patch_features=patch_features(save, batch),
-        attention=attention_maps(save, batch),
-        zero_shot=zero_shot(save, batch, get_tokenizer),
-        neighbours=neighbours(save, batch),
-        samples=samples(save, dit))
-    (run / "report.html").write_text(page, encoding="utf-8")
+        samples=samples(save, dit),
+        **model_sections(save, batch, get_tokenizer))
+    atomic_write(run / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
     return run / "report.html"
+
+
+def model_sections(save, batch, get_tokenizer):
+    """-> {placeholder in the template: HTML} of the sections that show outputs of the model"""
+    sections = {"reconstructions": reconstructions, "patch_features": patch_features,
+                "attention": attention_maps, "neighbours": neighbours,
+                "zero_shot": partial(zero_shot, get_tokenizer=get_tokenizer)}
+    if batch.features.isfinite().all() and batch.latents.isfinite().all():
+        return {name: section(save, batch) for name, section in sections.items()}
+    return dict.fromkeys(sections, missing("The features of this model are not finite (nan or "
+                                           "inf), so they cannot be shown."))
 
 
 def encode_images(model, settings, eval_batches, source, seed):
@@ -211,7 +220,7 @@ def title_of(settings, model):
     """-> title of the page, for example 'CLIP + SSL + AE, size nano'"""
     names = [name for name, (weight, _) in OBJECTIVES.items() if settings.get(weight, 0) > 0]
     if names:
-        return f"{' + '.join(names)}, size {settings['size']}"
+        return f"{' + '.join(names)}, size {setting_text(settings, 'size')}"
     return f"VTP, {model.config.vision_depth} blocks of width {model.config.vision_embed_dim}"
 
 
@@ -254,28 +263,31 @@ def training_rows(settings, log):
     for name, (weight, batch_size) in OBJECTIVES.items():
         if settings.get(weight, 0) > 0:
             weights.append(f"{name} {settings[weight]:g}")
-            batch_sizes.append(f"{name} {settings[batch_size]:,}")
-    machine = settings["machine"]
-    speed = [line["images_per_s"] for line in log if "images_per_s" in line]
+            batch_sizes.append(f"{name} {setting_text(settings, batch_size, ',')}")
+    machine = setting_text(settings, "machine")
+    speed = values_of(log, "images_per_s")
     if speed:
         machine += f", {np.median(speed):,.0f} images per second"
     step = log[-1]["step"] if log else 0
     return {
-        "training data": settings["data"],
-        "steps": f"{step:,} of {settings['steps']:,}",
+        "training data": setting_text(settings, "data"),
+        "steps": f"{step:,} of {setting_text(settings, 'steps', ',')}",
         "loss weights": ", ".join(weights),
         "images per step": ", ".join(batch_sizes),
         "machine": machine,
-        "learning rate, seed": f"{settings['lr']:g}, {settings['seed']}",
+        "learning rate, seed": f"{setting_text(settings, 'lr', 'g')}, "
+                               f"{setting_text(settings, 'seed')}",
     }
+
+
+def setting_text(settings, name, form=""):
+    """-> a setting as text. form: as in format(). run.json of another version may lack it."""
+    return format(settings[name], form) if name in settings else "unknown"
 
 
 def metrics_table(run, dit):
     """-> HTML: the latest value of each metric of the run, its DiT and its samples"""
-    latest = {}
-    for folder in (run, dit, dit / "samples"):
-        for line in read_lines(folder / "metrics.jsonl"):
-            latest[line["name"]] = line
+    latest = latest_metrics([run, dit, dit / "samples"])
     if not latest:
         return missing("There are no metrics yet; eval.py zeroshot, probe, recon and fid compute "
                        "them.")
@@ -284,6 +296,21 @@ def metrics_table(run, dit):
         value = format_number(latest[name]["value"])
         rows.append(f"<tr><td>{esc(name)}<td>{value}<td>{esc(latest[name]['protocol'])}")
     return "<table><tr><th>metric<th>value<th>protocol" + "".join(rows) + "</table>"
+
+
+def latest_metrics(folders):
+    """-> {name: last line with this name} of the files metrics.jsonl in these folders"""
+    latest = {}
+    for folder in folders:
+        for line in read_json_lines(Path(folder, "metrics.jsonl"), is_metric):
+            latest[line["name"]] = line
+    return latest
+
+
+def is_metric(line):
+    """True for a line of record_metric: a name, a number and a protocol"""
+    texts = isinstance(line.get("name"), str) and isinstance(line.get("protocol"), str)
+    return texts and is_number(line.get("value"))
 
 
 def format_number(value):
@@ -297,7 +324,7 @@ def format_number(value):
 def curves(save, settings, log):
     """-> HTML: one plot for each logged quantity"""
     if not log:
-        return missing("There is no log.jsonl in this folder.")
+        return missing("There is no log.jsonl with readable lines in this folder.")
     titles = curve_titles(settings)
     logged = set()
     for line in log:
@@ -313,7 +340,13 @@ def curves(save, settings, log):
 
 def is_number(value):
     """True for numbers and for the strings that stand for nan and inf"""
-    return not isinstance(value, str) or value in ("nan", "inf", "-inf")
+    return isinstance(value, (int, float)) or value in ("nan", "inf", "-inf")
+
+
+def values_of(log, name):
+    """-> list of the finite values of a logged quantity"""
+    values = [float(line[name]) for line in log if is_number(line.get(name))]
+    return [value for value in values if math.isfinite(value)]
 
 
 def curve_titles(settings):
@@ -357,7 +390,8 @@ def plot_curves(log, names, titles):
     with matplotlib.rc_context(STYLE):
         fig = Figure(figsize=(13, 2.6 * rows), layout="constrained")
         for number, name in enumerate(names, start=1):
-            points = [(line["step"], float(line[name])) for line in log if name in line]
+            points = [(line["step"], float(line[name])) for line in log
+                      if is_number(line.get(name))]
             title = titles.get(name, (name, None, ""))
             plot_curve(fig.add_subplot(rows, 4, number), points, *title)
         file = io.BytesIO()
@@ -397,7 +431,9 @@ def reconstructions(save, batch):
     out = denormalize(model.get_latents_decoded_images(z)).clamp(0, 1).cpu()
     difference = (4 * (img - out).abs()).clamp(0, 1)
     rows = {"image": img, "reconstruction": out, "difference x 4": difference}
-    caption = f"Mean PSNR of these {len(img)} images: {psnr(img, out).mean():.1f} dB."
+    mean = psnr(img, out).clamp(max=MAX_PSNR).mean()
+    caption = (f"Mean PSNR of these {len(img)} images: {mean:.1f} dB (exact images count as "
+               f"{MAX_PSNR}).")
     return figure(save, "reconstructions", rows, caption, side=max(128, model.config.image_size))
 
 
@@ -451,6 +487,8 @@ def zero_shot(save, batch, get_tokenizer):
         return missing("This run was trained without CLIP loss (--w-clip 0), so it has no text "
                        "tower.")
     names, true_names, templates, caption = candidates(batch)
+    if len(set(names)) < 2:
+        return missing("There is only one class name, so the model has nothing to tell apart.")
     encode = text_encoder(model, device_of(model), get_tokenizer)
     W = zero_shot_classifier(encode, names, templates)                   # (E, C)
     img, x = batch.first(6, 6)
@@ -552,18 +590,23 @@ def samples(save, dit):
     if not (folder / "labels.json").exists():
         return missing(f"There are no samples in {folder} yet; to generate them, run dit.py "
                        f"latents, dit.py train and dit.py sample, in this order.")
-    info = json.loads((folder / "labels.json").read_text())
     rows = {}
-    for label in sorted(set(info["labels"]))[:8]:
-        indices = [j for j, other in enumerate(info["labels"]) if other == label]
-        images = [read_png(folder / "png" / f"{j:06d}.png") for j in indices[:6]]
-        rows[info["classes"][label]] = torch.stack(images)
+    try:
+        info = read_summary(folder)
+        for label in sorted(set(info["labels"]))[:8]:
+            indices = [j for j, other in enumerate(info["labels"]) if other == label]
+            images = [read_sample(folder, j) for j in indices[:6]]
+            rows[info["classes"][label]] = torch.stack(images)
+    except (ValueError, RuntimeError) as problem:            # RuntimeError: images of two sizes
+        return missing(f"The samples cannot be shown: {problem}")
     return figure(save, "samples", rows, info["protocol"])
 
 
-def read_png(path):
-    """-> image (3, H, W) in [0, 1]"""
-    pixels = np.array(Image.open(path).convert("RGB"))
+def read_sample(folder, j):
+    """-> image j of dit.py sample, (3, H, W) in [0, 1]"""
+    path = image_path(folder, j)
+    with reading(path, "generate the samples again: dit.py sample --fresh"):
+        pixels = np.array(read_image(path))
     return torch.from_numpy(pixels).permute(2, 0, 1) / 255
 
 
@@ -579,11 +622,12 @@ def image_saver(folder):
     It writes a PIL image to folder/NAME.png and returns an <img> element with the same image
     embedded; `alt` is its alternative text.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder, "copy the run to a folder that can be written")
 
     def save(name, image, alt):
-        image.save(folder / f"{name}.png", optimize=True)
-        data = base64.b64encode((folder / f"{name}.png").read_bytes()).decode()
+        path = folder / f"{name}.png"
+        atomic_write(path, lambda part: image.save(part, "PNG", optimize=True))
+        data = base64.b64encode(path.read_bytes()).decode()
         return f'<img alt="{esc(alt)}" src="data:image/png;base64,{data}">'
 
     return save
@@ -655,10 +699,3 @@ def to_uint8(x):
 
 def device_of(model):
     return next(model.parameters()).device
-
-
-def read_lines(path):
-    """JSON Lines file -> list of dicts; [] if the file does not exist"""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -12,17 +12,34 @@ import numpy as np
 from PIL import Image
 
 from ..config import atomic_write
-from ..dist import barrier, rank
+from ..dist import barrier, print0, rank
+from .files import check_writable, read_json, reading
 from .grid import image_grid
 
 
-def prepare_folder(out):
-    """Create the folder and delete images that are already there"""
+def prepare_folder(out, fresh):
+    """Create the folder. ValueError if it holds samples, which `fresh` deletes."""
+    images = [path for path in (out / "png").glob("*.png") if is_ours(path)]
+    files = [out / name for name in ("samples.npz", "labels.json", "grid.png")]
+    files = [path for path in files if path.exists()]
+    if images or files:
+        found = ", ".join([f"{len(images)} images", *(path.name for path in files)])
+        if not fresh:
+            raise ValueError(f"{out} already holds samples ({found}); keep them and give another "
+                             f"folder with --out, or replace them with --fresh")
+        print0(f"{out}: the samples of an earlier run are deleted ({found})")
+    barrier()                                      # all ranks have listed the old files by now
     if rank() == 0:
-        (out / "png").mkdir(parents=True, exist_ok=True)
-        for path in (out / "png").glob("[0-9]*.png"):
+        check_writable(out / "png", "give another folder with --out")
+        # samples.npz first: without it, no other command takes the old samples for the new ones
+        for path in [*files, *images]:
             path.unlink()
     barrier()
+
+
+def is_ours(path):
+    """True for a name that image_path makes; other images belong to the user"""
+    return path.stem.isdecimal() and len(path.stem) >= 6
 
 
 def image_path(out, j):
@@ -46,10 +63,27 @@ def write_summary(out, protocol, names, labels):
     protocol  how the images were generated, a string      names   list of all class names
     labels    class of each image, a list of integers
     """
+    text = json.dumps({"protocol": protocol, "classes": names, "labels": labels}) + "\n"
+    # before samples.npz, which is thus never without its protocol
+    atomic_write(out / "labels.json", lambda path: path.write_text(text))
     atomic_write(out / "samples.npz", lambda path: write_npz(path, out, labels))
-    summary = {"protocol": protocol, "classes": names, "labels": labels}
-    (out / "labels.json").write_text(json.dumps(summary) + "\n")
     class_grid(out, labels, names).save(out / "grid.png")
+
+
+def read_summary(out):
+    """-> the contents of labels.json, as write_summary wrote it. ValueError if they are of another
+    kind"""
+    remedy = "move it to another folder, or generate the samples again: dit.py sample --fresh"
+    path = out / "labels.json"
+    found = read_json(path, remedy, keys=("protocol", "classes", "labels"))
+    with reading(path, remedy):
+        classes, labels = found["classes"], found["labels"]
+        if not all(isinstance(name, str) for name in [found["protocol"], *classes]):
+            raise ValueError("its protocol or a class name is not a text")
+        unknown = [y for y in labels if not isinstance(y, int) or not 0 <= y < len(classes)]
+        if unknown:
+            raise ValueError(f"it names {len(classes)} classes, but has the label {unknown[0]}")
+    return found
 
 
 def write_npz(path, out, labels):

@@ -15,6 +15,7 @@ import re
 import tarfile
 import tempfile
 import uuid
+from contextlib import suppress
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from ..dist import print0, printable, rank, world_size
 from ..rng import Stream, make_rng
 from .images import SUFFIXES, read_image
 
-LAYOUT = 1          # version of the index files; after an increase all tars are indexed again
+LAYOUT = 2          # version of the index files; after an increase all tars are indexed again
 BLOCK = 512         # bytes. A tar has, for each file, one header block and then the content, padded
                     # with zeros to whole blocks
 GZIP = b"\x1f\x8b"  # first bytes of a gzip file
@@ -79,14 +80,15 @@ class Shards:
             example = f" ({examples[0]})" if examples else ""
             raise ValueError(f"{self.spec} holds no pairs of an image KEY.jpg (or "
                              f"{' '.join(SUFFIXES[1:])}) and a caption in KEY.txt, or in KEY.json "
-                             f"as \"caption\"{example}; check the file names in the tars")
+                             f"as \"caption\"{example}. KEY is the name up to its last dot, and "
+                             f"must be the same for both; check the file names in the tars")
         if skipped:
             print0(f"{printable(self.spec)}: {skipped} of {skipped + len(self)} samples are "
                    f"skipped ({examples[0]}, ...)")
         new = sum(x["new"] for x in readable)
         if new:
             print0(f"{printable(self.spec)}: indexed {new} of {n_tars} tars; the index files are "
-                   f"kept in {printable(cache)} for later runs")
+                   f"in {printable(cache)}")
 
     def __len__(self):
         return int(self.ends[-1])
@@ -168,15 +170,17 @@ def expand(pattern):
 
 def cache_folder():
     """-> the folder for index files; a temporary folder if it is not writable"""
-    folder = Path(os.environ.get("VTP_CACHE") or "~/.cache/vtp_min").expanduser()
+    folder = os.environ.get("VTP_CACHE") or "~/.cache/vtp_min"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as problem:
-        print0(f"{printable(folder)} is not writable ({problem.strerror}), so each run indexes "
-               f"the tars again; set VTP_CACHE=DIR to a writable folder")
-        folder = Path(tempfile.mkdtemp(prefix="vtp_min-"))
-    return folder
+        path = Path(folder).expanduser()
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except (OSError, RuntimeError) as problem:             # RuntimeError: there is no home folder
+        path = Path(tempfile.mkdtemp(prefix="vtp_min-"))
+        reason = getattr(problem, "strerror", "there is no home folder")
+        print0(f"{printable(folder)} is not writable ({reason}), so each run indexes the tars "
+               f"again; set VTP_CACHE=DIR to a writable folder")
+    return path
 
 
 def index_all(tars, cache, map_in_workers):
@@ -198,7 +202,7 @@ def index_all(tars, cache, map_in_workers):
 
 
 def load_index(cache, tar):
-    """Read the index of a tar from the cache, or create it -> dict
+    """Read the index of a tar from the cache, or create it -> dict. A damaged index is replaced.
 
     tar      file name of the tar
     error    why the tar cannot be read; the other entries are then absent
@@ -211,33 +215,56 @@ def load_index(cache, tar):
         stat = os.stat(tar)
         key = f"{LAYOUT} {os.path.abspath(tar)} {stat.st_size} {stat.st_mtime_ns}"
         file = cache / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:24]}.index"
-        new = not file.exists()
-        if new:
+        head = read_index(file)
+        if head is None:
             rows, lost, end = index_tar(tar)
     except Exception as problem:              # damaged tars make tarfile raise many kinds of errors
         return {"tar": tar, "error": f"({getattr(problem, 'strerror', None) or problem})"}
+    new = head is None
     if new:
-        write_index(file, tar, rows, lost, end)
-    with open(file, "rb") as f:
-        head = json.loads(f.readline())
-        return head | {"tar": tar, "index": str(file), "start": f.tell(), "new": new}
+        head = write_index(file, tar, rows, lost, end)
+    return head | {"tar": tar, "index": str(file), "new": new}
+
+
+def read_index(file):
+    """-> the first line of an index file as a dict, and "start", the offset of the rows. None if
+    the file is missing or damaged: cut off, filled with zeros, or not an index"""
+    try:
+        with open(file, "rb") as f:
+            head = json.loads(f.readline())
+            start = f.tell()
+            rows = np.fromfile(f, np.uint32, 5)
+            size = f.seek(0, os.SEEK_END)
+            if rows.size:
+                f.seek(-20, os.SEEK_END)
+                rows = np.concatenate([rows, np.fromfile(f, np.uint32, 5)])
+        # each row has the sizes of an image and of a caption; only the first and the last are read
+        is_whole = size == start + 20 * head["samples"] and rows.reshape(-1, 5)[:, [1, 3]].all()
+        known = {name: head[name] for name in ("samples", "lost", "first", "end")}
+        return known | {"start": start} if is_whole else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def write_index(file, tar, rows, lost, end):
-    """Write an index file: a line of JSON, then the rows as raw uint32.
+    """Write an index file: a line of JSON, then the rows as raw uint32 -> as read_index
 
     Ranks may index the same tar at the same time. Each one writes a temporary file of its own and
     renames it. The contents are equal, so it does not matter which file stays.
     """
     head = {"tar": os.path.abspath(tar), "samples": len(rows), "lost": len(lost),
             "first": lost[0] if lost else "", "end": end}
+    line = json.dumps(head).encode() + b"\n"
     part = file.with_name(f"{uuid.uuid4().hex}.part")
     try:
-        part.write_bytes(json.dumps(head).encode() + b"\n" + rows.tobytes())
+        part.write_bytes(line + rows.tobytes())
     except OSError as problem:
+        with suppress(OSError):
+            part.unlink()
         raise ValueError(f"the index of {tar} cannot be written to {file.parent} ({problem}); free "
                          f"some disk space, or set VTP_CACHE=DIR to another folder") from problem
     part.replace(file)
+    return head | {"start": len(line)}
 
 
 def index_tar(path):
@@ -258,16 +285,20 @@ def index_tar(path):
             check_end(tar)
         except Exception as problem:
             end = f"(ends early: {problem}; the samples before this point are used)"
-    rows = []
+    rows, complete, incomplete = [], set(), {}
     for key, files in samples.items():
         image = next((files[suffix] for suffix in SUFFIXES if suffix in files), None)
         text = files.get("txt") or files.get("json")
         if image and text:
             rows.append((*image, *text, "txt" in files))
-        elif image:
-            lost.append(f"{key} has no caption")
+            complete.add(key)
         else:
-            lost.append(f"{key} has no image")
+            incomplete[key] = "caption" if image else "image"
+    for key, part in incomplete.items():
+        folder, slash, name = key.rpartition("/")
+        # x.seg.png beside x.jpg and x.txt belongs to sample x (WebDataset) and is not missed
+        if folder + slash + name.partition(".")[0] not in complete:
+            lost.append(f"{key} has no {part}")
     if not rows and not end:
         end = "(holds no pairs)"
     return np.array(rows, np.uint32).reshape(-1, 5), lost, end
@@ -276,16 +307,20 @@ def index_tar(path):
 def add_member(member, tar_size, samples, lost):
     """Add one file of a tar to samples, {key: {suffix: (block, size)}}
 
-    As in WebDataset, the key is the path up to the first dot of the file name. If a file name
-    occurs twice, the first file is used. Links, sparse files and empty files are ignored.
+    The key is the path without the suffix. WebDataset's key ends at the first dot of the file name:
+    both give the same pairs, but only here, frame.0001.jpg and frame.0001.txt are one, too. If a
+    file name occurs twice, the first file is used. Links, sparse files, empty files and names that
+    begin with a dot are ignored.
     """
     folder, slash, name = member.name.rpartition("/")
-    key, _, suffix = name.partition(".")
-    suffix = suffix.lower()
+    key, suffix = os.path.splitext(name)
+    suffix = suffix[1:].lower()
     # with a negative size, tarfile would return to a header that it has already read
     if member.size < 0 or (member.isreg() and member.size > tar_size - member.offset_data):
         raise ValueError(f"{member.name} is cut off")
-    if not member.isreg() or member.issparse() or not key or not 0 < member.size < 2 ** 32:
+    if not member.isreg() or member.issparse() or not 0 < member.size < 2 ** 32:
+        return
+    if name[:1] in ("", "."):
         return
     files = samples.setdefault(folder + slash + key, {})
     if suffix in files:

@@ -20,6 +20,7 @@ import hashlib
 import importlib.util
 import os
 import socket
+import tempfile
 from functools import lru_cache
 from http.client import HTTPException
 from pathlib import Path
@@ -56,8 +57,11 @@ HEADS = {
 
 
 def folder():
-    """-> Path of the folder for downloaded files"""
-    return Path(os.environ.get("VTP_WEIGHTS") or "~/.cache/vtp_min").expanduser()
+    """-> Path of the folder for downloaded files; without a home folder, a temporary folder"""
+    try:
+        return Path(os.environ.get("VTP_WEIGHTS") or "~/.cache/vtp_min").expanduser()
+    except RuntimeError:                       # no HOME, and no entry in /etc/passwd
+        return Path(tempfile.gettempdir(), f"vtp_min-{os.getuid()}")
 
 
 def entry(name):

@@ -1,0 +1,109 @@
+"""Worker processes that compute batches, also where shared memory is small.
+
+PyTorch passes tensors between processes in /dev/shm. Docker's default size is 64 MB. If a batch
+does not fit, a thread of the worker fails, and the main process would wait for the batch without
+end. Here the worker requests the memory itself; if it gets none, it sends the batch through a pipe,
+which is slower.
+"""
+import os
+import pickle
+import signal
+from dataclasses import is_dataclass
+from functools import partial
+from multiprocessing import Lock
+
+import torch
+from torch.utils.data import DataLoader
+
+from .. import augment
+from ..dist import print0
+
+ADVICE = ("set --workers 0, or give the container more shared memory, for example docker run "
+          "--shm-size=8g")
+
+
+def map_in_processes(function, items, workers):
+    """data.map_in_workers for workers > 0. ValueError if a worker process ends."""
+    try:
+        # The queues of a DataLoader have 3 locks per worker and 8 more. They are in shared memory,
+        # too, and a DataLoader without them would also print a traceback.
+        [Lock() for _ in range(3 * workers + 8)]
+        # With batch_size=None, DataLoader calls collate_fn on single items, in the worker. Without
+        # a generator of its own it would draw a seed from torch's global generator.
+        loader = iter(DataLoader(items, batch_size=None, collate_fn=partial(compute, function),
+                                 num_workers=workers, generator=torch.Generator(),
+                                 worker_init_fn=partial(init_worker, augment.ssl_views)))
+    except OSError as error:
+        raise ValueError(f"worker processes cannot be started ({error}); {ADVICE}") from error
+    return receive(loader)
+
+
+def init_worker(ssl_views, worker):
+    """Set up a worker process. It ignores signals that are sent to the whole process group,
+    because the main process handles them and may need another batch to finish its step.
+
+    ssl_views  the function that the main process uses      worker  number of the worker, not used
+    """
+    # a spawned worker imports the plain form anew and has not run extras.fast.install()
+    augment.ssl_views = ssl_views
+    # Ctrl-C, job schedulers, a closed terminal
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))    # exit after 30 seconds
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
+
+
+class Pickled(bytes):
+    """A result that did not fit into shared memory"""
+
+
+def compute(function, item):
+    """In the worker: function(item), its tensors moved to shared memory, or pickled"""
+    result = function(item)
+    try:
+        for tensor in tensors_of(result):
+            if tensor.numel():
+                tensor.share_memory_()
+    except RuntimeError:                                      # no space left on device
+        return Pickled(pickle.dumps(result))
+    return result
+
+
+def tensors_of(value):
+    """Yield the tensors that are sent with a value: a tensor, dict, list, tuple or dataclass"""
+    if torch.is_tensor(value):
+        yield value
+    elif is_dataclass(value):
+        yield from tensors_of(value.__getstate__())           # data.Batch sends some as arrays
+    elif isinstance(value, dict):
+        yield from tensors_of([*value.values()])
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from tensors_of(part)
+
+
+def receive(loader):
+    """In the main process: yield the results of the workers"""
+    noted = False
+    while True:
+        try:
+            result = next(loader)
+        except StopIteration:
+            return
+        except ValueError as error:        # a sentence for the user, below the worker's traceback
+            sentence = str(error).strip().splitlines()[-1]
+            raise ValueError(sentence.removeprefix("ValueError: ")) from error
+        except RuntimeError as error:
+            # PyTorch's message for a worker that was killed; other errors come from the function
+            if "DataLoader worker (pid" not in str(error):
+                raise
+            raise ValueError(f"a worker process ended ({str(error).splitlines()[0]}); it was "
+                             f"killed, or memory is full: {ADVICE}") from error
+        if isinstance(result, Pickled):
+            if not noted:
+                print0(f"note: shared memory (/dev/shm) is too small for batches of "
+                       f"{len(result) / 1e6:.0f} MB, so they pass through a pipe, which is slower; "
+                       f"{ADVICE}")
+                noted = True
+            result = pickle.loads(result)
+        yield result
