@@ -10,7 +10,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from test_many import apart, kill, log, start, train                       # noqa: E402
 
 FLAGS = ["--precision", "fp32", "--steps", 80, "--save-every", 1]

@@ -1,6 +1,7 @@
 """The study: cells differ only in their tokenizer, and finished work is not repeated."""
 import json
 import shlex
+import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -8,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "study"))
+STUDY = Path(__file__).resolve().parents[1] / "study"
+sys.path.insert(0, str(STUDY))
 import figures                                                             # noqa: E402
 import study                                                               # noqa: E402
-from study import OBJECTIVES, Cell, cells, link_images, stages           # noqa: E402
+from study import OBJECTIVES, Cell, cells, link_images, stages             # noqa: E402
 from test_readme import PARSERS                                            # noqa: E402
 
 SHAPES = "shapes:objects=1,size=0.6-0.9"
@@ -370,3 +372,23 @@ def test_figures_without_enough_cells_are_not_drawn_but_reported(tmp_path, capsy
     assert {p.name for p in tmp_path.glob("*.png")} == {f"shapes-quick-{name}.png"
                                                         for name in drawn}
     assert "shapes-quick-by_size.png is not drawn" in capsys.readouterr().out
+
+
+def test_every_script_of_the_study_can_be_imported_from_another_folder(tmp_path):
+    # One process for all, because each would import torch anew. Before each import, the process
+    # forgets what earlier scripts have imported from the repository and added to sys.path.
+    names = sorted(path.stem for path in STUDY.glob("*.py") if "__main__" in path.read_text())
+    code = f"""
+import sys
+path = [{str(STUDY)!r}, *sys.path]
+for name in {names}:
+    for module, loaded in list(sys.modules.items()):
+        if (getattr(loaded, "__file__", None) or "").startswith({str(STUDY.parent)!r}):
+            if "/.venv/" not in loaded.__file__:
+                del sys.modules[module]
+    sys.path[:] = path
+    __import__(name)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
