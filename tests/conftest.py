@@ -59,3 +59,8 @@ def form(request, textbook_forms):
 def own_cache(tmp_path_factory):
     """Indexes of tars are cached in a temporary folder, not in the user's cache."""
     os.environ["VTP_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+def pytest_collection_modifyitems(items):
+    """The file that takes longest comes first, so that no test process waits for it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_many.py")
