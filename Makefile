@@ -77,7 +77,7 @@ $(RUN)/done-report: $(RUN)/done-fid
 
 test: .venv/ready
 	$(PY) -m ruff check
-	$(PY) -m pytest -q -n auto --dist loadfile tests      # one process per core
+	$(PY) -m pytest -q -n auto --dist loadfile --no-loadscope-reorder tests    # one process per core
 
 .venv/ready: requirements.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'python 3.11 or newer is needed, this is ' + sys.version)"
