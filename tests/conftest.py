@@ -1,8 +1,10 @@
 """Fixtures for all test files: the stored outputs of the reference code, and the two forms of the
 core's functions, textbook and fast."""
 import os
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,6 +28,26 @@ def golden(request):
     if request.param == "full" and not FULL:
         pytest.skip("VTP_GOLDEN does not name the folder of the full golden sets")
     return CUT if request.param == "cut" else Path(FULL)
+
+
+def seed_all():
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def same_draws_in_every_file():
+    seed_all()
+
+
+@pytest.fixture(autouse=True)
+def same_draws_in_every_test(same_draws_in_every_file):
+    """A test that draws numbers without a seed of its own draws the same numbers in every run.
+
+    Which process runs which files, and after which others, is decided anew in each run.
+    """
+    seed_all()
 
 
 # fast.install returns a function that restores the functions which it replaced. Here these are the
