@@ -88,26 +88,31 @@ class Shapes:
     Training images are drawn 15 % larger than `side`. clip_view crops to no less than 0.9 of each
     side, so it never enlarges an image, and training images are as sharp as validation images.
     """
-    classes = list(shapes.KINDS)
-    templates = [shapes.noun_phrase(color, "{}") for color in shapes.COLORS]      # "a red {}"
-
     def __init__(self, spec, split, seed, side):
         self.spec, self.endless = spec, split == "train"
         self.draw_seed = seed + 1 if self.endless else 0
         self.side = round(1.15 * side) if self.endless else side
         self.settings = {}
-        options = spec.partition(":")[2]                 # "objects=1-3,size=0.3-0.6"
+        options = spec.partition(":")[2]                 # "objects=1-3,label=kind+color"
         for item in filter(None, options.split(",")):
-            name, _, value = item.partition("=")
-            low, _, high = value.partition("-")          # "objects=1" means 1 to 1
+            name, _, value = (part.strip() for part in item.partition("="))
             try:
-                number = {"objects": int, "size": float}[name.strip()]
-                self.settings[name.strip()] = number(low), number(high or low)
+                if name in ("label", "captions"):
+                    self.settings[name] = value.replace("colour", "color")
+                    continue
+                low, _, high = value.partition("-")      # "objects=1" means 1 to 1
+                number = {"objects": int, "size": float}[name]
+                self.settings[name] = number(low), number(high or low)
             except (KeyError, ValueError):
-                raise ValueError(f"{spec!r}: {item!r} is not a valid setting; shapes has "
-                                 f"objects and size, for example "
-                                 f"shapes:objects=1-3,size=0.3-0.6") from None
+                raise ValueError(f"{spec!r}: {item!r} is not a valid setting; shapes has objects, "
+                                 f"size, label and captions, for example shapes:objects=1-3,"
+                                 f"size=0.3-0.6,label=kind+color,captions=both") from None
         self.load(0)                   # a setting out of range raises here, not during training
+        label = self.settings.get("label", "kind")
+        self.classes = shapes.CLASSES[label]
+        # In {} stands the class name: "a red {}", or if it contains the color, "a striped {}".
+        words = shapes.COLORS if label == "kind" else ["large", "striped", "dotted", "checkered"]
+        self.templates = [shapes.noun_phrase(word, "{}") for word in words]
 
     def __len__(self):
         # endless data needs a length, too: eval_batches on training images reads this many

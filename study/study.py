@@ -1,19 +1,20 @@
-"""Test the paper's findings at a small scale, on two CPU cores.   VTP Sec. 4, Fig. 4 to 7
+"""Test the paper's finding at a small scale: does a tokenizer that also learns to understand images
+make the diffusion transformer (DiT) learn faster and better?   VTP Sec. 4, Fig. 5, 6 and 9
 
-Many small tokenizers are trained, and the same small DiT is trained on the latents of each.
+    python study/study.py race --jobs 2                  built-in shapes, 80 classes: samples of
+                                                         the DiT after 250, 500, ... 4000 steps
+    python study/study.py race --quick --jobs 2          its two most important cells
+    python study/study.py matched --data DIR --jobs 2    photographs, decoders of equal quality
+    python study/study.py wide --data DIR --jobs 2       photographs, latents of 16 to 48 numbers
+    python study/study.py race --gpu                     for one GPU: 64 px, larger models
+    python study/figures.py                              figures and tables of study/README.md
 
-    python study/study.py --quick --jobs 2 --out runs/quick    questions 1 to 3 in part, on the
-                                                               built-in shapes; about 20 minutes
-    python study/study.py --data IMAGENET64 --jobs 2           all questions, on photographs at
-                                                               32 px; --list shows cells and times
-    python study/figures.py                                    study/results.jsonl -> figures and
-                                                               tables of study/README.md
+study/protocol.md states each question, and the rule that decides it, as written before the runs.
 
-A cell is one tokenizer with all of its measurements. It is identified by its objective, training
-steps, size, decoder, number of training images, DiT steps and seed. `stages` returns the commands
-of a cell, which can also be typed by hand: commands of train.py, eval.py and dit.py. A finished
-cell is one line of results.jsonl and a shortened training log in logs/; its large files are
-deleted. After an interruption, the same command continues and skips finished cells.
+A cell is one tokenizer with all of its measurements. `stages` returns its commands, which can also
+be typed by hand: commands of train.py, eval.py and dit.py. A finished cell is one line of
+OUT/results.jsonl and a shortened training log in OUT/logs; its large files are deleted. After an
+interruption, the same command continues and skips finished cells.
 """
 import argparse
 import fcntl
@@ -33,159 +34,131 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from vtp_min.config import atomic_write                                    # noqa: E402
-from vtp_min.extras import weights                                         # noqa: E402
+from vtp_min.device import choose_precision                                # noqa: E402
 
 # VTP Sec. 4.3: the loss weights of CLIP and self-distillation are 0 or 1, and w_rec is 0.1
 OBJECTIVES = {"AE": "--w-clip 0 --w-ssl 0", "CLIP+AE": "--w-ssl 0", "SSL+AE": "--w-clip 0",
               "ALL": ""}
+SHAPES = "shapes:objects=1,size=0.6-0.9,label=kind+color"
 
 # ---------------------------------------------------------------- constants of all cells
-IMAGE_FLAGS = "--image 32 --patch 8 --latent-dim 64"
-BATCH_FLAGS = "--batch 64 --batch-ssl 32 --batch-rec 64"
-RECIPE_FLAGS = ("--lr 5e-4 --set ema=0.98 --set locals=2 --set prototypes=256 "
-                "--set head_hidden=256 --set head_bottleneck=64 --set teacher_temp=0.04 "
-                "--set drop_ssl=0")
-ADAM_FLAGS = "--batch 64 --lr 1e-3"
-# {name: (value, value with --quick, meaning and source)}; the names are stored in results.jsonl
+RECIPE = ("--batch 64 --batch-ssl 32 --batch-rec 64 --lr 5e-4 --set ema=0.98 --set locals=2 "
+          "--set prototypes=256 --set head_hidden=256 --set head_bottleneck=64 "
+          "--set teacher_temp=0.04 --set drop_ssl=0")
+DIT_RECIPE = "--size nano --batch 64 --lr 1e-3 --warmup 50"
+GPU_RECIPE = "--batch 512 --batch-ssl 256 --batch-rec 512"
+GPU_DIT_RECIPE = "--size B --batch 256"
+# {name: (value, value with --gpu, meaning and source)}; values are stored in results.jsonl
 CONSTANTS = {
-    "picture": (IMAGE_FLAGS, IMAGE_FLAGS, "ours: 16 latents; a latent has a third as many numbers "
-                                          "as its patch, and is narrower than the DiT"),
-    "batch": (BATCH_FLAGS, BATCH_FLAGS, "ours; AE and ALL have the same images per step"),
-    "recipe": (RECIPE_FLAGS, RECIPE_FLAGS, "nano's defaults; given explicitly, because larger "
-                                           "sizes have other defaults"),
-    "base": (300, 250, "steps of the shortest training; others are 3 and 10 times as long (ours)"),
-    "decoder": (1600, 800, "additional steps of each decoder on its frozen latents (ours)"),
-    "adam": (ADAM_FLAGS, ADAM_FLAGS, "for decoder and DiT: the default of stage 2; also good for "
-                                     "a DiT in our trials"),
-    "latents": (50_000, 10_000, "number of latents; photographs: the whole training set"),
-    "dit": (4000, 2000, "steps of the DiT; with fewer, samples are blobs (ours)"),
-    "samples": (2500, 2100, "number of samples; with fewer, a distance is mostly bias (ours). The "
-                            "same number of validation images, evenly spaced, is used for "
-                            "reconstruction, probes and zero-shot"),
-    "probe": (10_000, 5000, "training images for the probes and for the statistics that samples "
-                            "are compared with; the default of eval.py"),
-    "judged": (20_000, 5000, "training images for the classifier and for FD-classifier (ours)"),
-    "judge": (2400, 600, "training steps of the classifier; the default of eval.py"),
+    "size": ("nano", "S", "of the tokenizer (ours)"),
+    "recipe": (RECIPE, GPU_RECIPE, "nano's defaults, given explicitly; S: its own defaults, with "
+                                   "a batch for one GPU (ours)"),
+    "dit_recipe": (DIT_RECIPE, GPU_DIT_RECIPE, "ours, as in `dit.py train --help`; for a GPU "
+                                               "LightningDiT's, with a batch for one GPU (ours)"),
+    "samples": (2080, 10_000, "number of samples: 26 of each of 80 classes, and more than the 2048 "
+                              "that eval.py wants for a distance (ours)"),
+    "points": (50, 250, "time points of the sampler: a draft; LightningDiT"),
+    "probe": (10_000, 50_000, "training images of the probes"),
+    "judge": ("--train-limit 10000 --set judge_steps=1200", "--train-limit 50000",
+              "training of the classifier that judges shapes (ours)"),
 }
-# {name in commands: file with the statistics of real images}; the first cell writes them
-STATISTICS = {"REAL": "real.npz", "HALF": "half.npz"}
-# rough durations of one step of nano on one core, in seconds
-SECONDS = {"AE": 0.12, "CLIP+AE": 0.17, "SSL+AE": 0.21, "ALL": 0.25, "DiT": 0.085}
-# and of all stages after the training of the tokenizer: (in full, with --quick)
-OTHER_SECONDS = 840, 330
-
 
 @dataclass(frozen=True)
 class Cell:
     """One tokenizer and its measurements; the fields are stored in results.jsonl."""
-    questions: str                    # numbers of the questions in study/README.md that it serves
     objective: str
-    steps: int                        # training steps of the tokenizer
-    size: str = "nano"                # of the trunk; pico, nano and micro have equal text towers
-    decoder: str = ""                 # size of the decoder; "": the same as the trunk
-    pictures: int = 0                 # number of training images; 0: all
-    dit: int = 0                      # training steps of the DiT; 0: those of CONSTANTS
-    seed: int = 0
+    seed: int = 0                     # of tokenizer, DiT and sampler
+    captions: str = "both"            # of the shapes: see shapes.draw
 
     @property
     def name(self):
-        """The objective and the steps, then the fields that differ from their defaults"""
-        size = "" if self.size == "nano" else self.size
-        special = {"": size, "decoder_": self.decoder, "n": self.pictures, "dit": self.dit,
-                   "seed": self.seed}
-        parts = [f"{word}{value}" for word, value in special.items() if value]
-        return "-".join([self.objective, str(self.steps), *parts])
+        """The objective, then the fields that differ from their defaults"""
+        parts = [self.objective]
+        if self.captions != "both":
+            parts.append(self.captions)
+        if self.seed:
+            parts.append(f"seed{self.seed}")
+        return "-".join(parts)
 
 
-def cells(quick):
-    """-> list of all cells, the most informative ones first"""
-    S = CONSTANTS["base"][quick]
+# ---------------------------------------------------------------- the race
+RACE = {   # as CONSTANTS
+    "race": ("--image 32 --patch 8 --latent-dim 48", "--image 64 --patch 16 --latent-dim 64",
+             "ours: 16 latents of 48 numbers, a quarter as many numbers as the pixels"),
+    "steps": (700, 5000, "of the tokenizer: those of a trial that showed an effect; GPU: ours"),
+    "latents": (20_000, 50_000, "number of encoded images; each also mirrored (ours)"),
+    "dit_steps": ("250 500 1000 2000 4000", "5000 10000 20000 40000",
+                  "steps of the DiT at which samples are judged (ours)"),
+}
+
+
+def race_cells(quick):
+    """-> list of cells, the most important ones first"""
     if quick:
-        return [Cell("1", "AE", 3 * S), Cell("3", "ALL", S), Cell("123", "AE", S),
-                Cell("2", "CLIP+AE", S), Cell("2", "SSL+AE", S)]
-    found = []
-    for steps in (3 * S, 10 * S, S):
-        for objective in ("AE", "ALL", "CLIP+AE", "SSL+AE"):
-            found.append(Cell("1234", objective, steps))
-    for objective in OBJECTIVES:                                      # longer training of the DiT
-        found.append(Cell("23", objective, 10 * S, dit=3 * CONSTANTS["dit"][quick]))
-    for n in (100, 1000, 10_000):
-        for objective in ("AE", "ALL"):
-            found.append(Cell("6", objective, 3 * S, pictures=n))
-    for size in ("pico", "micro"):
-        for objective in ("AE", "ALL"):
-            found.append(Cell("5", objective, 3 * S, size=size, decoder="nano"))
-    for size in ("pico", "micro"):
-        found.append(Cell("5", "ALL", 3 * S, decoder=size))
-    for seed in (1, 2):
-        for objective in OBJECTIVES:
-            found.append(Cell("1234", objective, 3 * S, seed=seed))
-    for objective in ("AE", "ALL"):
-        found.append(Cell("1234", objective, 10 * S, seed=1))
-    return found
+        return [Cell("AE"), Cell("CLIP+AE")]
+    cells = [Cell(objective, seed) for seed in (0, 1) for objective in OBJECTIVES]
+    return cells[:4] + [Cell("CLIP+AE", 0, "neither"), Cell("CLIP+AE", 0, "shuffled")] + cells[4:]
 
 
-# ---------------------------------------------------------------- the commands of a cell
-def stages(cell, data, quick, existing=(), also=""):
-    """-> {stage: command}, in the order of the protocol in study/README.md
+def race_stages(cell, t, also):
+    """-> {stage: command}   t {name: value of this constant}, also: further flags of train.py
 
-    existing  names in STATISTICS whose files exist already
-    also      additional flags for the training of the tokenizer
-    In a command, DATA is replaced by the data folder, RUN by the folder of the cell, and REAL and
-    HALF by the files of STATISTICS.
+    In a command, RUN is replaced by the folder of the cell, and DATA by the data set.
     """
-    t = {name: values[quick] for name, values in CONSTANTS.items()}
-    shapes = data.startswith("shapes")
-    tokenizer_data = "RUN/pictures" if cell.pictures else "DATA"
-    decoder = f"--set decoder={cell.decoder}" if cell.decoder else ""
     measure = f"--data DATA --out RUN --limit {t['samples']}"
-    classifier = (f"--features classifier --train-limit {t['judged']} "
-                  f"--set judge_steps={t['judge']}")
-    recon_features = classifier if shapes else "--features squeezenet"
-    reference = {}                                        # {name in STATISTICS: flags}
-    for name in STATISTICS:
-        if name in existing:
-            reference[name] = f"--out RUN --reference {name}"
-        else:                                             # this command writes the file
-            reference[name] = f"{measure} --train-limit {t['probe']} --set save_real={name}"
-
+    classifier = f"--features classifier {t['judge']}"
     commands = {
-        "tokenizer": f"train.py --out RUN/tokenizer --data {tokenizer_data} --size {cell.size} "
-                     f"{decoder} {t['picture']} {t['batch']} {t['recipe']} "
-                     f"{OBJECTIVES[cell.objective]} --perceptual none --steps {cell.steps} "
-                     f"--seed {cell.seed} {also}",
-        "decoder": f"train.py --stage 2 --init RUN/tokenizer --out RUN/decoder --data DATA "
-                   f"--w-gan 0 --perceptual none {t['adam']} --set ema_decoder=0.99 "
-                   f"--steps {t['decoder']}",
+        "tokenizer": f"train.py --out RUN/tokenizer --data DATA,captions={cell.captions} "
+                     f"--size {t['size']} {t['race']} {t['recipe']} {OBJECTIVES[cell.objective]} "
+                     f"--perceptual none --steps {t['steps']} --seed {cell.seed} "
+                     f"--precision {t['precision']} {also}",
         "probe": f"eval.py probe RUN/tokenizer {measure} --train-limit {t['probe']}",
         "zeroshot": f"eval.py zeroshot RUN/tokenizer {measure}",
-        "recon": f"eval.py recon RUN/decoder --perceptual none {measure} {recon_features}",
+        "recon": f"eval.py recon RUN/tokenizer --perceptual none {measure} {classifier}",
         "latents": f"dit.py latents RUN/tokenizer --data DATA --n {t['latents']} "
-                   f"--out RUN/latents --fresh",
-        "dit": f"dit.py train RUN/latents --out RUN/dit --size nano "
-               f"--steps {cell.dit or t['dit']} {t['adam']} --warmup 50 --seed 0",
-        "sample": f"dit.py sample RUN/dit --tokenizer RUN/decoder --out RUN/samples "
-                  f"--n {t['samples']} --points 50 --seed 0 --fresh",
-        "fid": f"eval.py fid RUN/samples --features squeezenet {reference['REAL']}",
-        "halved": f"eval.py fid RUN/samples --features squeezenet --set halve=true "
-                  f"{reference['HALF']}",
-        "judge": f"eval.py fid RUN/samples {measure} {classifier}",
+                   f"--precision {t['precision']} --out RUN/latents --fresh",
     }
-    omitted = []
     if cell.objective not in ("CLIP+AE", "ALL"):          # trained without captions
-        omitted.append("zeroshot")
-    if shapes:                                            # SqueezeNet was trained on photographs
-        omitted += ["fid", "halved"]
-    return {stage: " ".join(command.split()) for stage, command in commands.items()
-            if stage not in omitted}
+        del commands["zeroshot"]
+    for steps in t["dit_steps"].split():                  # one training that is continued
+        out = f"RUN/at-{steps}"
+        commands |= {
+            f"dit-{steps}": f"dit.py train RUN/latents --out RUN/dit {t['dit_recipe']} "
+                            f"--steps {steps} --precision {t['precision']} --seed {cell.seed}",
+            f"sample-{steps}": f"dit.py sample RUN/dit --out RUN/samples --n {t['samples']} "
+                               f"--points {t['points']} --precision {t['precision']} "
+                               f"--seed {cell.seed} --fresh",
+            f"judge-{steps}": f"eval.py fid RUN/samples --run RUN/tokenizer --data DATA "
+                              f"--out {out} --limit {t['samples']} {classifier}",
+        }
+    return commands
+
+
+# part: (its constants, function -> cells, function -> commands)
+PARTS = {"race": (RACE, race_cells, race_stages)}
+
+
+def constants_of(args):
+    """-> {name: value} of the constants of this part and scale; all become part of a result"""
+    table = CONSTANTS | PARTS[args.part][0]
+    return {name: values[args.gpu] for name, values in table.items()} | {
+        "precision": args.precision}
+
+
+def stages(cell, args):
+    """-> {stage: command} of a cell, in the order in which they run"""
+    commands = PARTS[args.part][2](cell, args.constants, args.also)
+    return {stage: " ".join(command.split()) for stage, command in commands.items()}
 
 
 # ---------------------------------------------------------------- execution of a cell
 stop_requested = threading.Event()
-shared_output_lock = threading.Lock()       # held while a command writes a file for all cells
+judge_lock = threading.Lock()               # held while the first cell trains the classifier
 
 
 def run_cell(cell, args):
@@ -202,41 +175,36 @@ def run_cell(cell, args):
         # another study.py may have finished the cell since this one started
         if cell.name in {r["cell"] for r in finished_rows(args)}:
             return
-        if cell.pictures:
-            link_images(args.data, folder / "pictures", cell.pictures)
         # {stage: result of run_command}
         done = (read_lines(folder / "done.json") or [{}])[0]
-        for stage, command in stages(cell, args.data, args.quick).items():
+        for stage, command in stages(cell, args).items():
             if done.get(stage, {}).get("exit") == 0:
                 continue
-            file = shared_output(command, args)
-            writes_shared_file = file and not file.exists()
-            with shared_output_lock if writes_shared_file else nullcontext():
-                done[stage] = run_stage(cell, stage, args, folder, lock, done.get(stage, {}))
+            trains_judge = "classifier" in command and not args.judge.exists()
+            with judge_lock if trains_judge else nullcontext():
+                done[stage] = run_stage(cell, stage, command, args, folder, lock,
+                                        done.get(stage, {}))
             atomic_write(folder / "done.json", lambda path: path.write_text(json.dumps(done)))
             if done[stage]["exit"]:
                 raise RuntimeError(failure(stage, done[stage], folder))
         save_results(cell, folder, done, args)
 
 
-def shared_output(command, args):
-    """-> the file of this command that all cells share: statistics of real images, or the
-    classifier; None if there is none. The first cell writes it, and the others read it."""
-    for name, file in STATISTICS.items():
-        if name in re.split("[ =]", command):
-            return args.work / file
-    return args.judge if "classifier" in command else None
+def run_stage(cell, stage, command, args, folder, lock, before):
+    """Run the command of one stage -> result of run_command
 
-
-def run_stage(cell, stage, args, folder, lock, before):
-    """Run the command of one stage, with the shared files that exist -> result of run_command"""
-    existing = [name for name, file in STATISTICS.items() if (args.work / file).exists()]
-    command = stages(cell, args.data, args.quick, existing, args.also)[stage]
-    own = folder / "judge.safetensors"
-    if args.judge.exists() and not own.exists():
-        os.link(args.judge, own)
+    All cells are judged by one classifier: the first cell that needs it trains it, and the other
+    commands find a link to it in their --out folder.
+    """
+    own = None
+    if "classifier" in command:
+        out = re.search(r"--out RUN(\S*)", command)[1]
+        own = folder / out.lstrip("/") / "judge.safetensors"
+        own.parent.mkdir(exist_ok=True)
+        if args.judge.exists() and not own.exists():
+            os.link(args.judge, own)
     result = run_command(cell, stage, command, args, folder, lock, before)
-    if own.exists() and not args.judge.exists():
+    if own and own.exists() and not args.judge.exists():
         os.link(own, args.judge)                          # a link is atomic, a copy is not
     return result
 
@@ -250,20 +218,18 @@ def run_command(cell, stage, command, args, folder, lock, before):
     # one write with its newline, because cells run at the same time
     print(f"{time.strftime('%H:%M')} {cell.name}: {stage}\n", end="", flush=True)
     paths = {"DATA": args.data, "RUN": os.path.relpath(folder, ROOT)}
-    for name, file in STATISTICS.items():
-        paths[name] = os.path.relpath(args.work / file, ROOT)
 
     def path_of(match):
-        return match[1] + paths[match[2]]
+        return paths[match[1]]
 
-    pattern = rf"^((?:\w+=)?)({'|'.join(paths)})\b"       # RUN/dit, or save_real=REAL
-    words = [re.sub(pattern, path_of, word) for word in shlex.split(command)]
+    words = [re.sub(r"^(DATA|RUN)\b", path_of, word) for word in shlex.split(command)]
+    threads = {} if args.gpu else {"OMP_NUM_THREADS": "1"}    # small models gain little from two
     with open(folder / "out.txt", "a") as out:
         start = time.time()
         # in a new session, so that Ctrl-C in the terminal does not interrupt the command directly
         process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=out, stderr=out,
                                    pass_fds=[lock.fileno()], start_new_session=True,
-                                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+                                   env=os.environ | threads)
         # os.wait4 also returns the CPU time; its first value is 0 while the process is running
         while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
             if stop_requested.wait(0.5):                  # on SIGTERM, train.py and dit.py save
@@ -285,27 +251,23 @@ def failure(stage, result, folder):
     return f"{stage} failed (exit status {result['exit']}): {result['command']}\n{output}"
 
 
-def link_images(data, out, n):
-    """Create a data folder with links to n training images, evenly spaced among the files of all
-    classes, and to the complete val/ and classnames.txt."""
-    files = sorted(p.relative_to(data) for p in Path(data, "train").glob("*/*"))
-    chosen = [files[k * len(files) // n] for k in range(n)]
-    for path in [*chosen, Path("val"), Path("classnames.txt")]:
-        (out / path).parent.mkdir(parents=True, exist_ok=True)
-        if not (out / path).exists() and Path(data, path).exists():
-            (out / path).symlink_to(Path(data, path).resolve())
-
-
 def save_results(cell, folder, done, args):
     """Write the line of a finished cell to results.jsonl and its shortened log to logs/, and delete
     its large files. An image of its samples is kept in logs/ if they are not photographs."""
     # the last metric of each name
     measured = {m["name"]: m for m in read_lines(folder / "metrics.jsonl")}
+    # {number of DiT steps: the metrics of its samples}
+    curve = {}
+    for path in sorted(folder.glob("at-*/metrics.jsonl"), key=lambda p: int(p.parent.name[3:])):
+        found = {m["name"]: m for m in read_lines(path)}
+        curve[path.parent.name[3:]] = {name: m["value"] for name, m in found.items()}
+        measured |= found
     logs = {stage: read_lines(folder / stage / "log.jsonl")
             for stage in ("tokenizer", "decoder", "dit")}
-    line = {"cell": cell.name, **asdict(cell), "data": args.data_name, "quick": args.quick,
-            "constants": args.constants,
-            "metrics": {name: m["value"] for name, m in measured.items()},
+    logs = {stage: log for stage, log in logs.items() if log}
+    line = {"cell": cell.name, "part": args.part, **asdict(cell), "data": args.data_name,
+            "gpu": args.gpu, "machine": args.machine, "constants": args.constants,
+            "metrics": {name: m["value"] for name, m in measured.items()}, "curve": curve,
             "gflops_a_step": {stage: log[0].get("gflops") for stage, log in logs.items()}}
     for name, key in (("seconds", "seconds"), ("cpu_seconds", "cpu"), ("commands", "command")):
         line[name] = {stage: result[key] for stage, result in done.items()}
@@ -313,25 +275,25 @@ def save_results(cell, folder, done, args):
                         for name, m in measured.items()}
 
     (args.out / "logs").mkdir(exist_ok=True)
-    log_name = f"{args.prefix}-{cell.name}"
     text = "".join(json.dumps(x) + "\n" for x in shorten_logs(logs))
-    (args.out / "logs" / f"{log_name}.jsonl").write_text(text)
+    (args.out / "logs" / f"{cell.name}.jsonl").write_text(text)
     grid = folder / "samples" / "grid.png"
     shutil.copy(grid, folder)
     if args.data.startswith("shapes"):
-        shutil.copy(grid, args.out / "logs" / f"{log_name}.png")
+        shutil.copy(grid, args.out / "logs" / f"{cell.name}.png")
     with open(args.out / "results.jsonl", "a") as f:
         f.write(json.dumps(line) + "\n")
-    for large in ("tokenizer", "decoder", "latents", "dit", "samples", "pictures"):
+    for large in ("tokenizer", "decoder", "latents", "dit", "samples"):
         shutil.rmtree(folder / large, ignore_errors=True)
-    for name in ("judge.safetensors", "done.json", "metrics.jsonl"):
-        (folder / name).unlink(missing_ok=True)
+    for path in (*folder.rglob("judge.safetensors"), folder / "done.json"):
+        path.unlink(missing_ok=True)
 
 
 def shorten_logs(logs):
-    """logs {stage: lines of its log} -> at most 20, 5 and 12 lines of them, evenly spaced"""
-    for (stage, log), n in zip(logs.items(), (20, 5, 12)):
-        for k in range(min(n, len(log))):
+    """logs {stage: lines of its log} -> at most 20 lines of each, evenly spaced"""
+    for stage, log in logs.items():
+        n = min(20, len(log))
+        for k in range(n):
             yield {"stage": stage} | log[k * (len(log) - 1) // max(n - 1, 1)]
 
 
@@ -348,54 +310,43 @@ def read_lines(path):
 
 # ---------------------------------------------------------------- all cells
 def finished_rows(args):
-    """-> rows of results.jsonl with the same data and the same --quick"""
-    key = args.data_name, args.quick
-    return [r for r in read_lines(args.out / "results.jsonl") if (r["data"], r["quick"]) == key]
-
-
-def normalize_flags(constants):
-    """Older results have --head-hidden 256 instead of --set head_hidden=256; make both equal.
-
-    constants {name: value} or None -> {name: text}
-    """
-    def normalize(text):
-        return str(text).replace("--set ", "--").replace("=", " ").replace("_", "-")
-    return {name: normalize(value) for name, value in (constants or {}).items()}
+    """-> rows of results.jsonl with the same data"""
+    return [r for r in read_lines(args.out / "results.jsonl") if r["data"] == args.data_name]
 
 
 def check_results(args):
-    """ValueError if results.jsonl has cells with other images, constants or --also, because such
-    results must not be compared"""
-    wanted = normalize_flags(args.constants)
-    others = [r["cell"] for r in finished_rows(args)
-              if normalize_flags(r.get("constants")) != wanted]
+    """ValueError if results.jsonl, or an unfinished cell in the work folder, has other constants or
+    --also, because such results must not be compared"""
+    others = [r["cell"] for r in finished_rows(args) if r["constants"] != args.constants]
     if others:
-        raise ValueError(f"{args.out / 'results.jsonl'} has cells with other images, constants or "
-                         f"--also ({', '.join(others)}; see their 'constants'); use another --out")
-
-
-def check_work_folder(args):
-    """ValueError if unfinished cells in the work folder have other images, constants or --also"""
-    settings = {"data": args.data} | args.constants
+        raise ValueError(f"{args.out / 'results.jsonl'} has cells with other images, constants, "
+                         f"precision or --also ({', '.join(others)}; see their 'constants'); use "
+                         f"another --out")
     path = args.work / "about.json"
+    settings = {"data": args.data} | args.constants
     if (read_lines(path) or [settings])[0] != settings:
-        raise ValueError(f"{args.work} was started with other images, constants or --also (see its "
-                         f"about.json); use another --out")
-    path.write_text(json.dumps(settings))
+        raise ValueError(f"{args.work} was started with other images, constants, precision or "
+                         f"--also (see its about.json); use another --out")
+    if not args.list:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings))
 
 
-def set_folders(args):
-    """Add derived values to args -> True for photographs, False for the built-in shapes
+def complete(args):
+    """Check args, and add derived values:
 
-    data_name          name of the data in results.jsonl
-    prefix             name of the data in file names
-    out                absolute path
-    work               folder of the cells
-    judge              file of the classifier, which all cells share
-    training_pictures  number of training images; 0 for shapes, which are unlimited
-    constants          values of CONSTANTS, training_pictures and --also, as stored in results.jsonl
+    data_name   name of the data in results.jsonl
+    out, work   absolute paths: folder of the results, folder of the cells
+    judge       file of the classifier, which all cells share
+    constants   the values of CONSTANTS and of the part, --also, the number of training images
+    machine     name of the precision's hardware: all cells of a seed should have the same
     """
-    photographs = args.data.partition(":")[0] != "shapes"
+    if args.part == "race" and args.data is None:
+        args.data = SHAPES
+    if args.data is None:
+        raise ValueError(f"{args.part} needs photographs: give --data DIR with class folders "
+                         f"DIR/train/CLASS/x.jpg and DIR/val/CLASS/y.jpg")
+    photographs = not args.data.startswith("shapes")
     if photographs:
         if not (Path(args.data, "train").is_dir() and Path(args.data, "val").is_dir()):
             raise ValueError(f"{args.data} has no folders train/ and val/; wanted class folders, "
@@ -403,58 +354,50 @@ def set_folders(args):
                              f"DIR/val/CLASS/y.jpg")
         args.data = str(Path(args.data).resolve())
     args.data_name = Path(args.data).name if photographs else args.data
-    args.prefix = args.data_name.partition(":")[0] + ("-quick" if args.quick else "")
+    if args.out is None:
+        args.out = ROOT / ("runs" if args.quick or args.gpu else "study") / args.part
+        if args.quick or args.gpu:
+            args.out = args.out.with_name(args.part + args.quick * "-quick" + args.gpu * "-gpu")
     args.out = Path(args.out).resolve()
     name = "-".join(Path(os.path.relpath(args.out, ROOT)).parts)
-    args.work = ROOT / "runs" / name / args.prefix
+    args.work = ROOT / "runs" / "study" / name / args.data_name.partition(":")[0]
     args.judge = args.work / "judge.safetensors"
-    args.training_pictures = sum(1 for _ in Path(args.data, "train").glob("*/*"))
-    args.constants = {"training_pictures": args.training_pictures, "also": args.also}
-    args.constants |= {name: str(values[args.quick]) for name, values in CONSTANTS.items()}
-    return photographs
+    device = torch.device("cuda" if args.gpu else "cpu")
+    args.precision = args.precision or choose_precision(device)
+    capability = torch.backends.cpu.get_cpu_capability()
+    args.machine = torch.cuda.get_device_name() if args.gpu else f"cpu {capability}"
+    images = sum(1 for _ in Path(args.data, "train").glob("*/*"))
+    args.constants = {"training_images": images, "also": args.also}
+    args.constants |= {name: str(value) for name, value in constants_of(args).items()}
 
 
 def selected_cells(args):
-    """-> list of the cells that --only selects and for which there are enough training images"""
-    found = [c for c in cells(args.quick) if fnmatch(c.name, args.only)]
+    """-> list of the cells that --only selects"""
+    cells = PARTS[args.part][1](args.quick)
+    found = [c for c in cells if fnmatch(c.name, args.only)]
     if not found:
-        names = ", ".join(c.name for c in cells(args.quick))
-        raise ValueError(f"--only {args.only!r} matches no cell; the cells are: {names}")
-    possible = []
-    for c in found:
-        if c.pictures < max(args.training_pictures, 1):
-            possible.append(c)
-        else:
-            print(f"{c.name:28s} questions {c.questions:5s}omitted: the training set has only "
-                  f"{args.training_pictures} images")
-    return possible
-
-
-def expected_minutes(cell, quick):
-    """-> rough duration of a cell on one core"""
-    additional_dit_steps = max(cell.dit - CONSTANTS["dit"][quick], 0)
-    seconds = cell.steps * SECONDS[cell.objective] + SECONDS["DiT"] * additional_dit_steps
-    return (seconds + OTHER_SECONDS[quick]) / 60
+        raise ValueError(f"--only {args.only!r} matches no cell; the cells are: "
+                         f"{', '.join(c.name for c in cells)}")
+    return found
 
 
 def print_list(selected, left, args):
-    """Print the state of each selected cell and the time for those that are left."""
+    """Print the state of each selected cell."""
     rows = {r["cell"]: r for r in finished_rows(args)}
     for c in selected:
-        state = f"about {expected_minutes(c, args.quick):3.0f} min"
+        state = "left"
         if c not in left:
-            missing = [stage for stage in stages(c, args.data, args.quick)
-                       if stage not in rows[c.name]["commands"]]
-            state = "finished"
+            seconds = sum(rows[c.name]["seconds"].values())
+            missing = [stage for stage in stages(c, args) if stage not in rows[c.name]["commands"]]
+            state = f"finished in {seconds / 60:.0f} min"
             if missing:
                 state += f" without {', '.join(missing)}; to repeat it, delete its line"
-        print(f"{c.name:28s} questions {c.questions:5s}{state}")
-    hours = sum(expected_minutes(c, args.quick) for c in left) / 60 / args.jobs
-    print(f"{len(left)} cells left, about {hours:.1f} h with --jobs {args.jobs}", flush=True)
+        print(f"{c.name:28s} {state}")
+    print(f"{len(left)} of {len(selected)} cells left", flush=True)
 
 
 def main(args):
-    photographs = set_folders(args)
+    complete(args)
     selected = selected_cells(args)
     check_results(args)
     done = {r["cell"] for r in finished_rows(args)}
@@ -462,11 +405,8 @@ def main(args):
     print_list(selected, left, args)
     if args.list:
         return
-    if photographs:
-        weights.find("squeezenet")                # if it is missing, fail before the training
     args.work.mkdir(parents=True, exist_ok=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    check_work_folder(args)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: stop_requested.set())
 
@@ -494,24 +434,28 @@ def main(args):
 def parser():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--quick", action="store_true",
-                   help="questions 1 to 3 only, with fewer and smaller cells")
-    p.add_argument("--data", default="shapes:objects=1,size=0.6-0.9",
-                   help="folder with train/ and val/, which contain class folders; default: the "
-                        "built-in shapes")
+    p.add_argument("part", choices=list(PARTS), help="the question; see study/protocol.md")
+    p.add_argument("--quick", action="store_true", help="only the cells that matter most, one seed")
+    p.add_argument("--gpu", action="store_true",
+                   help="the scale of one GPU and one evening: 64 px, tokenizer S, DiT B")
+    p.add_argument("--data", help="photographs: a folder with train/ and val/, which contain class "
+                                  "folders. race: default the built-in shapes")
     p.add_argument("--only", default="*", metavar="GLOB",
-                   help="only cells whose name matches, for example 'ALL-*'")
+                   help="only cells whose name matches, for example 'ALL*'")
     p.add_argument("--jobs", type=int, default=1,
                    help="number of cells that run at the same time, with one thread each. Use the "
                         "number of cores, because small models gain little from a second thread")
-    p.add_argument("--list", action="store_true",
-                   help="print the cells, their state and the expected time, and exit")
+    p.add_argument("--precision", choices=["fp32", "bf16"],
+                   help="of tokenizer and DiT (default: bf16 if the hardware multiplies it, else "
+                        "fp32). Results of two precisions are not mixed")
+    p.add_argument("--list", action="store_true", help="print the cells and their state, and exit")
     p.add_argument("--also", default="", metavar="FLAGS",
                    help="additional flags of train.py for every tokenizer, for example "
                         "--also='--set heads_after_bottleneck=true'; needs another --out")
-    p.add_argument("--out", default=str(ROOT / "study"),
-                   help="folder of results.jsonl and logs/. Cells that are finished in one folder "
-                        "are repeated in another one")
+    p.add_argument("--out",
+                   help="folder of results.jsonl and logs/ (default: study/PART, or with --quick "
+                        "or --gpu runs/PART-...). Cells that are finished in one folder are "
+                        "repeated in another one")
     return p
 
 

@@ -7,7 +7,8 @@ sampled at side x side pixels, so 32 and 256 pixels show the same scene. Outline
 signed distances d, negative inside. The fraction of a pixel that is covered is
 clip(1/2 - d in pixels, 0, 1), which is exact for edges along the pixel grid and close for others.
 The label is the kind of the largest shape. Color, size, texture, position and background are
-independent of it, so a classifier has to recognise the outline. All numbers here are our choice.
+independent of it, so a classifier has to recognise the outline. With label="kind+color" the label
+is the kind and the color: 80 classes. All numbers here are our choice.
 """
 import math
 import operator
@@ -120,7 +121,12 @@ def arrow(x, y):
 
 OUTLINES = {"circle": circle, "square": square, "triangle": triangle, "star": star, "heart": heart,
             "cross": cross, "ring": ring, "moon": moon, "diamond": diamond, "arrow": arrow}
-KINDS = list(OUTLINES)                 # the class names; a label is a position in this list
+KINDS = list(OUTLINES)
+
+# {label: class names}; a label is a position in the list
+CLASSES = {"kind": KINDS,
+           "kind+color": [f"{color} {kind}" for kind in KINDS for color in COLORS]}
+CAPTIONS = ["some", "both", "neither", "shuffled"]         # explained in `draw`
 
 
 # ---------------------------------------------------------------- textures
@@ -241,7 +247,7 @@ def place_disc(rng, r, others):
         r *= 0.97
 
 
-def scene(index, seed=0, objects=(1, 3), size=(0.3, 0.6)):
+def scene(index, seed=0, objects=(1, 3), size=(0.3, 0.6), captions="some"):
     """-> Background, [Shape, ...] with the main shape first, caption. Arguments as in `draw`."""
     rng = np.random.default_rng((seed, index))
     # permutations: all shapes and the background differ in color, and the shapes in kind
@@ -260,7 +266,7 @@ def scene(index, seed=0, objects=(1, 3), size=(0.3, 0.6)):
         shapes.append(Shape(
             KINDS[kinds[i]], colors[i], choose(rng, TEXTURES), *place_disc(rng, r, shapes),
             lerp(-MAX_TILT, MAX_TILT, rng.random()), lerp(0, math.pi, rng.random())))
-    return background, shapes, caption(rng, background, shapes)
+    return background, shapes, caption(rng, background, shapes, captions)
 
 
 # ---------------------------------------------------------------- captions
@@ -270,17 +276,22 @@ def noun_phrase(*words):
     return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
 
-def describe(rng, shape):
-    """'a heart', 'a red heart', 'a large striped red heart': the kind, and some properties"""
+def describe(rng, shape, captions):
+    """'a heart', 'a red heart', 'a large striped red heart': the kind, and some properties
+
+    captions  as in `draw`
+    """
     size = "plain"                     # noun_phrase leaves out this word
     if 2 * shape.r > LARGE:
         size = "large"
     elif 2 * shape.r < SMALL:
         size = "small"
-    words = []
-    for word in (size, shape.texture, shape.color):
-        if rng.random() < P_MENTION:
-            words.append(word)
+    words = [word for word in (size, shape.texture) if rng.random() < P_MENTION]
+    mentions_color = rng.random() < P_MENTION          # drawn in any case: same images for all
+    if captions == "neither":
+        return noun_phrase(*words, "shape")
+    if mentions_color or captions == "both":
+        words.append(shape.color)
     return noun_phrase(*words, shape.kind)
 
 
@@ -292,10 +303,10 @@ def relation(one, other):
     return "above" if dy < 0 else "below"
 
 
-def caption(rng, background, shapes):
+def caption(rng, background, shapes, captions):
     """An English caption. It names the main shape first, and says where it is from the others."""
     main, *others = shapes
-    relations = [(relation(main, other), describe(rng, other)) for other in others]
+    relations = [(relation(main, other), describe(rng, other, captions)) for other in others]
     if rng.random() < 0.5:             # a circle above a star and left of a ring
         parts = [f"{where} {other}" for where, other in relations]
         rest = ""
@@ -306,17 +317,22 @@ def caption(rng, background, shapes):
     templates = BACKGROUND_TEMPLATES if rng.random() < P_MENTION else TEMPLATES
     template = choose(rng, templates)
     words = noun_phrase(background.tone, background.color, background.texture, "background")
-    return template.format(shapes=f"{describe(rng, main)} {rest}".strip(), background=words)
+    return template.format(shapes=f"{describe(rng, main, captions)} {rest}".strip(), background=words)
 
 
 # ---------------------------------------------------------------- an image
-def draw(index, side, seed=0, objects=(1, 3), size=(0.3, 0.6)):
-    """Image number `index` -> image (side, side, 3) uint8, caption, label (an index into KINDS)
+def draw(index, side, seed=0, objects=(1, 3), size=(0.3, 0.6), label="kind", captions="some"):
+    """Image number `index` -> image (side, side, 3) uint8, caption, label (index into CLASSES)
 
-    side     in pixels; the scene does not depend on it
-    seed     0..2**32-1; each seed is another data set
-    objects  (smallest, largest) number of shapes, within 1..3
-    size     (smallest, largest) diameter of the main shape, as a fraction of the side
+    side      in pixels; the scene does not depend on it
+    seed      0..2**32-1; each seed is another data set
+    objects   (smallest, largest) number of shapes, within 1..3
+    size      (smallest, largest) diameter of the main shape, as a fraction of the side
+    label     'kind': 10 classes; 'kind+color': 80 classes
+    captions  some: always the kind, at times the color ("a red heart"); both: always the kind and
+              the color; neither: never ("a striped shape"); shuffled: as both, but of image
+              index + 1. The images do not depend on it. A background may be described with its
+              own color, which differs from that of the shape.
     ValueError if an argument is out of range.
     """
     # numpy integers are accepted, floats are not
@@ -336,10 +352,17 @@ def draw(index, side, seed=0, objects=(1, 3), size=(0.3, 0.6)):
     if objects[1] > 1 and size[1] > 0.7:
         raise ValueError(f"a main shape of size {size[1]} leaves no space for other shapes; give "
                          f"objects=(1, 1), or a size of at most 0.7")
-    background, shapes, text = scene(index, seed, objects, size)
+    if label not in CLASSES or captions not in CAPTIONS:
+        raise ValueError(f"label={label}, captions={captions}: label must be one of "
+                         f"{', '.join(CLASSES)}, and captions one of {', '.join(CAPTIONS)}")
+    mentioned = "both" if captions == "shuffled" else captions
+    background, shapes, text = scene(index, seed, objects, size, mentioned)
+    if captions == "shuffled":
+        text = scene(index + 1, seed, objects, size, mentioned)[2]
     centers = (np.arange(side, dtype=np.float32) + 0.5) / side    # of the pixels, in 0..1
     canvas = draw_background(background, centers)
     for shape in shapes:
         draw_shape(shape, centers, canvas)
     image = np.clip(canvas.round(), 0, 255).astype(np.uint8)      # (3, side, side)
-    return np.stack(image, -1), text, KINDS.index(shapes[0].kind)
+    name = shapes[0].kind if label == "kind" else f"{shapes[0].color} {shapes[0].kind}"
+    return np.stack(image, -1), text, CLASSES[label].index(name)
