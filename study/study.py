@@ -40,6 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from vtp_min.config import atomic_write                                    # noqa: E402
 from vtp_min.device import choose_precision                                # noqa: E402
+from vtp_min.extras import efficientnet                                    # noqa: E402
 
 # VTP Sec. 4.3: the loss weights of CLIP and self-distillation are 0 or 1, and w_rec is 0.1
 OBJECTIVES = {"AE": "--w-clip 0 --w-ssl 0", "CLIP+AE": "--w-ssl 0", "SSL+AE": "--w-clip 0",
@@ -64,8 +65,6 @@ CONSTANTS = {
                               "that eval.py wants for a distance (ours)"),
     "points": (50, 250, "time points of the sampler: a draft; LightningDiT"),
     "probe": (10_000, 50_000, "training images of the probes"),
-    "judge": ("--train-limit 10000 --set judge_steps=1200", "--train-limit 50000",
-              "training of the classifier that judges shapes (ours)"),
 }
 
 @dataclass(frozen=True)
@@ -73,7 +72,9 @@ class Cell:
     """One tokenizer and its measurements; the fields are stored in results.jsonl."""
     objective: str
     seed: int = 0                     # of tokenizer, DiT and sampler
-    captions: str = "both"            # of the shapes: see shapes.draw
+    captions: str = "both"            # race: captions of the shapes, see shapes.draw
+    decoder: str = ""                 # matched: size of the decoder; "": that of the tokenizer
+    width: int = 0                    # wide: numbers per latent
 
     @property
     def name(self):
@@ -81,6 +82,10 @@ class Cell:
         parts = [self.objective]
         if self.captions != "both":
             parts.append(self.captions)
+        if self.decoder:
+            parts.append(f"decoder_{self.decoder}")
+        if self.width:
+            parts.append(f"d{self.width}")
         if self.seed:
             parts.append(f"seed{self.seed}")
         return "-".join(parts)
@@ -92,6 +97,8 @@ RACE = {   # as CONSTANTS
              "ours: 16 latents of 48 numbers, a quarter as many numbers as the pixels"),
     "steps": (700, 5000, "of the tokenizer: those of a trial that showed an effect; GPU: ours"),
     "latents": (20_000, 50_000, "number of encoded images; each also mirrored (ours)"),
+    "judge": ("--train-limit 10000 --set judge_steps=1200", "--train-limit 50000",
+              "training of the classifier that judges shapes (ours)"),
     "dit_steps": ("250 500 1000 2000 4000", "5000 10000 20000 40000",
                   "steps of the DiT at which samples are judged (ours)"),
 }
@@ -139,8 +146,124 @@ def race_stages(cell, t, also):
     return commands
 
 
+# ---------------------------------------------------------------- photographs
+PHOTOGRAPHS = {   # as CONSTANTS, for both parts with photographs
+    "steps": (2000, 20_000, "of the tokenizer (ours)"),
+    "dit_steps": (4000, 40_000, "of the DiT (ours)"),
+    "classifier": ("--train-limit 20000", "--train-limit 50000",
+                   "training of the small classifier, the second judge (ours)"),
+}
+MATCHED = PHOTOGRAPHS | {
+    "image": ("--image 32 --patch 8 --latent-dim 64", "--image 64 --patch 16 --latent-dim 64",
+              "as in the first study: 16 latents; a latent is narrower than the DiT"),
+    "decoder_steps": ("0 1600", "0 10000", "further steps of the decoder on frozen latents (ours)"),
+    "decoder_recipe": ("--batch 64 --lr 1e-3 --set ema_decoder=0.99", "--batch 256",
+                       "ours; GPU: the default rate of stage 2"),
+    "few_dit_steps": (2000, 10_000, "of the DiT on 10 classes (ours)"),
+}
+WIDE = PHOTOGRAPHS | {
+    "image": ("--image 32 --patch 4", "--image 64 --patch 8", "ours: 64 latents"),
+}
+# 10 of the 100 classes of imagenet64: goldfish, jellyfish, king penguin, monarch, African elephant,
+# lighthouse, computer keyboard, school bus, pizza, alp
+TEN = ("n01443537", "n01910747", "n02056570", "n02279972", "n02504458", "n02814860", "n03085013",
+       "n04146614", "n07873807", "n09193705")
+
+
+def tokenizer_command(cell, t, also, image):
+    """The training on photographs. The perceptual loss is on, as LPIPS in the paper."""
+    return (f"train.py --out RUN/tokenizer --data DATA --size {t['size']} {image} {t['recipe']} "
+            f"{OBJECTIVES[cell.objective]} --perceptual efficientnet --steps {t['steps']} "
+            f"--seed {cell.seed} --precision {t['precision']} {also}")
+
+
+def generation_stages(cell, t, data, steps, decoders):
+    """-> {stage: command}: latents, one DiT, and samples that each decoder decodes
+
+    data      DATA or TEN
+    decoders  {suffix of stages and folders: folder of a decoder}
+    """
+    seeded = f"--precision {t['precision']} --seed {cell.seed}"
+    here = f"RUN/{data.lower()}"
+    commands = {
+        f"latents-{data}": f"dit.py latents RUN/tokenizer --data {data} "
+                           f"--precision {t['precision']} --out {here}/latents --fresh",
+        f"dit-{data}": f"dit.py train {here}/latents --out {here}/dit {t['dit_recipe']} "
+                       f"--steps {steps} {seeded}",
+    }
+    for suffix, decoder in decoders.items():
+        out = f"{here}/at-{suffix}"
+        measure = f"--run RUN/tokenizer --data {data} --out {out} --limit {t['samples']}"
+        commands |= {
+            f"sample-{data}-{suffix}": f"dit.py sample {here}/dit --tokenizer {decoder} "
+                                       f"--out {out}/samples --n {t['samples']} "
+                                       f"--points {t['points']} {seeded} --fresh",
+            # the first cell stores the statistics of the real images: see run_stage
+            f"fid-{data}-{suffix}": f"eval.py fid {out}/samples {measure} --features efficientnet "
+                                    f"--train-limit {t['probe']} --reference REAL-{data}",
+            f"judge-{data}-{suffix}": f"eval.py fid {out}/samples {measure} --features classifier "
+                                      f"{t['classifier']}",
+        }
+    return commands
+
+
+def photograph_measures(t, tokenizer, decoders):
+    """-> {stage: command}: probe of the latents; reconstructions of each decoder"""
+    measure = f"--data DATA --limit {t['samples']}"
+    commands = {"probe": f"eval.py probe {tokenizer} {measure} --out RUN "
+                         f"--train-limit {t['probe']}"}
+    for suffix, decoder in decoders.items():
+        commands[f"recon-{suffix}"] = (f"eval.py recon {decoder} --perceptual none {measure} "
+                                       f"--out RUN/data/at-{suffix} --features efficientnet")
+    return commands
+
+
+# ---------------------------------------------------------------- matched reconstruction
+def matched_cells(quick):
+    """AE with the smaller decoders, ALL with the larger ones, which bring their quality together"""
+    pairs = [("AE", "pico"), ("ALL", "micro"), ("AE", "nano"), ("ALL", "nano")]
+    return [Cell(objective, seed, decoder=decoder)
+            for seed in range(1 if quick else 2) for objective, decoder in pairs]
+
+
+def matched_stages(cell, t, also):
+    """-> {stage: command}, as race_stages; decoders of several lengths share one tokenizer and one
+    DiT, because the latents stay the same in every bit"""
+    image = f"{t['image']} --set decoder={cell.decoder}"
+    commands = {"tokenizer": tokenizer_command(cell, t, also, image)}
+    decoders = {}
+    for steps in t["decoder_steps"].split():
+        decoders[steps] = f"RUN/decoder-{steps}" if int(steps) else "RUN/tokenizer"
+        if int(steps):
+            commands[f"decoder-{steps}"] = (
+                f"train.py --stage 2 --init RUN/tokenizer --out RUN/decoder-{steps} --w-gan 0 "
+                f"--perceptual efficientnet {t['decoder_recipe']} --steps {steps} "
+                f"--precision {t['precision']}")
+    return (commands | photograph_measures(t, "RUN/tokenizer", decoders)
+            | generation_stages(cell, t, "DATA", t["dit_steps"], decoders)
+            | generation_stages(cell, t, "TEN", t["few_dit_steps"], decoders))
+
+
+# ---------------------------------------------------------------- wide latents
+def wide_cells(quick):
+    cells = [Cell(objective, seed, width=width) for seed in (0, 1) for width in (48, 16, 32)
+             for objective in ("AE", "ALL")]
+    return cells[:2] if quick else cells
+
+
+def wide_stages(cell, t, also):
+    """-> {stage: command}, as race_stages"""
+    decoders = {"0": "RUN/tokenizer"}
+    image = f"{t['image']} --latent-dim {cell.width}"
+    return ({"tokenizer": tokenizer_command(cell, t, also, image)}
+            | photograph_measures(t, "RUN/tokenizer", decoders)
+            | generation_stages(cell, t, "DATA", t["dit_steps"], decoders))
+
+
 # part: (its constants, function -> cells, function -> commands)
-PARTS = {"race": (RACE, race_cells, race_stages)}
+PARTS = {"race": (RACE, race_cells, race_stages),
+         "matched": (MATCHED, matched_cells, matched_stages),
+         "wide": (WIDE, wide_cells, wide_stages)}
 
 
 def constants_of(args):
@@ -158,7 +281,7 @@ def stages(cell, args):
 
 # ---------------------------------------------------------------- execution of a cell
 stop_requested = threading.Event()
-judge_lock = threading.Lock()               # held while the first cell trains the classifier
+shared_file_lock = threading.Lock()         # held while a command writes a file for all cells
 
 
 def run_cell(cell, args):
@@ -180,8 +303,8 @@ def run_cell(cell, args):
         for stage, command in stages(cell, args).items():
             if done.get(stage, {}).get("exit") == 0:
                 continue
-            trains_judge = "classifier" in command and not args.judge.exists()
-            with judge_lock if trains_judge else nullcontext():
+            file = shared_file(command, args)
+            with shared_file_lock if file and not file.exists() else nullcontext():
                 done[stage] = run_stage(cell, stage, command, args, folder, lock,
                                         done.get(stage, {}))
             atomic_write(folder / "done.json", lambda path: path.write_text(json.dumps(done)))
@@ -190,22 +313,31 @@ def run_cell(cell, args):
         save_results(cell, folder, done, args)
 
 
-def run_stage(cell, stage, command, args, folder, lock, before):
-    """Run the command of one stage -> result of run_command
+def shared_file(command, args):
+    """-> the file of this command that all cells share, or None: the classifier, or the statistics
+    of the real images. The first cell writes it."""
+    data = "TEN" if " --data TEN" in command else "DATA"
+    if "--features classifier" in command:
+        return args.work / f"judge-{data}.safetensors"
+    return args.work / f"REAL-{data}.npz" if f"REAL-{data}" in command else None
 
-    All cells are judged by one classifier: the first cell that needs it trains it, and the other
-    commands find a link to it in their --out folder.
-    """
-    own = None
-    if "classifier" in command:
+
+def run_stage(cell, stage, command, args, folder, lock, before):
+    """Run the command of one stage -> result of run_command"""
+    shared = shared_file(command, args)
+    if "REAL" in command and not shared.exists():
+        # no reference yet: this command computes the statistics, and stores them
+        command = command.replace("--reference REAL", "--set save_real=REAL")
+    own = None                                            # the classifier in the folder --out
+    if "--features classifier" in command:
         out = re.search(r"--out RUN(\S*)", command)[1]
         own = folder / out.lstrip("/") / "judge.safetensors"
-        own.parent.mkdir(exist_ok=True)
-        if args.judge.exists() and not own.exists():
-            os.link(args.judge, own)
+        own.parent.mkdir(parents=True, exist_ok=True)
+        if shared.exists() and not own.exists():
+            os.link(shared, own)
     result = run_command(cell, stage, command, args, folder, lock, before)
-    if own and own.exists() and not args.judge.exists():
-        os.link(own, args.judge)                          # a link is atomic, a copy is not
+    if own and own.exists() and not shared.exists():
+        os.link(own, shared)                              # a link is atomic, a copy is not
     return result
 
 
@@ -217,12 +349,16 @@ def run_command(cell, stage, command, args, folder, lock, before):
     """
     # one write with its newline, because cells run at the same time
     print(f"{time.strftime('%H:%M')} {cell.name}: {stage}\n", end="", flush=True)
-    paths = {"DATA": args.data, "RUN": os.path.relpath(folder, ROOT)}
+    paths = {"DATA": args.data, "RUN": os.path.relpath(folder, ROOT),
+             "TEN": os.path.relpath(args.work / "ten", ROOT)}
+    for data in ("DATA", "TEN"):
+        paths[f"REAL-{data}"] = os.path.relpath(args.work / f"REAL-{data}.npz", ROOT)
 
     def path_of(match):
-        return paths[match[1]]
+        return match[1] + paths[match[2]]
 
-    words = [re.sub(r"^(DATA|RUN)\b", path_of, word) for word in shlex.split(command)]
+    pattern = r"^((?:save_real=)?)(REAL-DATA|REAL-TEN|DATA|TEN|RUN)\b"
+    words = [re.sub(pattern, path_of, word) for word in shlex.split(command)]
     threads = {} if args.gpu else {"OMP_NUM_THREADS": "1"}    # small models gain little from two
     with open(folder / "out.txt", "a") as out:
         start = time.time()
@@ -251,20 +387,28 @@ def failure(stage, result, folder):
     return f"{stage} failed (exit status {result['exit']}): {result['command']}\n{output}"
 
 
+def read_metrics(path):
+    """metrics.jsonl -> {name: its last line}"""
+    return {m["name"]: m for m in read_lines(path)}
+
+
 def save_results(cell, folder, done, args):
-    """Write the line of a finished cell to results.jsonl and its shortened log to logs/, and delete
-    its large files. An image of its samples is kept in logs/ if they are not photographs."""
-    # the last metric of each name
-    measured = {m["name"]: m for m in read_lines(folder / "metrics.jsonl")}
-    # {number of DiT steps: the metrics of its samples}
-    curve = {}
-    for path in sorted(folder.glob("at-*/metrics.jsonl"), key=lambda p: int(p.parent.name[3:])):
-        found = {m["name"]: m for m in read_lines(path)}
-        curve[path.parent.name[3:]] = {name: m["value"] for name, m in found.items()}
-        measured |= found
-    logs = {stage: read_lines(folder / stage / "log.jsonl")
-            for stage in ("tokenizer", "decoder", "dit")}
-    logs = {stage: log for stage, log in logs.items() if log}
+    """Write the line of a finished cell to results.jsonl and its shortened logs to logs/, and
+    delete its large files. An image of samples is kept in logs/ if they are not photographs.
+
+    metrics  {name: value} of the tokenizer
+    curve    {key: {name: value}} of the folders at-*. The key of RUN/at-250, samples of a DiT after
+             250 steps, is 250; that of RUN/ten/at-0 is ten-0
+    """
+    measured = read_metrics(folder / "metrics.jsonl")
+    curve, protocol = {}, {}
+    for path in sorted(folder.glob("**/at-*/metrics.jsonl")):
+        found = read_metrics(path)
+        key = "-".join(path.parent.relative_to(folder).parts).replace("at-", "")
+        curve[key] = {name: m["value"] for name, m in found.items()}
+        protocol |= found
+    logs = {path.parent.relative_to(folder).as_posix(): read_lines(path)
+            for path in sorted(folder.glob("**/log.jsonl"))}
     line = {"cell": cell.name, "part": args.part, **asdict(cell), "data": args.data_name,
             "gpu": args.gpu, "machine": args.machine, "constants": args.constants,
             "metrics": {name: m["value"] for name, m in measured.items()}, "curve": curve,
@@ -272,21 +416,32 @@ def save_results(cell, folder, done, args):
     for name, key in (("seconds", "seconds"), ("cpu_seconds", "cpu"), ("commands", "command")):
         line[name] = {stage: result[key] for stage, result in done.items()}
     line["protocol"] = {name: m["protocol"].replace(args.data, "DATA")
-                        for name, m in measured.items()}
+                        for name, m in (protocol | measured).items()}
 
     (args.out / "logs").mkdir(exist_ok=True)
     text = "".join(json.dumps(x) + "\n" for x in shorten_logs(logs))
     (args.out / "logs" / f"{cell.name}.jsonl").write_text(text)
-    grid = folder / "samples" / "grid.png"
-    shutil.copy(grid, folder)
-    if args.data.startswith("shapes"):
-        shutil.copy(grid, args.out / "logs" / f"{cell.name}.png")
+    for grid in folder.glob("**/samples/grid.png"):
+        name = "-".join(grid.parent.relative_to(folder).parts)      # data-at-0-samples
+        shutil.copy(grid, folder / f"{name}.png")
+        if args.data.startswith("shapes"):
+            shutil.copy(grid, args.out / "logs" / f"{cell.name}.png")
     with open(args.out / "results.jsonl", "a") as f:
         f.write(json.dumps(line) + "\n")
-    for large in ("tokenizer", "decoder", "latents", "dit", "samples"):
-        shutil.rmtree(folder / large, ignore_errors=True)
-    for path in (*folder.rglob("judge.safetensors"), folder / "done.json"):
-        path.unlink(missing_ok=True)
+    for large in (*folder.glob("*/"), folder / "done.json", folder / "metrics.jsonl"):
+        shutil.rmtree(large) if large.is_dir() else large.unlink(missing_ok=True)
+
+
+def link_classes(data, out, classes):
+    """Create a data folder with links to these classes of another one."""
+    for split in ("train", "val"):
+        (out / split).mkdir(parents=True, exist_ok=True)
+        for name in classes:
+            if not Path(data, split, name).is_dir():
+                raise ValueError(f"{data} has no class {split}/{name}, which is one of the 10 "
+                                 f"classes of this part; wanted imagenet64 or ImageNet itself")
+            if not (out / split / name).exists():
+                (out / split / name).symlink_to(Path(data, split, name).resolve())
 
 
 def shorten_logs(logs):
@@ -337,7 +492,6 @@ def complete(args):
 
     data_name   name of the data in results.jsonl
     out, work   absolute paths: folder of the results, folder of the cells
-    judge       file of the classifier, which all cells share
     constants   the values of CONSTANTS and of the part, --also, the number of training images
     machine     name of the precision's hardware: all cells of a seed should have the same
     """
@@ -361,7 +515,6 @@ def complete(args):
     args.out = Path(args.out).resolve()
     name = "-".join(Path(os.path.relpath(args.out, ROOT)).parts)
     args.work = ROOT / "runs" / "study" / name / args.data_name.partition(":")[0]
-    args.judge = args.work / "judge.safetensors"
     device = torch.device("cuda" if args.gpu else "cpu")
     args.precision = args.precision or choose_precision(device)
     capability = torch.backends.cpu.get_cpu_capability()
@@ -407,6 +560,10 @@ def main(args):
         return
     args.work.mkdir(parents=True, exist_ok=True)
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.part != "race":
+        efficientnet.load_network()             # if it is not installed, fail before the training
+    if args.part == "matched":
+        link_classes(args.data, args.work / "ten", TEN)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: stop_requested.set())
 

@@ -102,7 +102,11 @@ def test_training_and_validation_shapes_differ_and_every_seed_has_the_same_valid
 def test_shapes_accept_their_settings_and_raise_for_others():
     single = open_data("shapes:objects=1,size=0.6-0.8", side=32)
     assert single.settings == {"objects": (1, 1), "size": (0.6, 0.8)}
-    for wrong in ("colour=red", "objects=many", "objects=9", "size=0.6-0.2"):
+    named = open_data("shapes:label=kind+colour,captions=both", "val", side=32)
+    image, caption, label = named.load(3)
+    assert len(named.classes) == 80 and named.classes[label] in caption
+    assert named.templates[1].format(named.classes[0]) == "a striped red circle"
+    for wrong in ("colour=red", "objects=many", "objects=9", "size=0.6-0.2", "label=hue"):
         with pytest.raises(ValueError):
             open_data(f"shapes:{wrong}")
 

@@ -1,6 +1,7 @@
 """eval.py on the command line, with a tiny run: each number is recorded with its protocol, and an
 error message says why a number cannot be measured."""
 import json
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -142,17 +143,20 @@ def test_as_a_script_it_ends_with_an_error_message_and_no_traceback():
     (["recon", "RUN", "--limit", "4", "--perceptual", "none", "--few", "--features", "inception"],
      "fetch inception.*--features classifier"),
     (["recon", "RUN", "--limit", "4"], "eval.py fetch"),
-    (["recon", "RUN", "--limit", "4", "--perceptual", "none", "--few", "--features", "squeezenet"],
-     "squeezenet_v10.npz is missing.*Deep-Compression.*Put this file, with SHA-256"),
-    (["recon", "RUN", "--limit", "4", "--perceptual", "none", "--features", "squeezenet"],
+    (["recon", "RUN", "--limit", "4", "--perceptual", "none", "--few", "--features",
+      "efficientnet"], "not installed; type `pip install -r requirements-study.txt`"),
+    (["recon", "RUN", "--limit", "4", "--perceptual", "efficientnet"],
+     "not installed; type `pip install -r requirements-study.txt`"),
+    (["recon", "RUN", "--limit", "4", "--perceptual", "none", "--features", "efficientnet"],
      "4 samples: below 2048"),
-    (["fetch", "squeezenet"], "cannot be downloaded.*songhan/SqueezeNet-Deep-Compression.*BSD"),
+    (["fetch", "squeezenet"], "'squeezenet' is not the name of an external file"),
     (["fid", "RUN/nothing", "--run", "RUN"], "no samples.npz and no images"),
     (["probe", "RUN", "--data", "nowhere"], "no folder nowhere")])
 def test_an_error_message_says_what_cannot_be_measured(
         run, here, command, told, monkeypatch, tmp_path):
     monkeypatch.setenv("VTP_WEIGHTS", str(tmp_path))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)      # as if not installed
     with pytest.raises(SystemExit, match=told):
         here(*(c.replace("RUN", str(run)) for c in command))
 
@@ -373,77 +377,130 @@ def test_a_reference_that_does_not_say_how_many_images_it_has_is_a_reference(
     assert f"against an unstated number of images of {tmp_path / 'adm.npz'}" in protocol
 
 
-def squeeze_to(monkeypatch, side):
-    """Replace SqueezeNet by 512 numbers from images averaged to side x side"""
-    def features(x):
-        x = torch.nn.functional.adaptive_avg_pool2d(x.float(), side).flatten(1)
-        return x.repeat(1, 43)[:, :512]
-    monkeypatch.setattr("vtp_min.extras.judges.load_squeezenet", lambda device: features)
+class ColourNet(torch.nn.Module):
+    """In place of EfficientNet-Lite0: 1280 numbers of 2 x 2 mean colours; its logits say 'tench'
+    (class 0) for red images, 'goldfish' (1) for green ones, and 'great white shark' (2) for blue
+    ones, except that pure grey is 'toilet tissue' (999) first"""
+    PROTOCOL = "1280-d pooled features of EfficientNet-Lite0"
+
+    def forward(self, x):
+        x = torch.nn.functional.adaptive_avg_pool2d(x.float(), 2).flatten(1)
+        return x.repeat(1, 107)[:, :1280]
+
+    def logits(self, x):
+        colour = x.float().mean((2, 3))
+        logits = torch.zeros(len(x), 1000)
+        logits[:, :3] = colour
+        logits[:, 999] = 300 * (colour.std(1) < 1)
+        return logits
 
 
-def test_the_distance_on_squeezenets_features_is_not_called_fid_and_has_its_protocol(
-        run, here, tmp_path, monkeypatch):
+@pytest.fixture
+def colour_net(monkeypatch):
+    monkeypatch.setattr("vtp_min.extras.judges.EfficientNetLite0", ColourNet)
+
+
+def test_the_distance_on_efficientnets_features_is_not_called_fid_and_has_its_protocol(
+        run, here, tmp_path, colour_net, capsys):
     """The stored statistics of the training images give the same distance as the images"""
-    squeeze_to(monkeypatch, 2)
     samples = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), dtype=np.uint8)
     np.savez(tmp_path / "samples.npz", arr_0=samples)
     kept, real = tmp_path / "kept", tmp_path / "real.npz"
-    command = ["fid", tmp_path / "samples.npz", "--features", "squeezenet", "--out", kept]
+    command = ["fid", tmp_path / "samples.npz", "--features", "efficientnet", "--out", kept]
     with pytest.raises(SystemExit, match="below 2048"):
         here(*command, "--run", run)
     here(*command, "--run", run, "--few", "--limit", 20, "--train-limit", 30,
          "--set", f"save_real={real}")
+    # the shapes have no class folders, so only the distance is measured
+    assert "not folders named by WordNet ids" in " ".join(capsys.readouterr().out.split())
     first = metrics(kept)
-    assert first.keys() == {"FD-squeezenet (no FID)", "FD-squeezenet (no FID) of real"}
-    first = first["FD-squeezenet (no FID)"]
+    assert first.keys() == {"FD-EfficientNet (no FID)", "FD-EfficientNet (no FID) of real"}
+    first = first["FD-EfficientNet (no FID)"]
     for part in ("12 samples, ONLY 12 SAMPLES", "30 training images of shapes", "ADM crop 16 px",
-                 "512-d average of fire9 of SqueezeNet v1.0", "resized to 227x227 px"):
+                 "1280-d pooled features of EfficientNet-Lite0"):
         assert part in first["protocol"]
+    assert "INDEPENDENT" not in first["protocol"]          # the run was trained with L1 alone
     here(*command, "--few", "--reference", real)
-    again = metrics(kept)["FD-squeezenet (no FID)"]
+    again = metrics(kept)["FD-EfficientNet (no FID)"]
     assert again["value"] == pytest.approx(first["value"], rel=1e-6)
     told = "real.npz, saved statistics of 30 training images of shapes"
     assert told in again["protocol"]
+    assert "without --run it is unknown" in again["protocol"]
     with pytest.raises(SystemExit, match="save_real stores the statistics of the training images"):
         here(*command, "--few", "--reference", real, "--set", f"save_real={tmp_path / 'x.npz'}")
-    here("recon", run, "--perceptual", "none", "--few", "--limit", 12, "--features", "squeezenet",
+    here("recon", run, "--perceptual", "none", "--few", "--limit", 12, "--features", "efficientnet",
          "--out", kept)
-    assert "fire9" in metrics(kept)["rFD-squeezenet (no FID)"]["protocol"]
+    assert "EfficientNet-Lite0" in metrics(kept)["rFD-EfficientNet (no FID)"]["protocol"]
 
 
-def test_at_half_size_a_checkerboard_is_its_grey_and_statistics_of_full_size_are_refused(
-        run, here, tmp_path, monkeypatch):
-    squeeze_to(monkeypatch, 8)
-    light = np.random.default_rng(0).integers(50, 200, (12, 8, 8, 3)).repeat(2, 1).repeat(2, 2)
-    checks = 40 * (1 - 2 * (np.indices((16, 16)).sum(0) % 2))[:, :, None]
-    for name, images in (("plain", light), ("checked", light + checks)):
-        np.savez(tmp_path / f"{name}.npz", arr_0=images.astype(np.uint8))
-    halve = ["--few", "--features", "squeezenet", "--set", "halve=true"]
-    command = ["fid", tmp_path / "plain.npz", *halve, "--out", tmp_path / "kept", "--reference"]
-    here(*command, tmp_path / "checked.npz")
-    found = metrics(tmp_path / "kept")["FD-squeezenet, halved (no FID)"]
-    assert found["value"] == pytest.approx(0, abs=1e-6) and "halved to 8 px" in found["protocol"]
-    here("fid", tmp_path / "checked.npz", "--few", "--features", "squeezenet",
-         "--set", f"save_stats={tmp_path / 'full.npz'}")
-    told = "statistics of 512-d average.*wanted: 512-d average.*halved to 8 px"
-    with pytest.raises(SystemExit, match=told):
-        here(*command, tmp_path / "full.npz")
-    statistics_file(tmp_path / "unsaid.npz", 512, n=4000)
-    told = "do not state that the images were halved; save them again"
-    with pytest.raises(SystemExit, match=told):
-        here(*command, tmp_path / "unsaid.npz")
-    np.savez(tmp_path / "odd.npz", arr_0=np.zeros((12, 15, 16, 3), np.uint8))
-    with pytest.raises(SystemExit, match="16x15 cannot be halved"):
-        here("fid", tmp_path / "odd.npz", *halve, "--reference", tmp_path / "odd.npz")
-    recon = ["recon", run, "--perceptual", "none", "--limit", 12, "--out", tmp_path / "kept"]
-    with pytest.raises(SystemExit, match="halve works only with --features squeezenet"):
-        here(*recon, "--few", "--features", "classifier", "--set", "halve=true")
-    here(*recon, *halve)
-    assert "rFD-squeezenet, halved (no FID)" in metrics(tmp_path / "kept")
+def test_samples_of_imagenet_classes_are_recognised_among_the_classes_of_the_data(
+        run, here, tmp_path, colour_net):
+    """Folders of two classes. Real images: two of three are right among the two classes, and one of
+    three among all 1000. Samples: one of four is wrong"""
+    red, green, grey = (200, 0, 0), (0, 200, 0), (99, 99, 99)
+    tench = (90, 100, 110)                                 # 'great white shark' of all, then green
+    for split in ("train", "val"):
+        for folder, colours in (("n01440764", (red, grey, tench)), ("n01443537", (green,) * 3)):
+            (tmp_path / split / folder).mkdir(parents=True)
+            for k, colour in enumerate(colours):
+                path = tmp_path / split / folder / f"{k}.png"
+                Image.new("RGB", (16, 16), colour).save(path)
+    samples = np.zeros((4, 16, 16, 3), np.uint8)
+    samples[:] = np.array([red, green, red, green])[:, None, None]
+    np.savez(tmp_path / "samples.npz", arr_0=samples, labels=np.array([0, 1, 0, 0]))
+    command = ["fid", tmp_path / "samples.npz", "--features", "efficientnet", "--few", "--run", run,
+               "--data", tmp_path, "--out", tmp_path, "--set", f"save_real={tmp_path / 'real.npz'}"]
+    here(*command)
+    found = metrics(tmp_path)
+    accuracy = found["EfficientNet accuracy"]
+    assert accuracy["value"] == pytest.approx(5 / 6) and "on 6 real images" in accuracy["protocol"]
+    assert "of the 2 classes of the data" in accuracy["protocol"]
+    assert "chance 0.500" in accuracy["protocol"]
+    assert found["EfficientNet accuracy, 1000 classes"]["value"] == pytest.approx(4 / 6)
+    recognised = found["samples recognised (EfficientNet)"]
+    assert recognised["value"] == 0.75 and "samples recognised" not in found
+    for part in ("of the 2 classes of the data, not of all 1000", "chance 0.500",
+                 "real images 0.833"):
+        assert part in recognised["protocol"]
+    # with saved statistics in place of the training images, the share is measured as well
+    here(*command[:-2], "--reference", tmp_path / "real.npz")
+    assert lines(tmp_path)[-1]["name"] == "samples recognised (EfficientNet)"
+    assert lines(tmp_path)[-1]["value"] == 0.75
+
+
+def test_a_run_trained_with_the_judges_features_is_marked_in_every_protocol(
+        run, here, tmp_path, colour_net, monkeypatch):
+    used = tmp_path / "used"
+    shutil.copytree(run, used)
+    settings = json.loads((run / "run.json").read_text()) | {"perceptual": "efficientnet"}
+    (used / "run.json").write_text(json.dumps(settings))
+    np.savez(tmp_path / "s.npz", arr_0=np.zeros((12, 16, 16, 3), np.uint8))
+    here("fid", tmp_path / "s.npz", "--run", used, "--features", "efficientnet", "--few",
+         "--limit", 12, "--train-limit", 12, "--out", used)
+    monkeypatch.setattr(perceptual, "build", lambda kind: PixelDistance())
+    monkeypatch.setattr(perceptual, "check_side", lambda height, width: None)
+    here("recon", used, "--limit", 12, "--few", "--features", "efficientnet", "--perceptual",
+         "efficientnet")
+    found = metrics(used)
+    for name in ("FD-EfficientNet (no FID)", "rFD-EfficientNet (no FID)",
+                 "perceptual distance (EfficientNet, not LPIPS)"):
+        protocol = found[name]["protocol"]
+        assert "NOT INDEPENDENT: the decoder was trained with this network's features" in protocol
+        assert "--features classifier" in protocol
+    assert "not LPIPS)" in protocol and "LPIPS" not in found
+    assert "INDEPENDENT" not in found["PSNR"]["protocol"]
+
+
+class PixelDistance(torch.nn.Module):
+    metric = perceptual.EfficientNetPerceptual.metric
+    protocol = perceptual.EfficientNetPerceptual.protocol
+
+    def distances(self, a, b):
+        return (a - b).abs().mean((1, 2, 3))
 
 
 def test_an_unknown_or_foreign_setting_is_refused_with_the_known_ones(here, capsys):
-    for command, pair in (("fid", "epochs=3"), ("probe", "halve=true"), ("cost", "jpeg=true")):
+    for command, pair in (("fid", "epochs=3"), ("probe", "jpeg=true"), ("fid", "halve=true")):
         with pytest.raises(SystemExit):
             here(command, *["x"] * (command != "cost"), "--set", pair)
         assert f"--set {pair}: wanted name=value, where name is one of" in capsys.readouterr().err

@@ -98,8 +98,8 @@ def test_saved_statistics_are_read_back_with_their_number_of_images(tmp_path):
     assert torch.equal(found.mu, mu) and torch.equal(found.sigma, cov)
     assert found.n == 50 and found.features == "six"
     assert found.name.endswith(f"saved statistics of {tmp_path / 's.npz'}")
-    with pytest.raises(ValueError, match="6 numbers, but features of squeezenet have 512"):
-        found.statistics(None, "squeezenet", "")
+    with pytest.raises(ValueError, match="6 numbers, but features of efficientnet have 1280"):
+        found.statistics(None, "efficientnet", "")
     # like ADM's reference files: float32, with a few images, without their total number
     np.savez(tmp_path / "adm.npz", mu=mu.numpy().astype(np.float32),
              sigma=cov.numpy().astype(np.float32), arr_0=noise())

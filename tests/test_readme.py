@@ -2,9 +2,13 @@
 and study/ show, the Python code of docs/weights.md runs, and the README is short and lists every
 file."""
 import ast
+import atexit
 import re
 import shlex
+import shutil
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,6 +22,14 @@ from vtp_min import VTPConfig, VTPModel
 from vtp_min.extras import baselines, gan
 
 ROOT = Path(__file__).parents[1]
+# fields of a small VTPConfig, with the patch size of the released models
+SMALL = dict(vision_embed_dim=48, vision_depth=5, vision_num_heads=2, vision_feature_bottleneck=6,
+             text_embed_dim=32, text_num_heads=2, text_depth=1, decoder_embed_dim=32,
+             decoder_num_heads=2, decoder_depth=1)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")),
+         *sorted((ROOT / "study").glob("**/*.md"))]
+sys.path.insert(0, str(ROOT / "study"))
+import study                                                               # noqa: E402
 
 
 def parse_train(words):
@@ -25,7 +37,19 @@ def parse_train(words):
         return baselines.parse_arguments(words)
     if "--stage" in words:
         return gan.parse_arguments(words)
+    if "--init" in words:                                  # its weights are read with the flags
+        place = words.index("--init") + 1
+        words = [*words[:place], small_weights(), *words[place + 1:]]
     return train.arguments(words)
+
+
+@cache
+def small_weights():
+    """-> name of a folder with a small model, in place of the released weights"""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    VTPModel(VTPConfig(**SMALL)).save_pretrained(folder)
+    return folder
 
 
 def parse_eval(words):
@@ -35,7 +59,8 @@ def parse_eval(words):
 
 
 # script: parser of its flags, which exits or raises ValueError for an unknown flag
-PARSERS = {"train.py": parse_train, "eval.py": parse_eval, "dit.py": dit.parse}
+PARSERS = {"train.py": parse_train, "eval.py": parse_eval, "dit.py": dit.parse,
+           "study/study.py": study.parser().parse_args}
 
 
 def shell_blocks(path):
@@ -52,8 +77,7 @@ def shell_blocks(path):
 def documented_code():
     """The shell code of README, docs/, Makefile and study/. A variable that contains several flags
     is replaced by these flags."""
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "study/README.md"]
-    text = "\n".join(shell_blocks(page) for page in pages) + "\n"
+    text = "\n".join(shell_blocks(page) for page in PAGES) + "\n"
     for path in [ROOT / "Makefile", *sorted((ROOT / "study").glob("*.sh"))]:
         code = path.read_text()
         for name, flags in re.findall(r'^(\w+)="(--.*)"$', code, re.M):
@@ -87,7 +111,8 @@ def test_at_least_20_commands_are_found_in_the_documentation():
 
 @pytest.mark.parametrize("script", [*PARSERS])
 def test_an_unknown_flag_or_setting_is_an_error(script):
-    required = {"train.py": [], "eval.py": ["zeroshot", "RUN"], "dit.py": ["latents", "RUN"]}
+    required = {"train.py": [], "eval.py": ["zeroshot", "RUN"], "dit.py": ["latents", "RUN"],
+                "study/study.py": ["race"]}
     words = required[script]
     PARSERS[script](words)
     with pytest.raises(SystemExit):
@@ -151,7 +176,7 @@ def test_the_readme_has_at_most_10_kilobytes():
 
 
 def test_every_relative_link_in_the_documentation_leads_to_a_file():
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "study/README.md"]:
+    for page in PAGES:
         links = re.findall(r"\]\(([^)#\s]+)(?:#[\w-]+)?\)", page.read_text())
         for link in links:
             assert link.startswith("https://") or (page.parent / link).exists(), (page, link)
@@ -162,10 +187,7 @@ def test_the_code_in_weights_md_runs_and_its_outputs_have_the_right_shapes(
         tmp_path, monkeypatch, capsys):
     """It runs in a folder with a small model and an image in place of the released weights."""
     monkeypatch.chdir(tmp_path)
-    config = VTPConfig(vision_embed_dim=48, vision_depth=5, vision_num_heads=2,
-                       vision_feature_bottleneck=6, text_embed_dim=32, text_num_heads=2,
-                       text_depth=1, decoder_embed_dim=32, decoder_num_heads=2, decoder_depth=1)
-    VTPModel(config).save_pretrained("VTP-Large-f16d64")
+    VTPModel(VTPConfig(**SMALL)).save_pretrained("VTP-Large-f16d64")
     Image.new("RGB", (300, 200), "orange").save("dog.png")
     text = (ROOT / "docs/weights.md").read_text()
     code = re.search(r"```python\n(.*?)```", text, re.S)[1]
@@ -186,3 +208,13 @@ def test_the_code_in_weights_md_runs_and_its_outputs_have_the_right_shapes(
                 f"Cls token shape: torch.Size([1, 48])\n") in printed
     # the last of the four is the last layer
     assert torch.equal(names["intermediate"][-1][1], names["cls_token"])
+
+
+def test_the_three_lines_for_patch_features_in_weights_md_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    VTPModel(VTPConfig(**SMALL)).save_pretrained("runs/own")
+    _, code = re.findall(r"```python\n(.*?)```", (ROOT / "docs/weights.md").read_text(), re.S)
+    assert len(code.strip().split("\n")) == 3
+    names = {"image": torch.randn(2, 3, 32, 64)}
+    exec(code, names)
+    assert names["patches"].shape == (2, 8, 48)

@@ -164,12 +164,16 @@ def test_every_combination_of_objectives_has_a_self_contained_page(tmp_path, mix
 
 def test_images_without_classes_are_matched_to_captions_which_are_escaped(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "GALLERY", 12)
-    load = Shapes.load
+    init, load = Shapes.__init__, Shapes.load
+
+    def without_classes(self, *args):
+        init(self, *args)
+        self.classes = None
 
     def strange_captions(self, index, rng=None):
         return load(self, index)[0], f"<script>{index}</script> $title {{}}", -1
 
-    monkeypatch.setattr(Shapes, "classes", None)
+    monkeypatch.setattr(Shapes, "__init__", without_classes)
     monkeypatch.setattr(Shapes, "load", strange_captions)
     page = write_report(make_run(tmp_path)).read_text("utf-8")
     assert "<script" not in page and "&lt;script&gt;" in page and "$title {}" in page

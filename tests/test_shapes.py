@@ -5,9 +5,9 @@ import re
 import numpy as np
 import pytest
 
-from vtp_min.shapes import (BACKGROUND_TEXTURES, COLORS, CONVERSE, KINDS, LARGE, OUTLINES,
-                            P_MENTION, SMALL, TEXTURES, Background, Shape, coverage, draw,
-                            draw_background, draw_shape, relation, scene)
+from vtp_min.shapes import (BACKGROUND_TEXTURES, CAPTIONS, CLASSES, COLORS, CONVERSE, KINDS, LARGE,
+                            OUTLINES, P_MENTION, SMALL, TEXTURES, Background, Shape, coverage,
+                            draw, draw_background, draw_shape, relation, scene)
 
 SCENES = [scene(i) for i in range(3000)]
 SINGLES = [scene(i, objects=(1, 1)) for i in range(2000)]
@@ -236,3 +236,40 @@ def test_one_large_shape_is_inside_the_image_but_not_always_in_the_center():
 def test_arguments_out_of_range_raise(wrong, message):
     with pytest.raises(ValueError, match=message):
         draw(**dict(index=0, side=32) | wrong)
+
+
+# ---------------------------------------------------------------- labels and captions
+def test_with_kind_and_color_as_label_the_80_classes_are_all_pairs():
+    names = CLASSES["kind+color"]
+    assert len(set(names)) == 80 == len(KINDS) * len(COLORS)
+    for i in range(50):
+        _, shapes, _ = scene(i, objects=(1, 1))
+        label = draw(i, 16, objects=(1, 1), label="kind+color")[2]
+        assert names[label] == f"{shapes[0].color} {shapes[0].kind}"
+
+
+def test_captions_change_neither_image_nor_label():
+    for i in range(20):
+        image, _, label = draw(i, 16, objects=(1, 1))
+        for captions in CAPTIONS:
+            other, _, same = draw(i, 16, objects=(1, 1), captions=captions)
+            assert np.array_equal(image, other) and label == same
+
+
+def test_captions_name_kind_and_color_of_the_main_shape_as_requested():
+    for i in range(100):
+        _, (shape, *_), _ = scene(i, objects=(1, 1))
+        texts = {c: draw(i, 16, objects=(1, 1), captions=c)[1] for c in CAPTIONS}
+        assert f"{shape.color} {shape.kind}" in texts["both"]
+        assert shape.kind in texts["some"]
+        words = re.findall(r"\w+", texts["neither"])
+        assert not set(words) & set(KINDS) and shape.color not in words and "shape" in words
+        next_image = draw(i + 1, 16, objects=(1, 1), captions="both")[1]
+        assert texts["shuffled"] == next_image
+
+
+def test_an_unknown_label_or_caption_is_an_error_that_names_the_choices():
+    with pytest.raises(ValueError, match=r"kind\+color.*some, both, neither, shuffled"):
+        draw(0, 16, label="color")
+    with pytest.raises(ValueError, match="captions=none"):
+        draw(0, 16, captions="none")

@@ -1,5 +1,6 @@
-"""The study: cells differ only in their tokenizer, and finished work is not repeated."""
+"""The study: cells differ only in what they compare, and finished work is not repeated."""
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -13,15 +14,24 @@ STUDY = Path(__file__).resolve().parents[1] / "study"
 sys.path.insert(0, str(STUDY))
 import figures                                                             # noqa: E402
 import study                                                               # noqa: E402
-from study import OBJECTIVES, Cell, cells, link_images, stages             # noqa: E402
+from study import OBJECTIVES, PARTS, Cell                                  # noqa: E402
 from test_readme import PARSERS                                            # noqa: E402
 
-SHAPES = "shapes:objects=1,size=0.6-0.9"
-DATA = pytest.mark.parametrize("data, quick", [("/photographs", False), (SHAPES, True)])
+SCALES = pytest.mark.parametrize("part, gpu", [(part, gpu) for part in PARTS
+                                               for gpu in (False, True)])
 
 
-def commands(cell, data="/photographs", quick=False):
-    return stages(cell, data, quick)
+def arguments(part="race", gpu=False, **changes):
+    args = study.parser().parse_args([part])
+    args.gpu, args.also = gpu, ""
+    args.precision = "fp32"
+    args.constants = {name: str(value) for name, value in study.constants_of(args).items()}
+    vars(args).update(changes)
+    return args
+
+
+def commands(cell, part="race", gpu=False):
+    return study.stages(cell, arguments(part, gpu))
 
 
 def json_lines(path):
@@ -29,83 +39,68 @@ def json_lines(path):
 
 
 # ---------------------------------------------------------------- the protocol
-@DATA
-def test_all_cells_have_the_same_decoder_training_dit_sampler_and_measures(data, quick):
-    first, *others = (commands(cell, data, quick) for cell in cells(quick) if not cell.dit)
+def test_cells_of_the_race_differ_only_in_losses_captions_and_seed():
+    cells = PARTS["race"][1](quick=False)
+    first, *others = (commands(cell) for cell in cells if cell.seed == 0)
     for other in others:
         for stage in first.keys() & other.keys() - {"tokenizer"}:
             assert other[stage] == first[stage]
+    for cell in cells:
+        same_seed = commands(Cell("AE", cell.seed))
+        assert commands(cell)["dit-4000"] == same_seed["dit-4000"]
 
 
-@DATA
-def test_every_command_of_every_cell_is_accepted_by_its_script(data, quick):
-    for cell in cells(quick):
-        for existing in ((), ("REAL", "HALF")):
-            for command in stages(cell, data, quick, existing).values():
-                script, *flags = shlex.split(command)
-                PARSERS[script](flags)
+@SCALES
+def test_every_command_of_every_cell_is_accepted_by_its_script(part, gpu):
+    for cell in PARTS[part][1](quick=False):
+        for command in commands(cell, part, gpu).values():
+            script, *flags = shlex.split(command)
+            PARSERS[script](flags)
 
 
 def test_objectives_differ_only_in_their_loss_weights():
-    whole = commands(Cell("", "ALL", 100))["tokenizer"].split()
+    whole = commands(Cell("ALL"))["tokenizer"].split()
     for objective, weights in OBJECTIVES.items():
-        one = commands(Cell("", objective, 100))["tokenizer"].split()
+        one = commands(Cell(objective))["tokenizer"].split()
         k = whole.index("--perceptual")
         assert one == whole[:k] + weights.split() + whole[k:]
 
 
-def test_a_longer_dit_changes_only_the_command_of_the_dit():
-    short, long = commands(Cell("", "ALL", 9)), commands(Cell("", "ALL", 9, dit=12_000))
-    assert {stage for stage in short if short[stage] != long[stage]} == {"dit"}
-    assert long["dit"] == short["dit"].replace("--steps 4000", "--steps 12000")
-    assert Cell("", "ALL", 9, dit=12_000).name == "ALL-9-dit12000"
+def test_the_captions_of_a_cell_are_those_of_its_tokenizer_only():
+    both, shuffled = commands(Cell("CLIP+AE")), commands(Cell("CLIP+AE", captions="shuffled"))
+    assert {stage for stage in both if both[stage] != shuffled[stage]} == {"tokenizer"}
+    assert shuffled["tokenizer"] == both["tokenizer"].replace("captions=both",
+                                                              "captions=shuffled")
+
+
+def test_one_training_of_the_dit_is_continued_from_one_judgement_to_the_next():
+    race = commands(Cell("AE"))
+    trainings = {stage: c for stage, c in race.items() if stage.startswith("dit-")}
+    assert len(trainings) == 5
+    assert {c.replace(f"--steps {stage[4:]} ", "") for stage, c in trainings.items()} == {
+        trainings["dit-250"].replace("--steps 250 ", "")}
 
 
 def test_zero_shot_is_measured_only_for_tokenizers_trained_with_text():
-    measured = {o for o in OBJECTIVES if "zeroshot" in commands(Cell("", o, 1))}
+    measured = {o for o in OBJECTIVES if "zeroshot" in commands(Cell(o))}
     assert measured == {"CLIP+AE", "ALL"}
 
 
-def test_fewer_images_are_used_for_the_tokenizer_only():
-    few = commands(Cell("", "AE", 1, pictures=100))
-    used = [stage for stage, command in few.items() if "RUN/pictures" in command]
-    assert used == ["tokenizer"]
-    assert all("DATA" in few[stage] for stage in ("decoder", "latents", "probe", "recon", "fid"))
+@pytest.mark.parametrize("part", PARTS)
+def test_names_of_cells_are_unique(part):
+    cells = PARTS[part][1](quick=False)
+    assert len({cell.name for cell in cells}) == len(cells)
+    assert {c.name for c in PARTS[part][1](quick=True)} <= {c.name for c in cells}
 
 
-@pytest.mark.parametrize("quick", [False, True])
-def test_names_of_cells_are_unique_and_contain_the_fields_that_differ(quick):
-    assert len({cell.name for cell in cells(quick)}) == len(cells(quick))
-    cell = Cell("", "ALL", 9, size="micro", decoder="pico", pictures=100, seed=2)
-    assert cell.name == "ALL-9-micro-decoder_pico-n100-seed2"
-
-
-def test_every_constant_of_the_protocol_reaches_a_command(monkeypatch):
-    def both():
-        return commands(Cell("", "ALL", 1)), commands(Cell("", "ALL", 1), SHAPES)
-
-    for name in study.CONSTANTS:
-        if name == "base":                               # used by `cells` instead
-            continue
-        before = both()
-        with monkeypatch.context() as patch:
-            patch.setitem(study.CONSTANTS, name, ("987654",) * 3)
-            assert both() != before
-
-
-# ---------------------------------------------------------------- the data
-def test_linked_images_are_evenly_spread_over_classes_and_validation_is_complete(tmp_path):
-    data, few = tmp_path / "data", tmp_path / "few"
-    for k in range(4):
-        for split, n in (("train", 10), ("val", 3)):
-            (data / split / f"class{k}").mkdir(parents=True)
-            for j in range(n):
-                (data / split / f"class{k}" / f"{j}.png").write_text("")
-    (data / "classnames.txt").write_text("class0\ta\n")
-    for _ in range(2):                                   # the second call changes nothing
-        link_images(data, few, 8)
-    assert [len(list((few / "train" / f"class{k}").iterdir())) for k in range(4)] == [2] * 4
-    assert len(list((few / "val").glob("*/*"))) == 12 and (few / "classnames.txt").exists()
+@SCALES
+def test_every_constant_of_a_part_reaches_a_command(part, gpu):
+    args = arguments(part, gpu)
+    cells = PARTS[part][1](quick=False)
+    before = [study.stages(cell, args) for cell in cells]
+    for name in args.constants:
+        changed = arguments(part, gpu, constants=args.constants | {name: "987654"})
+        assert [study.stages(cell, changed) for cell in cells] != before, name
 
 
 # ---------------------------------------------------------------- resuming
@@ -136,16 +131,16 @@ def fake(tmp_path, monkeypatch):
     """Replace the commands by three fast ones -> a cell, and args for study.run_cell"""
     (tmp_path / "fake.py").write_text(FAKE_COMMAND)
 
-    def fake_stages(cell, *rest):
+    def fake_stages(cell, args):
         run = f"{tmp_path}/work/{cell.name}"
         return {s: f"{tmp_path}/fake.py {s} {run}" for s in ("tokenizer", "dit", "fid")}
 
     monkeypatch.setattr(study, "stages", fake_stages)
     (tmp_path / "work").mkdir()
-    args = Namespace(work=tmp_path / "work", out=tmp_path, data="/photographs",
-                     data_name="photographs", prefix="photographs", quick=False, also="",
+    args = Namespace(work=tmp_path / "work", out=tmp_path, data="/photographs", part="race",
+                     data_name="photographs", quick=False, gpu=False, also="", machine="cpu",
                      constants={}, judge=tmp_path / "judge.safetensors")
-    return Cell("1", "AE", 10), args
+    return Cell("AE"), args
 
 
 def test_a_failed_cell_continues_where_it_failed_and_writes_a_line_and_a_log(fake):
@@ -160,12 +155,12 @@ def test_a_failed_cell_continues_where_it_failed_and_writes_a_line_and_a_log(fak
     line, = json_lines(args.out / "results.jsonl")
     assert line["metrics"] == {"tokenizer": 1.0, "dit": 1.0, "fid": 1.0}
     assert line["protocol"]["fid"] == "of fid on DATA"
-    log = json_lines(args.out / "logs" / "photographs-AE-10.jsonl")
-    assert len(log) <= 40 and {x["step"] for x in log} >= {1, 99}
+    log = json_lines(args.out / "logs" / "AE.jsonl")
+    assert len(log) == 80 and {x["step"] for x in log} >= {1, 99}
     for name in ("tokenizer", "decoder", "dit", "samples"):
         assert not (folder / name).exists()
     # images generated from photographs stay in the work folder
-    assert set(args.out.rglob("*.png")) <= {folder / "grid.png"}
+    assert set(args.out.rglob("*.png")) <= {folder / "samples.png"}
 
 
 def test_two_processes_do_not_run_the_same_cell(fake):
@@ -195,27 +190,16 @@ def test_times_of_an_interrupted_stage_are_added_up(fake):
     assert line["cpu_seconds"]["dit"] >= 100
 
 
-def test_names_of_folders_and_files_are_replaced_by_their_paths(fake, monkeypatch):
-    """Also within --set save_real=REAL"""
+def test_names_of_folders_are_replaced_by_their_paths(fake, monkeypatch):
     cell, args = fake
-    command = f"{args.out}/fake.py fid RUN DATA/x save_real=REAL --data DATA DATABASE"
-    monkeypatch.setattr(study, "stages", lambda *rest: {"fid": command})
+    command = f"{args.out}/fake.py fid RUN DATA/x --data DATA,captions=both DATABASE"
     monkeypatch.setattr(study, "ROOT", args.out)
     (args.work / cell.name).mkdir()
     with open(args.work / "lock", "w") as lock:
-        result = study.run_stage(cell, "fid", args, args.work / cell.name, lock, {})
+        result = study.run_stage(cell, "fid", command, args, args.work / cell.name, lock, {})
     assert result["exit"] == 0 and result["command"] == f"python {command}"
     call = (args.work / cell.name / "calls").read_text()
-    assert call == "fid /photographs/x save_real=work/real.npz --data /photographs DATABASE\n"
-
-
-@pytest.mark.parametrize("stage, file", [("fid", "real.npz"), ("halved", "half.npz"),
-                                         ("judge", "judge.safetensors"), ("probe", None)])
-def test_the_file_that_a_stage_shares_with_all_cells_is_found(stage, file):
-    args = Namespace(work=Path("work"), judge=Path("work/judge.safetensors"))
-    for existing in ((), ("REAL", "HALF")):
-        command = stages(Cell("", "ALL", 1), "/photographs", False, existing)[stage]
-        assert study.shared_output(command, args) == (Path("work", file) if file else None)
+    assert call == "fid /photographs/x --data /photographs,captions=both DATABASE\n"
 
 
 # ---------------------------------------------------------------- all cells
@@ -229,10 +213,10 @@ def drive(tmp_path, monkeypatch):
     monkeypatch.setattr(study.signal, "signal", lambda *rest: None)
 
     def run(**flags):
-        args = dict(quick=True, data=SHAPES, only="AE-*", jobs=2, list=False, also="",
-                    out=tmp_path / "my results")
+        args = study.parser().parse_args(["race", "--quick", "--jobs", "2"])
+        vars(args).update(dict(out=tmp_path / "my results") | flags)
         with pytest.raises(SystemExit) as end:
-            study.main(Namespace(**args | flags))
+            study.main(args)
         return end.value.code
     return run
 
@@ -240,9 +224,9 @@ def drive(tmp_path, monkeypatch):
 def test_a_finished_cell_without_one_of_its_stages_is_reported(drive, monkeypatch, capsys):
     drive()
     before = study.stages
-    monkeypatch.setattr(study, "stages", lambda *rest: before(*rest) | {"halved": "added later"})
+    monkeypatch.setattr(study, "stages", lambda *rest: before(*rest) | {"later": "added"})
     assert drive() == 0
-    assert "finished without halved; to repeat it, delete its line" in capsys.readouterr().out
+    assert "without later; to repeat it, delete its line" in capsys.readouterr().out
 
 
 def test_the_second_start_finds_everything_finished(drive, tmp_path):
@@ -253,22 +237,22 @@ def test_the_second_start_finds_everything_finished(drive, tmp_path):
 
 
 def test_all_cells_and_stages_use_the_same_classifier(drive, tmp_path, monkeypatch):
-    fake_stages = {s: f"{tmp_path}/fake.py {s} RUN classifier"
+    fake_stages = {s: f"{tmp_path}/fake.py {s} RUN --out RUN --features classifier"
                    for s in ("tokenizer", "recon", "judge")}
     monkeypatch.setattr(study, "stages", lambda *rest: fake_stages)
     assert drive() == 0
-    work = tmp_path / "runs" / "my results" / "shapes-quick"
+    work = tmp_path / "runs" / "study" / "my results" / "shapes"
     name, = (work / "trained").read_text().split()
-    assert (work / "judge.safetensors").read_text() == f"trained in {name}"
+    assert (work / "judge-DATA.safetensors").read_text() == f"trained in {name}"
 
 
 def test_a_failed_cell_does_not_stop_the_others(drive, tmp_path):
-    folder = tmp_path / "runs" / "my results" / "shapes-quick" / "AE-750"
+    folder = tmp_path / "runs" / "study" / "my results" / "shapes" / "CLIP+AE"
     folder.mkdir(parents=True)
     (folder / "done.json").write_text("{half")
     assert drive() == 1
     done = json_lines(tmp_path / "my results" / "results.jsonl")
-    assert [line["cell"] for line in done] == ["AE-250"]
+    assert [line["cell"] for line in done] == ["AE"]
 
 
 def test_results_with_different_flags_are_not_mixed(drive):
@@ -281,22 +265,22 @@ def test_results_with_different_constants_are_rejected_even_without_the_work_fol
         drive, tmp_path, monkeypatch):
     drive()
     study.shutil.rmtree(tmp_path / "runs")
-    with pytest.raises(ValueError, match="other images, constants or --also.*AE-250"):
+    with pytest.raises(ValueError, match="other images, constants, precision.*AE"):
         drive(also="--set w_koleo=0", list=True)
-    monkeypatch.setitem(study.CONSTANTS, "dit", (4000, 1, "ours"))
+    monkeypatch.setitem(study.CONSTANTS, "samples", (1, 1, "ours"))
     with pytest.raises(ValueError, match="other images, constants"):
         drive()
 
 
-def test_results_with_the_older_spelling_of_flags_are_continued():
-    """The published results have --head-hidden 256, now spelled --set head_hidden=256"""
-    results = json_lines(Path(study.__file__).parent / "results.jsonl")
-    constants = {"training_pictures": 50_000, "also": ""}
-    constants |= {name: str(value[0]) for name, value in study.CONSTANTS.items()}
-    wanted = study.normalize_flags(constants)
-    assert all(study.normalize_flags(r["constants"]) == wanted for r in results if not r["quick"])
-    assert study.normalize_flags({"recipe": "--ema 0.9"}) != study.normalize_flags(
-        {"recipe": "--set ema=0.98"})
+def test_results_of_two_precisions_are_not_mixed(drive):
+    drive(precision="fp32")
+    with pytest.raises(ValueError, match="precision"):
+        drive(precision="bf16")
+
+
+def test_photographs_are_wanted_as_class_folders(drive, tmp_path):
+    with pytest.raises(ValueError, match="no folders train/ and val/"):
+        drive(data=str(tmp_path))
 
 
 def test_an_incomplete_line_is_reported_with_its_file(drive, tmp_path):
@@ -308,70 +292,66 @@ def test_an_incomplete_line_is_reported_with_its_file(drive, tmp_path):
 
 
 def test_a_pattern_without_matches_is_rejected_with_the_names_of_all_cells(drive):
-    with pytest.raises(ValueError, match="matches no cell; the cells are: AE-750, ALL-250"):
+    with pytest.raises(ValueError, match="matches no cell; the cells are: AE, CLIP.AE"):
         drive(only="nope*")
 
 
 # ---------------------------------------------------------------- the figures
-def row(objective, steps, probe, fd, **more):
-    metrics = {"linear probe latent": probe, "PSNR": 20.0 + steps, "rFD-classifier": 1.0,
-               "FD-classifier": fd, "samples recognised": 0.5}
-    constants = {"training_pictures": 50_000, "samples": "2500", "dit": "4000"}
-    return {"cell": f"{objective}-{steps}", "questions": "1", "objective": objective,
-            "steps": steps, "size": "nano", "decoder": "", "pictures": 0, "dit": 0, "seed": 0,
-            "data": "shapes", "quick": True, "constants": constants, "metrics": metrics,
-            "gflops_a_step": {"tokenizer": 25.0},
-            "cpu_seconds": {"tokenizer": float(steps)}} | more
+STEPS = (250, 500, 1000, 2000, 4000)
 
 
-def metric(rows, name):
-    return np.array([r["metrics"][name] for r in rows])
+def row(objective, shares, seed=0, n=2080, captions="both"):
+    """A line of results.jsonl of the race, with these shares of samples recognised"""
+    values = {str(s): {"samples recognised": p, "FD-classifier": 30 * (1 - p)}
+              for s, p in zip(STEPS, shares)}
+    return {"cell": objective, "part": "race", "objective": objective, "seed": seed,
+            "captions": captions, "constants": {"samples": str(n)}, "curve": values,
+            "metrics": {"linear probe latent": 0.2, "PSNR": 25.0}}
 
 
-def test_spearman_is_1_for_increasing_functions_and_pearson_only_for_linear_ones():
-    x = np.arange(1.0, 9)
-    assert figures.correlation(x, 3 * x + 1) == pytest.approx((1, 1))
-    pearson, spearman = figures.correlation(x, np.exp(x))
-    assert spearman == pytest.approx(1) and pearson < 0.9
-    assert figures.correlation(x, -np.exp(x))[1] == pytest.approx(-1)
-    assert figures.ranks([5, 1, 5]).tolist() == [1.5, 0, 1.5]
+AE = (0.01, 0.05, 0.1, 0.2, 0.3)
 
 
-def test_missing_values_are_not_part_of_a_correlation():
-    x, y = [1, 2, np.nan, 3, 4], [2, 4, 100, 6, np.nan]
-    assert figures.correlation(x, y) == pytest.approx((1, 1))
+def test_a_curve_shifted_by_a_factor_in_steps_is_faster_by_this_factor():
+    twice = row("ALL", (*AE[1:], 0.4))                     # what AE has at 2 s, it has at s
+    assert figures.speedups(twice, row("AE", AE)) == pytest.approx({1000: 2, 2000: 2, 4000: 2})
+    equal = figures.speedups(row("ALL", AE), row("AE", AE))
+    assert equal == pytest.approx({1000: 1, 2000: 1, 4000: 1})
 
 
-def test_the_correlation_within_objectives_needs_two_objectives_with_two_rows():
-    rows = [row("AE", 1, 0.1, 9.0), row("AE", 3, 0.2, 8.0), row("ALL", 1, 0.3, 5.0)]
-    x, y = metric(rows, "linear probe latent"), metric(rows, "FD-classifier")
-    assert np.isnan(figures.correlation_within_objectives(rows, x, y))
-    rows.append(row("ALL", 3, 0.4, 4.0))
-    x, y = metric(rows, "linear probe latent"), metric(rows, "FD-classifier")
-    assert figures.correlation_within_objectives(rows, x, y) == pytest.approx(-1)
-    assert figures.correlation_within_objectives(rows, x + [0, 0, 5, 5], y) == pytest.approx(-1)
+def test_a_share_that_is_not_reached_has_no_number_of_steps():
+    assert math.isnan(figures.steps_to_share(row("ALL", AE), 0.31))
+    assert math.isnan(figures.steps_to_share(row("ALL", AE), 0.001))
 
 
-def test_seeds_are_averaged_before_correlations_are_computed():
-    one, other = row("AE", 3, 0.1, 8.0), row("AE", 3, 0.3, 6.0, seed=1)
-    mean, = figures.over_seeds([one, other])
-    assert mean["metrics"]["linear probe latent"] == pytest.approx(0.2)
-    assert mean["metrics"]["FD-classifier"] == 7 and mean["steps"] == 3
-    others = [row("AE", 3, 0.9, 99.0, pictures=100), row("ALL", 3, 0.9, 99.0)]
-    lines = [line.split() for line in figures.spread([one, other, *others])]
-    found, = [words for words in lines if "FD-classifier" in words]
-    assert found == "AE 3 steps, 2 seeds FD-classifier 7 from 6 to 8".split()
+def test_the_rule_of_the_race_needs_both_seeds_and_all_lengths():
+    better = tuple(p + 0.1 for p in AE)
+    reference = [row("AE", AE, seed) for seed in (0, 1)]
+    both = [row("ALL", better, seed) for seed in (0, 1)]
+    assert figures.verdict(reference + both, "ALL") == "shown"
+    assert figures.verdict(reference + both[:1], "ALL") == "open"
+    equal = row("ALL", AE, 1)
+    assert figures.verdict(reference + [both[0], equal], "ALL") == "not decidable"
+    assert figures.verdict(reference + [row("ALL", AE, 0), equal], "ALL") == "not shown"
+    worse = [row("ALL", tuple(p / 2 for p in AE), seed) for seed in (0, 1)]
+    assert figures.verdict(reference + worse, "ALL") == "not shown"
 
 
-def test_figures_without_enough_cells_are_not_drawn_but_reported(tmp_path, capsys):
-    rows = [row("AE", 1, 0.1, 9.0), row("ALL", 1, 0.3, 5.0), row("AE", 3, 0.1, 9.5),
-            row("ALL", 1, 0.2, 6.0, pictures=100)]
+def test_two_shares_differ_beyond_two_standard_errors_of_their_difference():
+    """n = 2500, p = 1/2: a standard error of 1 point, of the difference 1.41 points"""
+    assert figures.standard_error(0.5, 2500) == pytest.approx(0.01)
+    assert not figures.differs(0.5, 0.528, 2500) and figures.differs(0.5, 0.529, 2500)
+
+
+def test_the_figure_and_the_table_are_made_from_the_lines_of_a_folder(tmp_path, capsys):
+    rows = [row("AE", AE), row("CLIP+AE", (*AE[1:], 0.4)),
+            row("CLIP+AE", AE, captions="shuffled")]
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    figures.main(tmp_path)
-    drawn = ("scaling", "objectives", "prediction", "by_pictures")
-    assert {p.name for p in tmp_path.glob("*.png")} == {f"shapes-quick-{name}.png"
-                                                        for name in drawn}
-    assert "shapes-quick-by_size.png is not drawn" in capsys.readouterr().out
+    figures.main([tmp_path])
+    assert (tmp_path / "race.png").stat().st_size > 1000
+    out = capsys.readouterr().out
+    assert "| CLIP+AE | 0 | 20.0 | 25.0 | 5.0, 10.0, 20.0, 30.0, 40.0 |" in out
+    assert "2.00, 2.00, 2.00" in out and "CLIP+AE: open" in out
 
 
 def test_every_script_of_the_study_can_be_imported_from_another_folder(tmp_path):

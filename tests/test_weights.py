@@ -85,7 +85,7 @@ def test_a_missing_file_is_reported_with_size_address_folder_and_command(home):
 
 def test_a_name_outside_the_table_is_refused_with_the_names_in_it():
     for function in (find, fetch):
-        with pytest.raises(ValueError, match="vgg, alex, squeeze, inception.*squeezenet"):
+        with pytest.raises(ValueError, match="vgg, alex, squeeze, inception"):
             function("resnet")
 
 
@@ -104,21 +104,6 @@ def test_a_damaged_file_is_refused_and_hashed_again_once_it_is_replaced(home, co
         find("tiny")
     put(path, BYTES)
     assert find("tiny") == path
-
-
-def test_a_file_without_an_address_is_described_and_not_requested_from_the_network(home, server):
-    for function, error in ((find, FileNotFoundError), (fetch, SystemExit)):
-        with pytest.raises(error, match="squeezenet_v10.npz is missing.* no address") as found:
-            function("squeezenet")
-        for part in ("songhan/SqueezeNet-Deep-Compression", "BSD 2-clause",
-                     weights.BY_HAND["squeezenet"][1], str(home / "ours")):
-            assert part in str(found.value)
-    put(home / "ours" / "squeezenet_v10.npz", BYTES)
-    for function, error in ((find, ValueError), (fetch, SystemExit)):
-        message = "is damaged: its SHA-256 begins with .*, not with 1e67ccb7; copy it again"
-        with pytest.raises(error, match=message):
-            function("squeezenet")
-    assert server.requests == 0
 
 
 def test_without_the_variable_files_are_in_the_users_cache_folder(monkeypatch):

@@ -205,7 +205,8 @@ def atomic_write(path, write, keep=None):
 
 
 def write_model(folder, config, tensors):
-    """config (dict) -> config.json, tensors {name: tensor} -> model.safetensors, in `folder`"""
+    """config (dict) -> config.json, tensors {name: tensor} -> model.safetensors, in `folder`;
+    README.md is a model card, unless the user has put a file of this name there"""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2) + "\n"
@@ -214,6 +215,8 @@ def write_model(folder, config, tensors):
     # the metadata is that of files that transformers writes
     atomic_write(folder / "model.safetensors",
                  lambda path: safetensors.torch.save_file(tensors, path, {"format": "pt"}))
+    from .extras import model_card
+    model_card.write(folder)
 
 
 def read_json(path):

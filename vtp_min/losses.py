@@ -235,10 +235,13 @@ class TeacherTargets:
 # ---------------------------------------------------------------- reconstruction
 @full_precision()
 def rec_loss(pixels, target, lpips=None):
-    """L1 + LPIPS, both with weight 1 (ours: the paper gives no weights).   VTP Sec. 3.2
+    """L1 + LPIPS, both with weight 1.   VTP Sec. 3.2
+
+    The paper gives no weights. 1 for LPIPS is borrowed from VQGAN, LDM and RAE, whose L1 has other
+    ranges of pixels; for --perceptual efficientnet it is the same 1, unchanged (ours).
 
     pixels, target  (B, 3, H, W), ImageNet-normalised; L1 is taken on this scale
-    lpips           extras.perceptual.Perceptual, or None
+    lpips           a loss of extras.perceptual, or None
     """
     pixels, target = to_fp32(pixels), to_fp32(target)
     loss = (pixels - target).abs().mean()

@@ -385,9 +385,11 @@ def record_metric(folder, name, value, protocol, **more):
         print0(f"(not saved: {folder} is not a folder)")
         return
     line = {"name": name, "value": to_json(value), "protocol": protocol, **more}
+    from .extras import model_card
     from .extras.run_folder import append_line
     try:
         append_line(Path(folder) / "metrics.jsonl", line)
+        model_card.update(folder)
     except OSError as error:                                  # the other numbers are printed, too
         print0(f"(not saved: {folder}/metrics.jsonl cannot be written, {error.strerror}; "
                f"--out names another folder)")

@@ -317,7 +317,8 @@ def caption(rng, background, shapes, captions):
     templates = BACKGROUND_TEMPLATES if rng.random() < P_MENTION else TEMPLATES
     template = choose(rng, templates)
     words = noun_phrase(background.tone, background.color, background.texture, "background")
-    return template.format(shapes=f"{describe(rng, main, captions)} {rest}".strip(), background=words)
+    shapes = f"{describe(rng, main, captions)} {rest}".strip()
+    return template.format(shapes=shapes, background=words)
 
 
 # ---------------------------------------------------------------- an image

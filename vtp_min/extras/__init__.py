@@ -2,10 +2,12 @@
 where that need arises; no core file imports an extra at module level.
 
 training
+    finetune.py          --init: stage 1 starts from released weights, or from those of a run
     gan.py               stage 2: the pixel decoder alone, with a discriminator (VTP Sec. 3.2)
     baselines.py         LDM's auto-encoder, VA-VAE, RAE: what the paper compares with
     gradcache.py         --micro: the gradient of a large batch in the memory of a small one
-    perceptual.py        LPIPS
+    perceptual.py        LPIPS, and a perceptual loss of ours
+    efficientnet.py      an ImageNet classifier that pip installs: judge and perceptual loss
     collapse.py          warnings of collapse
 speed
     fast.py              faster forms of functions of the core, for CPUs
@@ -14,6 +16,7 @@ speed
 data and files
     files.py             reads files that may be damaged; errors name the file
     run_folder.py        locks a run folder, protects files of others, recognises data that moved
+    model_card.py        README.md of a run, for the Hugging Face Hub
     output.py            a closed pipe or terminal does not end a training
     workers.py           processes that load data, also where shared memory is small
     class_folders.py     class folders: splits, labels, class names

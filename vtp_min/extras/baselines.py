@@ -44,7 +44,7 @@ from ..device import to_fp32
 from ..dist import print0
 from ..model import SIZES, SMALL, VTPConfig, VTPModel
 from . import gan
-from .perceptual import Perceptual
+from .perceptual import build
 
 KL = 1e-6                    # weight of the KL loss: LDM
 DATA_RANGE = 2               # L1 of pixels in [-1, 1]: LDM, VA-VAE; see gan.pixel_losses
@@ -433,7 +433,7 @@ def main(argv, clean_batches, prefetch):
         if encoder:
             perceptual = None
             if args.perceptual != "none":
-                perceptual = Perceptual(args.perceptual).to(device)
+                perceptual = build(args.perceptual).to(device)
             reconstruct = partial(reconstruct_vavae, encoder, perceptual)
         last_layer = model.decoder[-1]
         data_range = DATA_RANGE

@@ -198,8 +198,7 @@ def arguments(argv):
 
     p = add(fetch)
     p.add_argument("names", nargs="*", help="some of: vgg, alex, squeeze (for LPIPS), inception "
-                                            "(for FID), squeezenet; default: all files that can be "
-                                            "downloaded")
+                                            "(for FID); default: all")
     args = top.parse_args(argv)
     defaults = {name: default for name, (default, _) in SETTINGS.items()}
     try:

@@ -46,7 +46,7 @@ from ..rng import Stream, make_rng
 from ..run import Run, parse_settings
 from .files import read_settings as settings_of_run
 from .flag_ranges import check_numbers
-from .perceptual import Perceptual
+from .perceptual import CHOICES, HELP, build, describe, inherited
 
 # name: (our default for pico, nano and micro; default for S, B and L; source of the second)
 FLAG_DEFAULTS = {
@@ -153,10 +153,11 @@ def adaptive_weight(rec, other, parameter, scale=1.0, eps=1e-4, largest=1e4):
 
 
 def pixel_losses(pixels, target, perceptual, data_range):
-    """L1 and LPIPS -> two losses (). Both have weight 1, as in stage 1 and in RAE.
+    """L1 and LPIPS -> two losses (). Both have weight 1, as in stage 1 and in RAE. For --perceptual
+    efficientnet, which is not LPIPS, it is the same 1 (ours).
 
     pixels, target  (B, 3, H, W), ImageNet-normalised
-    perceptual      extras.perceptual.Perceptual, or None, which gives an LPIPS of 0
+    perceptual      a loss of extras.perceptual, or None, which gives an LPIPS of 0
     data_range      width of the pixel range of L1: 1 for pixels in [0, 1] (RAE), 2 for pixels in
                     [-1, 1] (LDM, VA-VAE). Stage 1 takes L1 of ImageNet-normalised pixels. That is
                     about 4.4 times the value for range 1, and 2.2 times the value for range 2.
@@ -221,7 +222,8 @@ def decoder_gradients(img, model, reconstruct, disc, last_layer, args, pixel_los
     loss = rec + sum(terms.values())
     losses, diagnostics = {"l1": l1}, {}
     if args.perceptual != "none":
-        losses["lpips"] = lpips
+        # in the log, efficientnet is not called LPIPS
+        losses["efficientnet" if args.perceptual == "efficientnet" else "lpips"] = lpips
     losses |= terms
 
     if disc is not None:
@@ -307,7 +309,7 @@ def train_with_gan(args, model, reconstruct, last_layer, device, precision, clea
     clean_batches, prefetch  the functions of data.py
     data_range   pixel range of L1, see pixel_losses
     """
-    settings = vars(args) | {"precision": precision, "machine": str(device)}
+    settings = vars(args) | {"precision": precision, "machine": str(device)} | inherited(args)
     warmup, gan_start, disc_start = schedule_of(args)
 
     # ---- models, optimizers, data
@@ -330,7 +332,7 @@ def train_with_gan(args, model, reconstruct, last_layer, device, precision, clea
         state |= {"disc": disc, "optimizer_disc": optimizer_disc}
     perceptual = None
     if args.perceptual != "none":
-        perceptual = Perceptual(args.perceptual).to(device)
+        perceptual = build(args.perceptual).to(device)
     data = clean_batches(args)
 
     def pixel_loss(pixels, target):
@@ -424,15 +426,13 @@ def seed_noise(seed, step):
 
 def print_summary(args, trained, disc, data, gan_start, data_range, device, precision):
     pixel_range = {1: "[0, 1]", 2: "[-1, 1]"}[data_range]
-    lpips = "LPIPS"
-    if args.perceptual == "none":
-        lpips = "no LPIPS (--perceptual none)"
     gan = "no GAN (--w-gan 0)"
     parameters = f"{millions(trained.values())} trained parameters"
     if disc is not None:
         gan = f"GAN {args.w_gan:g} x adaptive weight, starting at step {gan_start + 1}"
         parameters += f", discriminator {millions(disc.parameters())}"
-    print0(f"losses       L1 of pixels in {pixel_range}, {lpips}, {gan}   EMA {args.ema_decoder:g}")
+    print0(f"losses       L1 of pixels in {pixel_range}, {describe(args.perceptual)}, {gan}   EMA "
+           f"{args.ema_decoder:g}")
     print0(f"model        {parameters}")
     print0(f"data         {data.source.spec}, {args.image} px   batch {args.batch} over "
            f"{world_size()} process(es)")
@@ -554,8 +554,8 @@ def add_common_flags(p, defaults):
                    "weight of the GAN loss, multiplied by the adaptive weight; 0: no GAN")
     p.add_argument("--warmup", type=int,
                    help="steps of linear warm-up (default 1/16 of the run: RAE)")
-    p.add_argument("--perceptual", choices=["vgg", "alex", "squeeze", "none"], default="vgg",
-                   help="network of LPIPS, fetched by eval.py fetch; none: L1 only (default vgg)")
+    p.add_argument("--perceptual", choices=CHOICES, default="vgg",
+                   help=f"{HELP} (default vgg)")
     p.add_argument("--val-data", help="validation data for eval.py, if --data has no val/ folder")
     p.add_argument("--fresh", action="store_true", help="start over in --out")
     p.add_argument("--workers", type=int, default=default_workers(),

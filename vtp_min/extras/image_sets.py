@@ -14,7 +14,7 @@ Every set has these attributes and methods:
     .as_samples(), .as_reference()   descriptions of the two sides of a distance
     .statistics(net, kind, features, batch, device) -> mean (F,), covariance (F, F)
         net       function uint8 (b, 3, H, W) -> (b, F)
-        kind      name of the network: 'inception', 'squeezenet' or 'classifier'
+        kind      name of the network: 'inception', 'efficientnet' or 'classifier'
         features  description of the features; compared with that of saved statistics
         batch     images per batch
 
@@ -35,7 +35,7 @@ from .images import FORMATS, read_header, read_image
 from .sample_folder import read_summary
 
 # {network: F}; F shows which network the statistics in a file belong to
-WIDTHS = {"inception": 2048, "squeezenet": 512}
+WIDTHS = {"inception": 2048, "efficientnet": 1280}
 WANTED = ("a folder of images, an npz with arr_0 (images), or an npz with mu and sigma "
           "(statistics)")
 # arrays of an npz besides arr_0, the images: statistics and labels
@@ -274,7 +274,7 @@ class SavedStats(ImageSet):
     def statistics(self, net, kind, features, batch=None, device=None):
         """-> mu, sigma; see the head of this file
 
-        kind  'inception' or 'squeezenet'
+        kind  'inception' or 'efficientnet'
         ValueError if the statistics belong to other features.
         """
         if len(self.mu) != WIDTHS[kind]:
@@ -282,10 +282,6 @@ class SavedStats(ImageSet):
                              f"{WIDTHS[kind]}: these statistics belong to another network")
         if self.features and features and self.features != features:
             raise ValueError(f"{self.name}: statistics of {self.features}; wanted: {features}")
-        if "halved" in features and not self.features:
-            raise ValueError(f"{self.name} do not state that the images were halved; save them "
-                             f"again with --set halve=true and --set save_real=FILE or "
-                             f"save_stats=FILE")
         return self.mu, self.sigma
 
 

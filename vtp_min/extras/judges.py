@@ -4,18 +4,20 @@ FID is the Frechet distance of Inception's features. It needs Inception's weight
 informative for images that are unlike the photographs of ImageNet, on which Inception was trained.
 The distance of other features is recorded under other names, never as FID.
 
-    SqueezeNet, load_squeezenet    a small ImageNet network: images -> features (B, 512)
-    Classifier, classifier_of      trained on the user's data: images -> features (B, 256), logits
-    feature_net                    the network that --features and --set halve select
+    feature_net                    the network that --features selects
+    independence_note              was the decoder trained with the network that judges its images?
     check_fid_args                 checks the combination of arguments of `eval.py fid`
     check_labels                   leaves out labels of samples that are not the user's classes
+    Classifier, classifier_of      trained on the user's data: images -> features (B, 256), logits
     record_recognition             accuracy of the classifier on class-conditional samples
+    record_imagenet_recognition    the same for EfficientNet (efficientnet.py), where the classes
+                                   of the data are ImageNet's
 
 B images    H, W, S sides in pixels    F features
 """
+import re
 from pathlib import Path
 
-import numpy as np
 import safetensors.torch
 import torch
 from torch import nn
@@ -23,41 +25,29 @@ from torch.nn import functional as F
 
 from ..config import atomic_write
 from ..dist import all_gather_ragged, all_reduce_sum, barrier, print0, rank, rank_slice
-from ..fid import in_chunks, load_inception
+from ..fid import load_inception
 from ..run import ProgressBar, record_metric
-from .files import check_writable, reading
+from .efficientnet import EfficientNetLite0, imagenet_classes
+from .files import check_writable, read_settings, reading
 from .image_sets import SavedStats, check_sample_count
-from .weights import find
+from .perceptual import uses_efficientnet
 
 
-def feature_net(kind, halve, side, device, get_classifier):
+def feature_net(kind, device, get_classifier):
     """The feature extractor of a Frechet distance
 
-    kind            'inception', 'squeezenet' or 'classifier'
-    halve           True: reduce the images to half their side first; not with 'classifier'
-    side            side of the images in pixels, for the description
+    kind            'inception', 'efficientnet' or 'classifier'
     get_classifier  function () -> Classifier, accuracy; called only if it is needed
     -> function uint8 (B, 3, H, W) -> (B, F), name of the distance, description of the features
     """
     if kind == "classifier":
-        if halve:
-            raise ValueError("--set halve works only with --features squeezenet or inception: the "
-                             "classifier was trained on images of full size; omit --set halve")
         classifier, _ = get_classifier()
         protocol = "256-d features of the classifier trained on the real images"
         return classifier.features, "FD-classifier", protocol
-    if kind == "squeezenet":
-        net = load_squeezenet(device)
-        name = "FD-squeezenet (no FID)"
-        protocol = SqueezeNet.PROTOCOL
-    else:
-        net = inception_network(device)
-        name = "FID"
-        protocol = "pytorch-fid's Inception"
-    if not halve:
-        return net, name, protocol
-    return (lambda x: net(halved(x)), f"FD-{kind}, halved (no FID)",
-            f"{protocol}; images halved to {side // 2} px")
+    if kind == "efficientnet":
+        net = EfficientNetLite0().to(device)
+        return net, "FD-EfficientNet (no FID)", EfficientNetLite0.PROTOCOL
+    return inception_network(device), "FID", "pytorch-fid's Inception"
 
 
 def inception_network(device):
@@ -65,20 +55,29 @@ def inception_network(device):
     try:
         return load_inception(device)
     except FileNotFoundError as problem:
-        raise FileNotFoundError(f"{problem}; or use --features classifier (or squeezenet, if you "
-                                f"have its file), whose distance is not FID") from None
+        raise FileNotFoundError(f"{problem}; or use --features efficientnet (after pip install -r "
+                                f"requirements-study.txt) or --features classifier, whose distance "
+                                f"is not FID") from None
 
 
-def halved(x):
-    """uint8 (B, 3, H, W), even sides -> uint8 (B, 3, H/2, W/2), the means of 2x2 pixels
+def independence_note(kind, run, samples=None):
+    """-> what the protocol has to say if the decoder was trained with EfficientNet's features and
+    EfficientNet judges its images, else ''
 
-    At half size, the blur of a decoder has less influence on the distance, and the content of the
-    image has more (ours).
+    kind     a choice of --features or --perceptual
+    run      folder of the tokenizer, or None
+    samples  ImageSet; dit.py writes into its protocol which folder decoded the images
     """
-    if x.shape[-1] % 2 or x.shape[-2] % 2:
-        raise ValueError(f"--set halve: images of {x.shape[-1]}x{x.shape[-2]} cannot be halved, "
-                         f"because their sides are not even; omit --set halve")
-    return F.avg_pool2d(x.float(), 2).round().byte()
+    if kind != "efficientnet":
+        return ""
+    decoder = re.search("decoded by (.+?) in fp32", (samples and samples.protocol) or "")
+    folders = [run, decoder and decoder[1]]
+    if not any(folders):
+        return "; without --run it is unknown whether the decoder was trained with this network"
+    if not any(uses_efficientnet(read_settings(folder)) for folder in folders):
+        return ""
+    return ("; NOT INDEPENDENT: the decoder was trained with this network's features. For another "
+            "judge, type the same command with --features classifier")
 
 
 # ---------------------------------------------------------------- arguments of eval.py fid
@@ -126,8 +125,8 @@ def check_output(name, path):
 
 def check_labels(args, samples, train):
     """Leave out the labels of the samples, with a message, if they are not classes of the training
-    images: samples.labels becomes None. Only --features classifier reads them."""
-    if samples.labels is None or args.features != "classifier" or not train.classes:
+    images: samples.labels becomes None. FID does not read them."""
+    if samples.labels is None or args.features == "inception" or not train.classes:
         return
     C = len(train.classes)
     n_unknown = int(((samples.labels < 0) | (samples.labels >= C)).sum())
@@ -140,69 +139,6 @@ def check_labels(args, samples, train):
     print0(f"{samples.name}: the labels are not those of the {C} classes of {train.spec} "
            f"({problem}), so the fraction of recognised samples is not measured")
     samples.labels = None
-
-
-# ---------------------------------------------------------------- SqueezeNet v1.0
-class SqueezeNet(nn.Module):
-    """An ImageNet classifier whose weights take 0.8 MB, frozen   Iandola et al. 2016, Table 1
-
-    uint8 (B, 3, H, W), any H and W -> (B, 512) float32, the spatial mean of the output of fire9.
-    Layer names are those of the published prototxt, so that its weights can be loaded.
-    """
-    PROTOCOL = ("512-d average of fire9 of SqueezeNet v1.0, images resized to 227x227 px "
-                "(bilinear, antialiased)")
-    # {fire module: channels of its squeeze layer}; each of its two expand layers has four times
-    # as many, and their outputs are concatenated
-    SQUEEZE = {2: 16, 3: 16, 4: 32, 5: 32, 6: 48, 7: 48, 8: 64, 9: 64}
-
-    def __init__(self):
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 96, 7, 2)
-        width = 96
-        for n, squeeze in self.SQUEEZE.items():
-            self.add_module(f"fire{n}/conv1x1_1", nn.Conv2d(width, squeeze, 1))
-            self.add_module(f"fire{n}/conv1x1_2", nn.Conv2d(squeeze, 4 * squeeze, 1))
-            self.add_module(f"fire{n}/conv3x3_2", nn.Conv2d(squeeze, 4 * squeeze, 3, padding=1))
-            width = 8 * squeeze
-        self.conv10 = nn.Conv2d(width, 1000, 1, padding=1)
-        self.eval().requires_grad_(False)
-        # together with in_chunks, this is 2.8 times as fast on a CPU
-        self.to(memory_format=torch.channels_last)
-
-    def grid(self, img):
-        """uint8 (B, 3, H, W) -> output of fire9, (B, 512, 13, 13)"""
-        # as PIL resizes images, except for its rounding
-        x = F.interpolate(img.float(), (227, 227), mode="bilinear", antialias=True)
-        # Caffe's input format: BGR in the range 0..255, minus the mean colour
-        x = x.flip(1) - x.new_tensor([104, 117, 123])[:, None, None]
-        x = F.relu(self.conv1(x))
-        x = F.max_pool2d(x, 3, 2, ceil_mode=True)
-        for n in self.SQUEEZE:
-            x = F.relu(self.get_submodule(f"fire{n}/conv1x1_1")(x))
-            one = self.get_submodule(f"fire{n}/conv1x1_2")(x)
-            three = self.get_submodule(f"fire{n}/conv3x3_2")(x)
-            x = F.relu(torch.cat([one, three], 1))
-            if n in (4, 8):
-                x = F.max_pool2d(x, 3, 2, ceil_mode=True)
-        return x
-
-    def forward(self, img):
-        return in_chunks(lambda x: self.grid(x).mean((2, 3)), img)
-
-    def logits(self, img):
-        """uint8 (B, 3, H, W) -> (B, 1000), the classes of ImageNet sorted by WordNet id"""
-        return F.relu(self.conv10(self.grid(img))).mean((2, 3))
-
-
-def load_squeezenet(device="cpu"):
-    """-> SqueezeNet with its ImageNet weights
-
-    The file is not available for download; if it is missing, the FileNotFoundError describes it.
-    """
-    model = SqueezeNet()
-    with np.load(find("squeezenet")) as weights:           # float16; copied to float32
-        model.load_state_dict({name: torch.from_numpy(x) for name, x in weights.items()})
-    return model.to(device)
 
 
 # ---------------------------------------------------------------- classifier of the user's data
@@ -400,18 +336,67 @@ def record_recognition(args, samples, train, val, side, device, loader):
     The other arguments are those of `classifier_of`.
     """
     classifier, accuracy = classifier_of(args, train, val, side, device, loader)
-    C, n = len(train.classes), samples.n
+    C = len(train.classes)
     record_metric(args.out, "classifier accuracy", accuracy,
                   f"the classifier, on real images of {val.spec} val, {C} classes, {side} px, "
                   f"{args.judge_steps} training steps")
+    record_share(args, samples, classifier.predict, device, "samples recognised", "the classifier",
+                 C, accuracy)
+
+
+def record_share(args, samples, predict, device, name, judge, C, accuracy, note=""):
+    """Record, under a name, the fraction of the samples that a judge recognises. Nothing is
+    recorded if the samples have no labels.
+
+    predict   function uint8 (B, 3, S, S) -> labels (B,), on the CPU
+    judge     description      C  number of its classes      accuracy  on real images
+    """
     if samples.labels is None:
         return
-    rows = rank_slice(n)
+    rows = rank_slice(samples.n)
     labels = samples.labels[rows.start:rows.stop].split(args.batch)
     n_correct = torch.zeros((), device=device)
     for x, y in zip(samples.batches(args.batch), labels):
-        n_correct += (classifier.predict(x.to(device)) == y).sum()
-    record_metric(args.out, "samples recognised", all_reduce_sum(n_correct).item() / n,
-                  f"fraction of {n} class-conditional samples of {args.samples} that the "
-                  f"classifier assigns to the requested class; chance {1 / C:.3f}, real images "
-                  f"{accuracy:.3f}; {samples.origin()}")
+        n_correct += (predict(x.to(device)) == y).sum()
+    record_metric(args.out, name, all_reduce_sum(n_correct).item() / samples.n,
+                  f"fraction of {samples.n} class-conditional samples of {args.samples} that "
+                  f"{judge} assigns to the requested class; chance {1 / C:.3f}, real images "
+                  f"{accuracy:.3f}; {samples.origin()}{note}")
+
+
+def record_imagenet_recognition(args, net, samples, train, val, device, loader, note):
+    """As record_recognition, for EfficientNet: no training is needed, but the classes of the data
+    must be ImageNet's, which the names of the class folders show.
+
+    net     EfficientNetLite0
+    loader  function (source, limit) -> batches (images, labels, captions) of this rank
+    note    of independence_note
+    """
+    classes = imagenet_classes(train)          # (C,) positions among ImageNet's 1000
+    if classes is None or val.classes != train.classes:
+        print0(f"EfficientNet's accuracy and the fraction of recognised samples are not measured: "
+               f"the classes of {train.spec} are not folders named by WordNet ids of ImageNet, or "
+               f"those of {val.spec} val differ from them")
+        return
+
+    def predict(images):
+        """The most probable of the C classes, whatever the logits of the other classes are"""
+        return net.logits(images).cpu()[:, classes].argmax(1)
+
+    counts = torch.zeros(3, device=device)     # images, right among C classes, right among 1000
+    for images, labels, _ in loader(val, args.limit):
+        logits = net.logits(images.to(device)).cpu()
+        right = logits[:, classes].argmax(1) == labels
+        right_of_1000 = logits.argmax(1) == classes[labels]
+        counts += torch.tensor([len(labels), right.sum(), right_of_1000.sum()]).to(device)
+    n, *n_right = all_reduce_sum(counts).tolist()
+    accuracy, accuracy_of_1000 = [count / n for count in n_right]
+    C = len(classes)
+    judge = f"EfficientNet-Lite0 (most probable of the {C} classes of the data, not of all 1000)"
+    protocol = f"on {n:.0f} real images of {val.spec} val, {images.shape[-1]} px"
+    record_metric(args.out, "EfficientNet accuracy", accuracy, f"{judge}, {protocol}; chance "
+                  f"{1 / C:.3f}")
+    record_metric(args.out, "EfficientNet accuracy, 1000 classes", accuracy_of_1000,
+                  f"EfficientNet-Lite0, {protocol}; chance 0.001")
+    record_share(args, samples, predict, device, "samples recognised (EfficientNet)", judge, C,
+                 accuracy, note)

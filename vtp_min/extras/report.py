@@ -358,7 +358,8 @@ def curve_titles(settings):
     lnB = math.log(settings["batch"]) if "batch" in settings else None
     lnK = math.log(settings["prototypes"]) if "prototypes" in settings else None
     has_lnB = settings.get("clip_loss") == "clip"             # SigLIP has no such value
-    rec = "rec: L1" if settings.get("perceptual") == "none" else "rec: L1 + LPIPS"
+    perceptual = {"none": "", "efficientnet": " + EfficientNet's distance, not LPIPS"}
+    rec = "rec: L1" + perceptual.get(settings.get("perceptual"), " + LPIPS")
     return {
         "clip": ("clip", lnB if has_lnB else None, "ln B"),
         "dino": ("dino", lnK, "ln K"),

@@ -3,6 +3,7 @@ same data under another path.
 
     claim           lock the folder, refuse to overwrite weights, delete the old run for --fresh
     prepare         write run.json, and cut the log back to the checkpoint
+    has_checkpoint  does the folder hold a run that can be continued?
     check_settings  compare the settings of a checkpoint with those of this run
     fingerprints    describe the files that settings name, to recognise them after a move
     append_line     add a line to a JSON Lines file; a full disk leaves no half of it
@@ -25,7 +26,7 @@ FILES = ("last.pt", "previous.pt", "log.jsonl", "metrics.jsonl", "run.json", "co
          "model.safetensors")
 FILES_OF_DIT = ("latents_stats.pt", "classes.json")           # in addition
 # settings that only stage 2, the baselines, or the DiT have
-OF_ONE_PROGRAM = "init", "baseline", "latents"
+OF_ONE_PROGRAM = "stage", "baseline", "latents"
 SIZES_COMPARED = 1000       # files whose sizes are part of a fingerprint, evenly spaced
 
 
@@ -69,6 +70,10 @@ def check_owner(folder, settings, fresh):
     if any((name in old) != (name in settings) for name in OF_ONE_PROGRAM):
         raise ValueError(f"{folder} holds a run of another command, which --fresh would delete; "
                          f"give another folder with --out")
+
+
+def has_checkpoint(folder):
+    return any(Path(folder, name).exists() for name in ("last.pt", "previous.pt"))
 
 
 def lock(folder):

@@ -2,8 +2,6 @@
 
     vgg, alex, squeeze   ImageNet networks of the perceptual loss LPIPS, from torchvision
     inception            the network of the FID: pytorch-fid's port of the 2015 TensorFlow file
-    squeezenet           SqueezeNet v1.0, for a Frechet distance without Inception (the squeeze of
-                         LPIPS is v1.1). This file is not available for download.
 
     find(name)   -> path of a file whose hash is correct; if the file is missing, the
                  FileNotFoundError names the command that downloads it
@@ -38,15 +36,6 @@ FILES = {      # name: (megabytes, address); the file name ends with the start o
     "inception": (96, f"{GITHUB}/pt_inception-2015-12-05-6726825d.pth"),
 }
 
-BY_HAND = {    # name: (file, SHA-256, description): files that the user must put into the folder
-    "squeezenet": (
-        "squeezenet_v10.npz",
-        "1e67ccb770ea9a2c04a079d716c114a252a3df3c003a68c1595a685acda27b51",
-        "ImageNet weights of SqueezeNet v1.0, decoded from compressed_SqueezeNet.net of "
-        "https://github.com/songhan/SqueezeNet-Deep-Compression (BSD 2-clause) into float16 arrays "
-        "LAYER.weight (O, I, kH, kW) and LAYER.bias, 0.8 MB"),
-}
-
 # SHA-256 of the files in weights/v0.1 of lpips 0.1.4. The MD5 of the vgg file is
 # d507d7349b931f0638a25a48a722f98a, as in the evaluation code of VTP.
 HEADS = {
@@ -65,13 +54,10 @@ def folder():
 
 
 def entry(name):
-    """-> file name, and its SHA-256 or the first 8 digits of it. ValueError for an unknown name."""
-    if name in BY_HAND:
-        file, digest, _ = BY_HAND[name]
-        return file, digest
+    """-> file name, and the first 8 digits of its SHA-256. ValueError for an unknown name."""
     if name not in FILES:
-        known = ", ".join([*FILES, *BY_HAND])
-        raise ValueError(f"'{name}' is not the name of an external file; the names are: {known}")
+        raise ValueError(f"'{name}' is not the name of an external file; the names are: "
+                         f"{', '.join(FILES)}")
     file = FILES[name][1].rsplit("/", 1)[1]
     return file, Path(file).stem.rsplit("-", 1)[1]
 
@@ -87,14 +73,9 @@ def find(name):
             continue
         found = sha256(path, path.stat().st_mtime_ns)
         if not found.startswith(digest):
-            repair = "copy it again" if name in BY_HAND else f"type `python eval.py fetch {name}`"
             raise ValueError(f"{path} is damaged: its SHA-256 begins with {found[:8]}, not with "
-                             f"{digest[:8]}; {repair}")
+                             f"{digest}; type `python eval.py fetch {name}`")
         return path
-    if name in BY_HAND:
-        raise FileNotFoundError(f"{file} is missing and cannot be downloaded, because there is no "
-                                f"address for it. It contains {BY_HAND[name][2]}. Put this file, "
-                                f"with SHA-256 {digest}, into {folder()}")
     size, address = FILES[name]
     raise FileNotFoundError(f"{file} is missing (about {size} MB, from {address}); type "
                             f"`python eval.py fetch {name}`, or put the file into {folder()}")
@@ -122,9 +103,14 @@ def heads(name):
         raise FileNotFoundError("the package lpips, which contains the linear heads of LPIPS, is "
                                 "not installed; type `pip install lpips`")
     path = Path(package.origin).parent / "weights" / "v0.1" / f"{name}.pth"
-    if not path.exists() or sha256(path, path.stat().st_mtime_ns) != HEADS[name]:
-        raise ValueError(f"{path} is not the file of lpips 0.1.4; type "
-                         f"`pip install --force-reinstall lpips==0.1.4`")
+    return check_package_file(path, HEADS[name], "lpips==0.1.4")
+
+
+def check_package_file(path, digest, package):
+    """-> path, a file of an installed package. ValueError if its SHA-256 is another one"""
+    if not path.exists() or sha256(path, path.stat().st_mtime_ns) != digest:
+        raise ValueError(f"{path} is not the file of {package}; type "
+                         f"`pip install --force-reinstall {package}`")
     return path
 
 
@@ -136,9 +122,7 @@ def fetch(name):
     if rank() == 0:
         try:
             find(name)
-        except (FileNotFoundError, ValueError) as problem:
-            if name in BY_HAND:
-                raise SystemExit(str(problem)) from None
+        except (FileNotFoundError, ValueError):
             download(name)
     barrier()
     return find(name)
