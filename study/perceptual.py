@@ -40,7 +40,7 @@ from vtp_min.extras import perceptual                                      # noq
 from vtp_min.model import load_model                                       # noqa: E402
 
 SHAPES = "shapes:objects=1,size=0.6-0.9"
-STEPS = 1500                                     # of each tokenizer (ours)
+STEPS = 800                                      # of each tokenizer (ours)
 N = 2080                                         # validation images
 SHOWN = 8                                        # images in the figure
 
