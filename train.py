@@ -187,6 +187,9 @@ def main(args):
         from vtp_min.extras import fast
         fast.install(free_memory=bool(args.free_memory))
     settings = vars(args) | {"precision": precision, "machine": f"{device}{tf32_of(device)}"}
+    if args.init:
+        from vtp_min.extras.perceptual import inherited
+        settings |= inherited(args)
     if args.warmup is None:
         # This default follows from --steps. It is not part of the settings that must stay equal
         # when a run continues, because a run may continue with more --steps.

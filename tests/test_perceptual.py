@@ -206,4 +206,9 @@ def test_a_run_that_begins_from_one_that_used_our_loss_remembers_it(tmp_path):
                            ({"encoder": "used"}, known), ({"init": "plain"}, {}), ({}, {}),
                            ({"init": "released weights"}, {})):
         args = {name: str(tmp_path / folder) for name, folder in args.items()}
-        assert inherited(Namespace(**args)) == expected
+        new = Namespace(out=str(tmp_path / "new"), fresh=False, **args)
+        assert inherited(new) == expected
+    # a run that is continued after the folder in --init was deleted
+    gone = dict(out=str(tmp_path / "second"), init=str(tmp_path / "deleted"))
+    assert inherited(Namespace(fresh=False, **gone)) == known
+    assert inherited(Namespace(fresh=True, **gone)) == {}

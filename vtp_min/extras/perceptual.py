@@ -159,8 +159,9 @@ def uses_efficientnet(settings):
 
 def inherited(args):
     """-> the entry perceptual_of_init of run.json, {} if the run in --init or --encoder was trained
-    without EfficientNet. So the fact stays known if that run is moved."""
+    without EfficientNet. So the fact stays known if that run is moved or deleted."""
     folders = [getattr(args, "init", None), getattr(args, "encoder", None)]
-    if any(uses_efficientnet(read_settings(folder)) for folder in folders):
+    known = not args.fresh and "perceptual_of_init" in read_settings(args.out)
+    if known or any(uses_efficientnet(read_settings(folder)) for folder in folders):
         return {"perceptual_of_init": "efficientnet"}
     return {}
