@@ -357,6 +357,14 @@ def euler(velocity, x, grid):
     return x
 
 
+def draft(model, noise, y, precision):
+    """Noise (b, C, H, W), classes y (b,) -> latents, by 20 Euler steps without guidance"""
+    like = model.pos_embed                                 # it has the model's dtype and device
+    x, y = noise.to(like), y.to(like.device)
+    with autocast(like.device, precision):
+        return euler(lambda x, t: model(x, t, y).to(x), x, time_grid(21, shift=0.075).to(x))
+
+
 @torch.no_grad()
 def count_flops(model):
     """FLOPs of the matrix products of one forward pass, for one latent"""
@@ -436,6 +444,7 @@ def train(args, device):
     tokenizer also --set lognorm_mu=-0.75 --set lognorm_sigma=1.
     """
     from vtp_min.extras.latents import LatentBatches, Latents
+    from vtp_min.extras.previews import Previews
     set_tf32(device, False)                               # as LightningDiT's train.py
     data = Latents(args.latents)
     data.check(load_tokenizer)
@@ -485,6 +494,7 @@ def train(args, device):
               lambda step: export(run.folder, config, ema, data, step), flops)
     batches = LatentBatches(data, stats, args.seed, args.batch, args.label_drop, len(classes))
     batches = run.watch(prefetch(batches, run.step, args.steps, args.workers))
+    previews = Previews(run, data, args, partial(draft, ema, precision=precision), load_tokenizer)
 
     for step in range(run.step, args.steps):
         # linear warm-up, in which the first step already changes the weights; then constant
@@ -509,6 +519,7 @@ def train(args, device):
         if finite:                                        # else neither weights nor EMA change
             optimizer.step()
             update_ema(ema_weights, weights, ema_decay(step, args.ema))
+        previews.after_step(step + 1)                     # changes no weight and no random draw
         run.after_step(step, losses, {}, grad_norm, lr, state)
         if stop:
             break
@@ -731,6 +742,7 @@ SETTINGS = [  # commands, name, default, meaning and source: for --set name=valu
     ("train", "lognorm_sigma", 1.25, "time: VTP 1.25, for its L tokenizer 1.0; LightningDiT 1"),
     ("train", "label_drop", 0.1, "fraction of samples without their class, for guidance: DiT"),
     ("train", "ema", None, "decay of the EMA: LightningDiT 0.9999; None: rises to it (ours)"),
+    ("train", "previews", True, "samples at steps 50, 100, 200, 400, ... and the last one (ours)"),
     ("sample", "labels", "balanced", "classes in turn (ours); random: LightningDiT, VTP"),
     ("sample", "shift", 0.075, "time points closer to noise: VTP 0.075, LightningDiT 0.3, off 0"),
     ("sample", "cfg_start", 0.0, "no guidance before this t: VTP 0, LightningDiT 0.125"),

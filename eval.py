@@ -9,9 +9,10 @@ and appended to metrics.jsonl.
     python eval.py check WEIGHTS      try released weights, or a run, on a few images of yours
     python eval.py cost               parameters and GFLOPs of each part, for any model size
     python eval.py report RUN         one page with curves, images and all numbers
+    python eval.py compare RUN LOG    is a run on the curve of reference logs?
     python eval.py fetch              download external weights (VGG for LPIPS, Inception for FID)
 
-The last four are in vtp_min/extras/commands.py. `python eval.py COMMAND --help` lists the flags.
+The last five are in vtp_min/extras/commands.py. `python eval.py COMMAND --help` lists the flags.
 RUN is a folder of train.py, or released weights. Data and image size default to those of the run.
 Under torchrun each process evaluates a part of the images; the numbers are those of one process,
 up to rounding.
@@ -343,7 +344,7 @@ def fid(args, device):
 
 # ---------------------------------------------------------------- command line
 COMMANDS = {"zeroshot": zeroshot, "probe": probe, "recon": recon, "fid": fid}
-EXTRA_COMMANDS = ("check", "cost", "report", "fetch")
+EXTRA_COMMANDS = ("check", "cost", "report", "compare", "fetch")
 ALL = "zeroshot probe recon fid"
 FEATURES = ["inception", "efficientnet", "classifier"]
 FLAGS = [  # commands, flag, type or list of choices, default, help

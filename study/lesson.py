@@ -60,9 +60,9 @@ def show(image):
 
 
 def to_png(image):
-    """PIL image -> bytes of a PNG file with 256 colours, a third of the size of one with all"""
+    """PIL image -> bytes of a PNG file with 128 colours, a third of the size of one with all"""
     file = io.BytesIO()
-    image.convert("RGB").quantize(256).save(file, "PNG", optimize=True)
+    image.convert("RGB").quantize(128).save(file, "PNG", optimize=True)
     return file.getvalue()
 
 

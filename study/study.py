@@ -35,6 +35,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -425,7 +426,8 @@ def save_results(cell, folder, done, args):
         name = "-".join(grid.parent.relative_to(folder).parts)      # data-at-0-samples
         shutil.copy(grid, folder / f"{name}.png")
         if args.data.startswith("shapes"):
-            shutil.copy(grid, args.out / "logs" / f"{cell.name}.png")
+            # 64 colours: a third of the size
+            Image.open(grid).quantize(64).save(args.out / "logs" / f"{cell.name}.png")
     with open(args.out / "results.jsonl", "a") as f:
         f.write(json.dumps(line) + "\n")
     for large in (*folder.glob("*/"), folder / "done.json", folder / "metrics.jsonl"):

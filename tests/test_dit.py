@@ -21,7 +21,7 @@ import dit
 from dit import (SIZES, LightningDiT, RotaryEmbedding, euler, flow_loss, lognorm_time,
                  time_grid)
 from vtp_min import VTPConfig, VTPModel, optim, run
-from vtp_min.extras import fast_dit, latents
+from vtp_min.extras import fast_dit, latents, previews
 from vtp_min.extras.latents import LatentBatches, Latents, shards
 from vtp_min.run import EXIT_RESUME, TIMING
 
@@ -568,6 +568,105 @@ def test_the_log_counts_the_flops_of_three_forward_passes(folder):
     assert 0 < line["share_of_peak"] < 1
 
 
+# ---------------------------------------------------------------- previews
+
+@pytest.fixture
+def with_previews(folder, monkeypatch):
+    """`folder` with a tokenizer that is found; the previews are at steps 2, 4, 8, ..., and the last"""
+    (folder / "RUN" / "config.json").write_text("{}")
+    monkeypatch.setattr(previews, "FIRST_STEP", 2)
+    return folder
+
+
+def preview_steps(folder, name):
+    return list(previews.preview_files(folder / name))
+
+
+def test_previews_are_at_doubled_steps_and_at_the_last_and_show_at_most_10_classes():
+    steps = [step for step in range(1, 751) if previews.is_preview_step(step, 750)]
+    assert steps == [50, 100, 200, 400, 750]
+    longer = [step for step in range(1, 3001) if previews.is_preview_step(step, 3000)]
+    assert longer == [50, 100, 200, 400, 800, 1600, 3000]
+    assert previews.preview_classes(3) == [0, 1, 2]
+    assert previews.preview_classes(1000) == list(range(0, 1000, 100))
+
+
+def test_a_training_with_previews_is_equal_to_one_without_in_every_bit(with_previews):
+    def train_and_draw(name, *flags):
+        found = train(with_previews, name, "--steps", "5", *flags)
+        return found, torch.rand(3)
+    (shown, after), (plain, after_plain) = (train_and_draw("A"), train_and_draw("B", "--set",
+                                                                                "previews=0"))
+    assert preview_steps(with_previews, "A") == [2, 4, 5]
+    assert not (with_previews / "B" / "previews").exists()
+    assert all(bit_equal(shown[part], plain[part]) for part in ("model", "ema", "opt"))
+    assert torch.equal(after, after_plain)
+    assert log_lines(with_previews, "A") == log_lines(with_previews, "B")
+
+
+def test_a_preview_shows_the_ema_weights_of_its_step_from_the_noise_of_sample(with_previews):
+    train(with_previews, "A", "--steps", "4")
+    assert preview_steps(with_previews, "A") == [2, 4]
+    rows = [previews.read_preview(path) for path in
+            previews.preview_files(with_previews / "A").values()]
+    assert rows[0].shape == (10, 3, 16, 16) and not torch.equal(*rows)
+    samples = generate(with_previews, "A", "out", "--per-class", "1", "--points", "21")["arr_0"]
+    difference = 255 * rows[1].permute(0, 2, 3, 1) - torch.from_numpy(samples).float()
+    assert difference.abs().max() <= 1                           # rounding, before a truncation
+
+
+def test_a_continued_run_needs_no_previews_keeps_those_it_has_and_fresh_deletes_them(with_previews):
+    train(with_previews, "A", "--steps", "3", "--set", "previews=0")
+    resumed = train(with_previews, "A", "--steps", "5")
+    assert preview_steps(with_previews, "A") == [4, 5]
+    assert bit_equal(resumed["ema"], train(with_previews, "B", "--steps", "5")["ema"])
+    first = (with_previews / "B/previews/step-000004.png").read_bytes()
+    assert (with_previews / "A/previews/step-000004.png").read_bytes() == first
+    train(with_previews, "A", "--steps", "9")
+    assert preview_steps(with_previews, "A") == [4, 5, 8, 9]
+    users = with_previews / "A" / "previews" / "mine.png"
+    users.write_bytes(b"an image of the user")
+    train(with_previews, "A", "--steps", "1", "--fresh", "--set", "previews=0")
+    assert preview_steps(with_previews, "A") == [] and users.exists()
+
+
+@pytest.mark.parametrize("kind", ["generate", "decoder", "disk", "tokenizer"])
+def test_a_preview_that_fails_is_reported_once_and_the_training_goes_on(
+        with_previews, monkeypatch, capsys, kind):
+    plain = train(with_previews, "A", "--steps", "4", "--set", "previews=0")
+    told = "out of memory"
+    if kind == "generate":
+        def fail(*_, precision):
+            raise torch.OutOfMemoryError("out of memory\nwith advice")
+        monkeypatch.setattr(dit, "draft", fail)
+    elif kind == "decoder":
+        class WithoutDecoder(Folded):
+            def __init__(self):
+                super().__init__()
+                del self.get_latents_decoded_images
+        monkeypatch.setattr(dit, "load_model", lambda folder: WithoutDecoder())
+        told = "get_latents_decoded_images"
+    elif kind == "disk":
+        (with_previews / "B").mkdir()
+        (with_previews / "B" / "previews").write_text("")
+        told = "File exists"
+    else:
+        old = latents.Latents._check_encoder
+        other = Folded()
+        torch.nn.init.constant_(other.encoder.weight, 2.0)
+
+        def check(self, load_tokenizer):
+            old(self, load_tokenizer)
+            monkeypatch.setattr(dit, "load_model", lambda folder: other)    # from now on
+        monkeypatch.setattr(latents.Latents, "_check_encoder", check)
+        told = "has been trained on"
+    capsys.readouterr()
+    found = train(with_previews, "B", "--steps", "4")
+    said = capsys.readouterr().out
+    assert said.count("goes on without previews") == 1 and told in said and "of step 2" in said
+    assert bit_equal(found["ema"], plain["ema"])
+
+
 # ---------------------------------------------------------------- many processes
 
 def one_of_many(rank, count, folder, commands):
@@ -766,8 +865,9 @@ def test_latents_without_their_tokenizer_are_trained_on_with_a_note(folder, caps
     os.rename(folder / "RUN" / "latents", folder / "latents")
     dit.main(f"train {folder}/latents --out {folder}/X --size nano --batch 4 --steps 1 --device "
              f"cpu".split())
-    assert "is not there; so it is not checked" in capsys.readouterr().out
-    assert (folder / "X" / "model.safetensors").exists()
+    said = capsys.readouterr().out
+    assert "is not there; so it is not checked" in said and "there are no previews" in said
+    assert (folder / "X" / "model.safetensors").exists() and not (folder / "X/previews").exists()
 
 
 def in_three_shards(folder, ranks=(0, 0, 0)):

@@ -14,8 +14,9 @@ from tokenizer import get_tokenizer
 from vtp_min import VTPConfig, VTPModel, vit
 from vtp_min.extras import commands, report
 from vtp_min.extras.report import (alternating_order, class_attention, figure, format_number,
-                                   image_saver, metrics_table, nearest_neighbours, pca_rgb, resize,
-                                   samples)
+                                   image_saver, metrics_table, nearest_neighbours, pca_rgb,
+                                   previews, resize, samples)
+from vtp_min.extras.previews import preview_path
 
 write_report = partial(report.write_report, open_data=open_data, eval_batches=eval_batches,
                        get_tokenizer=get_tokenizer)
@@ -200,6 +201,46 @@ def test_samples_of_the_diffusion_transformer_are_grouped_by_class(tmp_path):
     assert shown.tolist() == [[1, 255], [200, 202]]
     assert page.index("cat") < page.index("&lt;dog&gt;") and "3 samples" in page
     assert "no samples" in samples(image_saver(tmp_path), tmp_path / "elsewhere")
+
+
+def write_preview(dit, step, values, side=16):
+    """A preview of uniform images with these grey values"""
+    pixels = np.concatenate([np.full((side, side, 3), value, np.uint8) for value in values], 1)
+    preview_path(dit, step).parent.mkdir(exist_ok=True)
+    Image.fromarray(pixels).save(preview_path(dit, step))
+
+
+def test_previews_are_shown_in_the_order_of_their_steps_with_one_row_per_class(tmp_path):
+    assert "without --set previews=0" in previews(image_saver(tmp_path), tmp_path)
+    (tmp_path / "classes.json").write_text('["cat", "<dog>"]')
+    for step in (100, 50, 1600, 200):
+        write_preview(tmp_path, step, (step // 50, 100 + step // 50))
+    page = previews(image_saver(tmp_path), tmp_path)
+    shown = np.asarray(Image.open(tmp_path / "previews.png"))[48::98, 48::98, 0]
+    assert shown.tolist() == [[1, 2, 4, 32], [101, 102, 104, 132]]
+    assert page.index("cat") < page.index("&lt;dog&gt;") and "step 1600" in page
+    for k in range(20):
+        write_preview(tmp_path, 3200 + k, (0, 0))
+    page = previews(image_saver(tmp_path), tmp_path)                # eight columns at most
+    assert page.count("<span>step") == 8 and "step 50<" in page and "step 3219<" in page
+
+
+@pytest.mark.parametrize("kind, told", [
+    ("damaged", "step-000100.png cannot be read .*; delete it"),
+    ("not a row", "not a row of square images"), ("two sizes", "cannot be shown"),
+    ("no classes", "classes.json cannot be read")])
+def test_previews_that_cannot_be_read_are_replaced_by_the_reason(tmp_path, kind, told):
+    (tmp_path / "classes.json").write_text('["cat"]')
+    write_preview(tmp_path, 50, [1])
+    write_preview(tmp_path, 100, [1], side=8 if kind == "two sizes" else 16)
+    if kind == "damaged":
+        preview_path(tmp_path, 100).write_bytes(b"")
+    if kind == "not a row":
+        Image.new("RGB", (17, 16)).save(preview_path(tmp_path, 100))
+    if kind == "no classes":
+        (tmp_path / "classes.json").unlink()
+    page = previews(image_saver(tmp_path), tmp_path)
+    assert "The previews cannot be shown" in page and re.search(told, page)
 
 
 def test_samples_that_cannot_be_read_are_replaced_by_the_reason(tmp_path):

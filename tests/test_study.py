@@ -106,6 +106,7 @@ def test_every_constant_of_a_part_reaches_a_command(part, gpu):
 # ---------------------------------------------------------------- resuming
 # replaces a command: writes the files that the real one would write
 FAKE_COMMAND = """import json, pathlib, sys
+from PIL import Image
 stage, run = sys.argv[1], pathlib.Path(sys.argv[2])
 with open(run / "calls", "a") as f:
     f.write(" ".join([stage, *sys.argv[3:]]) + "\\n")
@@ -115,7 +116,7 @@ for folder in ("tokenizer", "decoder", "dit", "samples"):
     (run / folder).mkdir(exist_ok=True)
     lines = [json.dumps({"step": k, "loss": 1 / k}) + "\\n" for k in range(1, 100)]
     (run / folder / "log.jsonl").write_text("".join(lines))
-(run / "samples" / "grid.png").write_text("an image")
+Image.new("RGB", (8, 8)).save(run / "samples" / "grid.png")
 if "classifier" in sys.argv and not (run / "judge.safetensors").exists():
     (run / "judge.safetensors").write_text("trained in " + run.name)
     with open(run.parent / "trained", "a") as f:

@@ -38,7 +38,8 @@ from .dist import (all_reduce_max, all_reduce_mean, all_reduce_sum, print0, rank
 
 # settings that may change when a run is continued: speed, memory, files, number of steps
 MUTABLE_FLAGS = {"steps", "workers", "device", "log_every", "save_every", "micro", "recompute",
-                 "compile", "max_bad", "out", "fresh", "val_data", "machine", "fast", "free_memory"}
+                 "compile", "max_bad", "out", "fresh", "val_data", "machine", "fast", "free_memory",
+                 "previews"}
 # fields of a log line that depend on the speed of the machine, so they differ between equal runs
 TIMING = {"images_per_s", "gflops", "share_of_peak", "data_wait"}
 EXIT_RESUME = 75       # exit status after a signal: EX_TEMPFAIL in sysexits.h, "try again later"

@@ -24,15 +24,17 @@ data and files
     images.py            reads any image file
     latents.py           latents on disk, in LightningDiT's format
     sample_folder.py     a folder of generated images
+    previews.py          samples at several steps of the training of a DiT
     grid.py              a contact sheet
     weights.py           external weights: address, hash, download
     flag_ranges.py       ranges of the numbers on the command line
 evaluation
-    commands.py          check, cost, report and fetch of eval.py
+    commands.py          check, cost, report, compare and fetch of eval.py
     probe_official.py    the linear probe of the released code
     judges.py            features for a Frechet distance where Inception is not at hand
     image_sets.py        the sets of images that a Frechet distance compares
     cost.py              parameters and FLOPs
     check.py             released weights: known facts, and your own images
     report.py            a run as one HTML page
+    compare.py           is the log of a run on the curve of reference logs?
 """

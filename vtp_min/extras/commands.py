@@ -1,14 +1,16 @@
-"""The four commands of eval.py that do not evaluate a model on a data set.
+"""The five commands of eval.py that do not evaluate a model on a data set.
 
     check     run released weights, or a training run, on a few images
     cost      count parameters and FLOPs of a run or of a model size
     report    write one HTML page about a run
+    compare   compare the log of a run with reference logs
     fetch     download external weights
 
 eval.py calls `arguments` to parse the command line, then `run`. Each command is a function of the
 same name; its docstring is the description that `--help` prints.
 """
 import argparse
+import sys
 from pathlib import Path
 
 from ..config import VTPConfig
@@ -38,6 +40,8 @@ def run(args, device, open_data, eval_batches, get_tokenizer):
         check(args, device, open_data, get_tokenizer)
     elif args.command == "cost":
         cost(args)
+    elif args.command == "compare":
+        compare(args)
     else:
         report(args, device, open_data, eval_batches, get_tokenizer)
 
@@ -130,6 +134,21 @@ def report(args, device, open_data, eval_batches, get_tokenizer):
     print0(f"wrote {path}")
 
 
+def compare(args):
+    """Is a run on the reference curve? Compare each loss term and diagnostic in its log with
+    reference logs, which are runs of the same settings: several seeds give a range. Name the
+    settings that differ, and write OUT/compare.png. Exit status: 0 if all are on the curve, 1 if
+    not, 2 if the logs cannot be compared. study/logs contains reference logs."""
+    from .compare import compare as compare_logs
+    try:
+        on_curve = compare_logs(args.run, args.references, args.out)
+    except (ValueError, OSError) as problem:
+        print(f"eval.py compare: {problem}", file=sys.stderr)
+        raise SystemExit(2) from None
+    if not on_curve:
+        raise SystemExit(1)
+
+
 def fetch(args):
     """Download external weights and check their hashes. Without a network, print the addresses of
     the files and the folder where they belong."""
@@ -195,6 +214,12 @@ def arguments(argv):
     p.add_argument("--data", help="shapes, a folder of class folders, or tar files; default: the "
                                   "run's data")
     p.add_argument("--val-data", help="validation images, needed if --data has no folder val/")
+
+    p = add(compare)
+    p.add_argument("run", help="run folder of train.py or dit.py, or a log.jsonl")
+    p.add_argument("references", nargs="+", metavar="reference", help="log.jsonl of a reference, "
+                                                                       "or its run folder")
+    p.add_argument("--out", help="folder of compare.png; default: that of the run's log")
 
     p = add(fetch)
     p.add_argument("names", nargs="*", help="some of: vgg, alex, squeeze (for LPIPS), inception "

@@ -399,7 +399,8 @@ class Latents:
         tokenizer = os.path.normpath(self.folder / self.about["tokenizer"])
         if not Path(tokenizer, "config.json").exists():
             print0(f"note: {tokenizer}, the tokenizer of these latents, is not there; so it is not "
-                   f"checked whether it was trained on since, and dit.py sample needs --tokenizer")
+                   f"checked whether it was trained on since, there are no previews, and dit.py "
+                   f"sample needs --tokenizer")
             return
         _, encoder = load_tokenizer(tokenizer, "cpu")
         if encoder != self.about["encoder"]:

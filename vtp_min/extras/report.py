@@ -34,9 +34,10 @@ from ..config import atomic_write
 from ..fid import MAX_PSNR, psnr
 from ..model import VTPModel
 from ..probes import text_encoder, zero_shot_classifier
-from .files import check_writable, read_json_lines, read_settings, reading
-from .grid import image_grid
+from .files import check_writable, read_json_lines, read_names, read_settings, reading
+from .grid import GAP, image_grid
 from .images import read_image
+from .previews import preview_classes, preview_files, read_preview
 from .sample_folder import image_path, read_summary
 
 PAGE = Path(__file__).parent / "report.html"
@@ -110,6 +111,7 @@ def write_report(run, open_data, eval_batches, get_tokenizer, data=None, val_dat
         settings=settings_table(batch, settings, log),
         metrics=metrics_table(run, dit),
         curves=curves(save, settings, log),
+        previews=previews(save, dit),
         samples=samples(save, dit),
         **model_sections(save, batch, get_tokenizer))
     atomic_write(run / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
@@ -583,6 +585,34 @@ def neighbour_accuracy(same_class, spaces):
         accuracies.append(f"{name} {accuracy:.0%}")
     return (f" A green frame marks a neighbour of the same class. Fraction of such neighbours over "
             f"all images: {', '.join(accuracies)}; by chance {chance:.0%}.")
+
+
+def previews(save, dit):
+    """-> HTML: samples at up to eight training steps, one column per step, one row per class"""
+    files = preview_files(dit)
+    if not files:
+        return missing(f"There are no images in {dit / 'previews'}. dit.py train writes them at "
+                       f"steps 50, 100, 200, 400, ... and at the last one, if it finds the "
+                       f"tokenizer, and without --set previews=0.")
+    steps = list(files)
+    if len(steps) > 8:
+        steps = [steps[round(i * (len(steps) - 1) / 7)] for i in range(8)]
+    rows = {}
+    try:
+        names = read_names(dit / "classes.json", f"repeat the command dit.py train --out {dit}")
+        # (n, steps, 3, S, S)
+        images = torch.stack([read_preview(files[step]) for step in steps], dim=1)
+        for label, strip in zip(preview_classes(len(names)), images):
+            rows[names[label]] = list(resize(strip, 96))
+    except (ValueError, RuntimeError) as problem:            # RuntimeError: images of two sizes
+        return missing(f"The previews cannot be shown: {problem}")
+    # columns of the header are as wide as the images
+    width = next(iter(rows.values()))[0].shape[-1] + GAP
+    caption = (f"EMA weights of {dit} after {', '.join(map(str, steps))} steps, 20 Euler steps "
+               f"without guidance, the same noise in each column.")
+    header = [f"step {step}" for step in steps]
+    return image_figure(save, "previews", list(rows.values()), list(rows), caption, header,
+                        f"{width}px " * len(steps))
 
 
 def samples(save, dit):
