@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from vtp_min.config import atomic_write                                    # noqa: E402
 from vtp_min.device import choose_precision                                # noqa: E402
-from vtp_min.extras import efficientnet                                    # noqa: E402
+from vtp_min.extras import efficientnet, weights                           # noqa: E402
 
 # VTP Sec. 4.3: the loss weights of CLIP and self-distillation are 0 or 1, and w_rec is 0.1
 OBJECTIVES = {"AE": "--w-clip 0 --w-ssl 0", "CLIP+AE": "--w-ssl 0", "SSL+AE": "--w-clip 0",
@@ -205,6 +205,10 @@ def generation_stages(cell, t, data, steps, decoders):
             f"judge-{data}-{suffix}": f"eval.py fid {out}/samples {measure} --features classifier "
                                       f"{t['classifier']}",
         }
+        if "inception" in t["features"]:
+            commands[f"inception-{data}-{suffix}"] = (
+                f"eval.py fid {out}/samples {measure} --features inception "
+                f"--train-limit {t['probe']}")
     return commands
 
 
@@ -270,8 +274,23 @@ PARTS = {"race": (RACE, race_cells, race_stages),
 def constants_of(args):
     """-> {name: value} of the constants of this part and scale; all become part of a result"""
     table = CONSTANTS | PARTS[args.part][0]
-    return {name: values[args.gpu] for name, values in table.items()} | {
-        "precision": args.precision}
+    found = {name: values[args.gpu] for name, values in table.items()}
+    found["precision"] = args.precision
+    if args.part != "race":
+        found["features"] = "efficientnet"
+        if args.gpu and has_inception():
+            found["features"] += " inception"              # then FID is measured, too
+    return found
+
+
+def has_inception():
+    """True if Inception's weights were fetched: python eval.py fetch inception"""
+    try:
+        return bool(weights.find("inception"))
+    except FileNotFoundError:
+        print("FID is not measured, because Inception's weights are missing; to measure it, type "
+              "`python eval.py fetch inception` first")
+        return False
 
 
 def stages(cell, args):

@@ -7,7 +7,6 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 STUDY = Path(__file__).resolve().parents[1] / "study"
@@ -93,12 +92,23 @@ def test_names_of_cells_are_unique(part):
     assert {c.name for c in PARTS[part][1](quick=True)} <= {c.name for c in cells}
 
 
+def test_with_inception_s_weights_the_gpu_study_also_measures_fid(monkeypatch):
+    cell = Cell("AE", decoder="nano")
+    monkeypatch.setattr(study.weights, "find", lambda name: f"{name}.pth")
+    measured = [c for c in commands(cell, "matched", True).values() if "inception" in c]
+    assert len(measured) == 4 and all("eval.py fid" in c for c in measured)
+    assert not any("inception" in c for c in commands(cell, "matched", False).values())
+
+
 @SCALES
-def test_every_constant_of_a_part_reaches_a_command(part, gpu):
+def test_every_constant_of_a_part_reaches_a_command(part, gpu, monkeypatch):
+    monkeypatch.setattr(study, "has_inception", lambda: True)
     args = arguments(part, gpu)
     cells = PARTS[part][1](quick=False)
     before = [study.stages(cell, args) for cell in cells]
     for name in args.constants:
+        if name == "features" and not gpu:
+            continue                                       # efficientnet in any case
         changed = arguments(part, gpu, constants=args.constants | {name: "987654"})
         assert [study.stages(cell, changed) for cell in cells] != before, name
 
