@@ -1,5 +1,5 @@
 """Test the paper's finding at a small scale: does a tokenizer that also learns to understand images
-make the diffusion transformer (DiT) learn faster and better?   VTP Sec. 4, Fig. 5, 6 and 9
+make the diffusion transformer (DiT) learn faster and better?   VTP Sec. 4 and 5, Fig. 5, 6, 9
 
     python study/study.py race --jobs 2                  built-in shapes, 80 classes: samples of
                                                          the DiT after 250, 500, ... 4000 steps
@@ -225,7 +225,8 @@ def photograph_measures(t, tokenizer, decoders):
 
 # ---------------------------------------------------------------- matched reconstruction
 def matched_cells(quick):
-    """AE with the smaller decoders, ALL with the larger ones, which bring their quality together"""
+    """Smaller decoders for AE and larger ones for ALL, so that the quality of reconstructions can
+    be matched"""
     pairs = [("AE", "pico"), ("ALL", "micro"), ("AE", "nano"), ("ALL", "nano")]
     return [Cell(objective, seed, decoder=decoder)
             for seed in range(1 if quick else 2) for objective, decoder in pairs]

@@ -119,8 +119,9 @@ class EfficientNetPerceptual(PerceptualLoss):
     """The form of LPIPS on the five resolutions of EfficientNet-Lite0. All choices are ours: LPIPS
     has other networks, and weights that were fitted to judgements of people.
 
-    Small images are not enlarged. For 32 px photographs, a blur counts 0.96 of noise with the same
-    squared error; enlarged 2 or 4 times it counts 0.75, at 4 or 16 times the cost.
+    Small images are not enlarged. For 32 px photographs, the distance of a blurred image is 0.96
+    times that of a noisy image with the same squared error; for images that are enlarged 2 or 4
+    times it is 0.75 times, at 4 or 16 times the cost.
     FileNotFoundError, with the command that installs the network, if it is missing.
     """
     metric = "perceptual distance (EfficientNet, not LPIPS)"
