@@ -361,8 +361,13 @@ def draft(model, noise, y, precision):
     """Noise (b, C, H, W), classes y (b,) -> latents, by 20 Euler steps without guidance"""
     like = model.pos_embed                                 # it has the model's dtype and device
     x, y = noise.to(like), y.to(like.device)
+    grid = time_grid(21, shift=0.075).to(x)
+
+    def velocity(x, t):
+        return model(x, t, y).to(x)
+
     with autocast(like.device, precision):
-        return euler(lambda x, t: model(x, t, y).to(x), x, time_grid(21, shift=0.075).to(x))
+        return euler(velocity, x, grid)
 
 
 @torch.no_grad()
