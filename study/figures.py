@@ -19,8 +19,11 @@ import numpy as np                                                         # noq
 COLORS = {"AE": "#777777", "CLIP+AE": "#d08020", "SSL+AE": "#3070c0", "ALL": "#208050"}
 STYLES = {"both": "-", "neither": "--", "shuffled": ":"}
 PROBE, PSNR, RECOGNISED = "linear probe latent", "PSNR", "samples recognised"
-FD = {"race": "FD-classifier", "matched": "FD-EfficientNet (no FID)",
-      "wide": "FD-EfficientNet (no FID)"}
+# {judge: (name of its Frechet distance, name of the share that it recognises)}
+JUDGES = {"classifier": ("FD-classifier", RECOGNISED),
+          "EfficientNet": ("FD-EfficientNet (no FID)", "samples recognised (EfficientNet)")}
+FD = JUDGES["classifier"][0]
+RFD = "rFD-EfficientNet (no FID)"              # of reconstructions
 
 
 # ---------------------------------------------------------------- rows of results.jsonl
@@ -104,7 +107,7 @@ def race_figure(rows):
         steps, shares = curve(row, RECOGNISED)
         bars = [200 * standard_error(p, samples_of(row)) for p in shares]
         axes[0].errorbar(steps, 100 * shares, bars, **style)
-        axes[1].plot(*curve(row, FD["race"]), **style)
+        axes[1].plot(*curve(row, FD), **style)
     for axis, title in zip(axes, ("samples recognised, %: higher is better",
                                   "FD of classifier features: lower is better")):
         axis.set(xscale="log", xlabel="training steps of the DiT", title=title)
@@ -124,7 +127,7 @@ def race_table(rows):
     reference = {r["seed"]: r for r in rows if r["objective"] == "AE"}
     for r in rows:
         name = r["objective"] + (r["captions"] != "both") * f", captions {r['captions']}"
-        shares, distances = curve(r, RECOGNISED)[1], curve(r, FD["race"])[1]
+        shares, distances = curve(r, RECOGNISED)[1], curve(r, FD)[1]
         faster = "–"
         if r["objective"] != "AE" and r["seed"] in reference:
             faster = ", ".join("–" if math.isnan(x) else f"{x:.2f}"
@@ -138,7 +141,190 @@ def race_table(rows):
         print(f"{objective}: {verdict(rows, objective)}")
 
 
-PARTS = {"race": (race_figure, race_table)}
+# ---------------------------------------------------------------- matched reconstruction
+def decoders_of(row):
+    """-> {further steps of the decoder: measurements of its reconstructions and samples}"""
+    return {key.removeprefix("data-"): values for key, values in row["curve"].items()
+            if key.startswith("data-")}
+
+
+def matched_pairs(ae, joint):
+    """Decoders of two cells of one seed whose reconstructions are equally good: PSNR differs by at
+    most 0.5 dB, rFD by at most 5 % of the larger one (study/protocol.md)
+
+    -> list of (key of AE's decoder, key of the joint tokenizer's decoder), the closest rFD first
+    """
+    found = []
+    for a, x in decoders_of(ae).items():
+        for b, y in decoders_of(joint).items():
+            gap = abs(x[RFD] - y[RFD]) / max(x[RFD], y[RFD])
+            if abs(x[PSNR] - y[PSNR]) <= 0.5 and gap <= 0.05:
+                found.append((gap, a, b))
+    return [(a, b) for _, a, b in sorted(found)]
+
+
+def best_pair(rows, seed):
+    """-> (row of AE, key of its decoder, row of ALL, key of its decoder) of a seed with the closest
+    rFD, or None if no decoders match"""
+    pairs = []
+    for ae in rows:
+        for joint in rows:
+            if (ae["objective"], joint["objective"]) == ("AE", "ALL") and \
+                    ae["seed"] == joint["seed"] == seed:
+                for a, b in matched_pairs(ae, joint)[:1]:
+                    x, y = decoders_of(ae)[a][RFD], decoders_of(joint)[b][RFD]
+                    pairs.append((abs(x - y) / max(x, y), ae["cell"], joint["cell"],
+                                  (ae, a, joint, b)))
+    return min(pairs)[-1] if pairs else None
+
+
+def compare(pair, data):
+    """Two matched decoders, one judge after the other -> list of (judge, FD of AE, FD of ALL, share
+    of AE, share of ALL, True if ALL is better in both as the rule wants, True if in neither)
+
+    data  'data' (all classes) or 'ten'
+    """
+    ae, a, joint, b = pair
+    found = []
+    for judge, (distance, share) in JUDGES.items():
+        x, y = ae["curve"][f"{data}-{a}"], joint["curve"][f"{data}-{b}"]
+        more = y[share] > x[share] and differs(x[share], y[share], samples_of(ae))
+        closer = y[distance] < 0.95 * x[distance]
+        found.append((judge, x[distance], y[distance], x[share], y[share], more and closer,
+                      not more and not closer))
+    return found
+
+
+def matched_verdict(rows, data, seeds=(0, 1)):
+    """The rule of study/protocol.md for one number of classes"""
+    measured = {r["seed"] for r in rows}
+    pairs = [best_pair(rows, seed) for seed in seeds if seed in measured]
+    if len(pairs) < len(seeds):
+        return "open"
+    if None in pairs:
+        return "not decidable: no decoders match"
+    lines = [line for pair in pairs for line in compare(pair, data)]
+    if all(line[-2] for line in lines):
+        return "shown"
+    return "not shown" if all(line[-1] for line in lines) else "not decidable"
+
+
+def matched_figure(rows):
+    """FD of samples against rFD of reconstructions, one point for each decoder"""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for axis, data, title in zip(axes, ("data", "ten"), ("all classes", "10 classes")):
+        for row in rows:
+            decoders = decoders_of(row)
+            x = [values[RFD] for values in decoders.values()]
+            y = [row["curve"][f"{data}-{key}"][JUDGES["EfficientNet"][0]] for key in decoders]
+            axis.plot(x, y, "o-" if row["seed"] == 0 else "s--", color=COLORS[row["objective"]],
+                      label=f"{row['objective']}, decoder {row['decoder']}, seed {row['seed']}")
+        axis.set(xlabel="rFD of reconstructions", ylabel="FD of samples", title=title)
+    axes[0].legend(fontsize=6)
+    return figure
+
+
+def matched_table(rows):
+    """All decoders, then the matched pair of each seed"""
+    print("| tokenizer | seed | decoder, further steps | probe | PSNR | rFD | classes | "
+          "FD, recognised (EfficientNet) | FD, recognised (classifier) |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for r in rows:
+        for key, values in decoders_of(r).items():
+            for data in ("data", "ten"):
+                found = r["curve"][f"{data}-{key}"]
+                numbers = [f"{found[d]:.1f}, {100 * found[s]:.1f}"
+                           for d, s in (JUDGES["EfficientNet"], JUDGES["classifier"])]
+                print(f"| {r['objective']} | {r['seed']} | {r['decoder']}, {key} | "
+                      f"{100 * r['metrics'][PROBE]:.1f} | {values[PSNR]:.2f} | {values[RFD]:.2f} "
+                      f"| {'all' if data == 'data' else 10} | {' | '.join(numbers)} |")
+    for seed in sorted({r["seed"] for r in rows}):
+        pair = best_pair(rows, seed)
+        if pair is None:
+            print(f"\nseed {seed}: no decoders match")
+            continue
+        ae, a, joint, b = pair
+        print(f"\nseed {seed}: {ae['cell']} after {a} steps against {joint['cell']} after {b}")
+        for data in ("data", "ten"):
+            for judge, x, y, p, q, _, _ in compare(pair, data):
+                print(f"{data}, {judge}: FD {x:.2f} / {y:.2f}, recognised {100 * p:.1f} / "
+                      f"{100 * q:.1f} %")
+    for data in ("data", "ten"):
+        print(f"{data}: {matched_verdict(rows, data)}")
+
+
+# ---------------------------------------------------------------- wide latents
+def wide_values(row):
+    """-> the measurements of the samples of a cell of this part"""
+    return row["curve"]["data-0"]
+
+
+def wide_ratios(rows, seed):
+    """-> {width: FD of AE divided by FD of ALL} of one seed, by EfficientNet"""
+    distance = JUDGES["EfficientNet"][0]
+    found = {(r["objective"], r["width"]): wide_values(r)[distance] for r in rows
+             if r["seed"] == seed}
+    return {width: found["AE", width] / found["ALL", width]
+            for objective, width in sorted(found) if objective == "AE"
+            and ("ALL", width) in found}
+
+
+def wide_verdict(rows):
+    """The rule of study/protocol.md"""
+    first = {r["objective"]: wide_values(r) for r in rows if (r["seed"], r["width"]) == (0, 48)}
+    if len(first) < 2:
+        return "open"
+    distance, share = JUDGES["EfficientNet"]
+    n = samples_of(rows[0])
+    ae, joint = first["AE"], first["ALL"]
+    closer = joint[distance] <= 0.9 * ae[distance]
+    more = joint[share] > ae[share] and differs(joint[share], ae[share], n)
+    if not (closer or more):
+        return "not shown"
+    ratios = [wide_ratios(rows, seed) for seed in (0, 1)]
+    if not all({16, 48} <= set(r) for r in ratios):
+        return "open"
+    if all(r[48] > 1.1 and r[48] > r[16] for r in ratios):
+        return "shown"
+    return "not decidable"
+
+
+def wide_figure(rows):
+    """FD and share recognised against the width of the latents"""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    titles = "FD: lower is better", "samples recognised, %: higher is better"
+    for axis, name, factor, title in zip(axes, JUDGES["EfficientNet"], (1, 100), titles):
+        for seed in (0, 1):
+            for objective in ("AE", "ALL"):
+                found = sorted((r["width"], factor * wide_values(r)[name]) for r in rows
+                               if (r["objective"], r["seed"]) == (objective, seed))
+                if found:
+                    axis.plot(*zip(*found), "o-" if seed == 0 else "s--", color=COLORS[objective],
+                              label=f"{objective}, seed {seed}")
+        axis.set(xlabel="numbers per latent", title=title)
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+def wide_table(rows):
+    print("| tokenizer | seed | numbers per latent | probe | PSNR | rFD | FD, recognised "
+          "(EfficientNet) | FD, recognised (classifier) |")
+    print("|---|---|---|---|---|---|---|---|")
+    for r in rows:
+        values = wide_values(r)
+        numbers = [f"{values[d]:.1f}, {100 * values[s]:.1f}"
+                   for d, s in (JUDGES["EfficientNet"], JUDGES["classifier"])]
+        print(f"| {r['objective']} | {r['seed']} | {r['width']} | "
+              f"{100 * r['metrics'][PROBE]:.1f} | {values[PSNR]:.1f} | {values[RFD]:.2f} | "
+              f"{' | '.join(numbers)} |")
+    for seed in (0, 1):
+        ratios = ", ".join(f"{w}: {x:.2f}" for w, x in wide_ratios(rows, seed).items())
+        print(f"seed {seed}: FD of AE divided by FD of ALL: {ratios or 'not measured'}")
+    print(wide_verdict(rows))
+
+
+PARTS = {"race": (race_figure, race_table), "matched": (matched_figure, matched_table),
+         "wide": (wide_figure, wide_table)}
 
 
 def main(folders):

@@ -8,9 +8,11 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch.nn import functional as F
 
+from vtp_min import shapes
+from vtp_min.augment import normalize, to_chw
 from vtp_min.extras import perceptual
-from vtp_min.augment import normalize
 from vtp_min.extras.perceptual import (EfficientNetPerceptual, Perceptual, describe,
                                        feature_distance, inherited)
 
@@ -179,7 +181,7 @@ def test_our_loss_is_the_same_inside_and_outside_autocast_and_undoes_the_normali
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             value = ours(a, b)
         assert value.dtype == torch.float32
-        assert torch.allclose(value, distances.mean(), rtol=1e-4)
+        assert torch.allclose(value, ours.WEIGHT * distances.mean(), rtol=1e-4)
 
 
 @needs_package
@@ -187,6 +189,18 @@ def test_our_loss_refuses_images_below_32_pixels(ours):
     small = torch.randn(1, 3, 40, 24)
     with pytest.raises(ValueError, match="24x40 pixels are too small.*--perceptual none"):
         ours(small, small)
+
+
+@needs_package
+def test_the_weight_of_our_loss_brings_its_gradient_to_the_order_of_that_of_l1(ours):
+    """Images of one shape, with a blurred copy as reconstruction. The gradient of the distance
+    itself is tens of times as long."""
+    images = [shapes.draw(i, 32, objects=(1, 1), size=(0.6, 0.9))[0] for i in range(8)]
+    target = normalize(torch.stack([torch.from_numpy(to_chw(image)) for image in images]))
+    pixels = F.avg_pool2d(target, 3, 1, 1).requires_grad_()
+    l1, = torch.autograd.grad((pixels - target).abs().mean(), pixels)
+    gradient, = torch.autograd.grad(ours(pixels, target), pixels)
+    assert 0.5 < gradient.norm() / l1.norm() < 5
 
 
 def test_our_loss_is_never_called_lpips():

@@ -365,6 +365,84 @@ def test_the_figure_and_the_table_are_made_from_the_lines_of_a_folder(tmp_path, 
     assert "2.00, 2.00, 2.00" in out and "CLIP+AE: open" in out
 
 
+def photograph_row(objective, decoders, seed=0, part="matched", width=0, decoder="nano"):
+    """A line of results.jsonl of the parts with photographs
+
+    decoders  {further steps: (PSNR, rFD, FD of samples, share recognised)}; equal for both judges
+              and both numbers of classes
+    """
+    curve = {}
+    for key, (psnr, rfd, distance, share) in decoders.items():
+        found = {name: value for d, s in figures.JUDGES.values()
+                 for name, value in ((d, distance), (s, share))}
+        curve[f"ten-{key}"] = found
+        curve[f"data-{key}"] = found | {figures.PSNR: psnr, figures.RFD: rfd}
+    return {"cell": f"{objective}-{decoder}", "part": part, "objective": objective, "seed": seed,
+            "decoder": decoder, "width": width, "constants": {"samples": "2080"}, "curve": curve,
+            "metrics": {"linear probe latent": 0.2}}
+
+
+def test_decoders_match_if_psnr_and_rfd_are_close():
+    """At most 0.5 dB and 5 %, both limits of study/protocol.md"""
+    ae = photograph_row("AE", {"0": (25.0, 100, 0, 0)})
+    for psnr, rfd, matches in ((25.5, 100, True), (25.6, 100, False), (25.0, 95, True),
+                               (25.0, 94, False)):
+        joint = photograph_row("ALL", {"0": (psnr, rfd, 0, 0)})
+        assert bool(figures.matched_pairs(ae, joint)) == matches
+    two = photograph_row("ALL", {"0": (25, 96, 0, 0), "1600": (25, 99, 0, 0)})
+    assert figures.matched_pairs(ae, two) == [("0", "1600"), ("0", "0")]      # the closest first
+
+
+def matched_rows(seed, distance, share):
+    """AE with FD 50 and 20 % recognised, and ALL with these values; the decoders match"""
+    return [photograph_row("AE", {"0": (25, 100, 50, 0.2)}, seed),
+            photograph_row("ALL", {"0": (25, 100, distance, share)}, seed)]
+
+
+def test_the_rule_of_matched_reconstruction_needs_both_measures_in_both_seeds():
+    better, worse, mixed = (45, 0.3), (55, 0.15), (45, 0.2)
+    for first, second, expected in ((better, better, "shown"), (worse, worse, "not shown"),
+                                    (better, worse, "not decidable"),
+                                    (mixed, mixed, "not decidable"), (better, mixed,
+                                                                      "not decidable")):
+        rows = matched_rows(0, *first) + matched_rows(1, *second)
+        assert figures.matched_verdict(rows, "ten") == expected
+    assert figures.matched_verdict(matched_rows(0, *better), "ten") == "open"
+    apart = [photograph_row("AE", {"0": (30, 10, 50, 0.2)}, seed) for seed in (0, 1)]
+    joint = [photograph_row("ALL", {"0": (25, 100, 45, 0.3)}, seed) for seed in (0, 1)]
+    assert figures.matched_verdict(apart + joint, "data").startswith("not decidable")
+
+
+def wide_rows(seed, width, ae, joint):
+    """ae, joint: (FD, share recognised)"""
+    return [photograph_row(name, {"0": (25, 100, *values)}, seed, "wide", width)
+            for name, values in (("AE", ae), ("ALL", joint))]
+
+
+def test_the_rule_of_wide_latents_ends_after_one_seed_if_both_conditions_fail():
+    assert figures.wide_verdict(wide_rows(0, 48, (50, 0.2), (46, 0.2))) == "not shown"
+    assert figures.wide_verdict(wide_rows(0, 48, (50, 0.2), (44, 0.2))) == "open"      # 12 % lower
+    assert figures.wide_verdict(wide_rows(0, 48, (50, 0.2), (50, 0.3))) == "open"      # recognised
+    assert figures.wide_verdict(wide_rows(0, 16, (50, 0.2), (20, 0.9))) == "open"      # no 48
+    rows = [r for seed in (0, 1) for r in (*wide_rows(seed, 48, (50, 0.2), (40, 0.3)),
+                                           *wide_rows(seed, 16, (50, 0.2), (50, 0.2)))]
+    assert figures.wide_ratios(rows, 1) == pytest.approx({16: 1, 48: 1.25})
+    assert figures.wide_verdict(rows) == "shown"
+    falling = rows[:6] + wide_rows(1, 16, (50, 0.2), (25, 0.2))      # seed 1: 2.0 at 16, 1.25 at 48
+    assert figures.wide_verdict(falling) == "not decidable"
+
+
+@pytest.mark.parametrize("rows, line", [
+    (matched_rows(0, 45, 0.3), "seed 0: AE-nano after 0 steps against ALL-nano after 0"),
+    (wide_rows(0, 48, (50, 0.2), (40, 0.3)), "seed 0: FD of AE divided by FD of ALL: 48: 1.25")])
+def test_figures_and_tables_of_photographs_are_made_from_the_lines_of_a_folder(rows, line, tmp_path,
+                                                                              capsys):
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    figures.main([tmp_path])
+    assert (tmp_path / f"{rows[0]['part']}.png").stat().st_size > 1000
+    assert line in capsys.readouterr().out
+
+
 def test_every_script_of_the_study_can_be_imported_from_another_folder(tmp_path):
     # One process for all, because each would import torch anew. Before each import, the process
     # forgets what earlier scripts have imported from the repository and added to sys.path.
