@@ -2,12 +2,17 @@
 
     python study/perceptual.py                  built-in shapes -> study/perceptual/
     python study/perceptual.py --data DIR       photographs as class folders DIR/train, DIR/val
+    python study/perceptual.py --smallest 1 --weight 0.02      another form of the loss: resolutions
+                                                from 1 x 1 on instead of 8 x 8, weight 0.02
+    python study/perceptual.py --gradients      only the gradients of each resolution, at the
+                                                reconstructions of a run that was trained with L1
     python study/perceptual.py --cost           only the cost of the loss in a training step
 
 Two tokenizers (AE: reconstruction alone) of equal seed and steps differ in --perceptual only. Their
 reconstructions of validation images are measured:
 
 PSNR, SSIM   by eval.py recon
+distance     of the features at all five resolutions, whatever resolutions the loss uses
 sharpness    mean absolute difference of neighbouring pixels of the reconstructions, divided by that
              of the images: 1 is as sharp as the images, less is blurred (ours)
 rFD          Frechet distance by the classifier that is trained on the data. EfficientNet is no
@@ -26,6 +31,7 @@ from statistics import median
 
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "study")]
@@ -37,6 +43,9 @@ from tokenizer import get_tokenizer                                        # noq
 from vtp_min.augment import denormalize, normalize                         # noqa: E402
 from vtp_min.device import autocast, choose_precision                      # noqa: E402
 from vtp_min.extras import perceptual                                      # noqa: E402
+from vtp_min.extras.efficientnet import EfficientNetLite0                  # noqa: E402
+from vtp_min.extras.perceptual import EfficientNetPerceptual as Loss       # noqa: E402
+from vtp_min.extras.perceptual import feature_distance                     # noqa: E402
 from vtp_min.model import load_model                                       # noqa: E402
 
 SHAPES = "shapes:objects=1,size=0.6-0.9"
@@ -63,34 +72,77 @@ def reconstructions(run, source, n):
     return denormalize(target), denormalize(torch.cat(outputs)).clamp(0, 1)
 
 
+# runs a command line of train.py with another form of the loss
+WITH_FORM = """import sys
+from vtp_min.extras.perceptual import EfficientNetPerceptual
+EfficientNetPerceptual.WEIGHT, EfficientNetPerceptual.SMALLEST = {weight}, {smallest}
+import train
+sys.exit(train.command(sys.argv[1:]))"""
+
+
 def command(*words):
     """Run one of our scripts; its output goes to the terminal"""
     subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True)
 
 
-def compare(data, work, out, steps):
+def compare(data, work, out, steps, weight, smallest):
     """Train both tokenizers, if runs/ does not hold them already -> list of two rows"""
     source = open_data(data, "val", side=32)
+    form = {"weight": weight, "smallest": smallest}
+    usual = (weight, smallest) == (Loss.WEIGHT, Loss.SMALLEST)
     rows, shown = [], []
     for kind in ("none", "efficientnet"):
-        run = work / kind
-        command("train.py", "--out", run, "--data", data, "--size", "nano", "--image", 32,
+        run = work / (kind if usual or kind == "none" else f"{kind}-{weight:g}-{smallest}")
+        script = ["train.py"] if usual else ["-c", WITH_FORM.format(**form)]
+        command(*script, "--out", run, "--data", data, "--size", "nano", "--image", 32,
                 "--patch", 8, "--latent-dim", 64, *RECIPE.split(), "--w-clip", 0, "--w-ssl", 0,
                 "--perceptual", kind, "--steps", steps, "--seed", 0)
-        command("eval.py", "recon", run, "--limit", N, "--perceptual", "efficientnet",
+        command("eval.py", "recon", run, "--limit", N, "--perceptual", "none",
                 "--features", "classifier", "--train-limit", 10_000)
         lines = (run / "metrics.jsonl").read_text().splitlines()
         metrics = {m["name"]: m["value"] for m in map(json.loads, lines)}
         images, outputs = reconstructions(run, source, 500)
         metrics["sharpness"] = sharpness(outputs) / sharpness(images)
+        metrics["distance"] = five_resolutions(images, outputs)
         rows.append({"what": "reconstruction", "data": data if data.startswith("shapes")
                      else Path(data).name, "perceptual": kind, "steps": steps, "images": N,
-                     "precision": choose_precision(torch.device("cpu")), "metrics": metrics})
+                     "precision": choose_precision(torch.device("cpu")), "metrics": metrics}
+                    | (form if kind == "efficientnet" else {}))
         shown = shown or [images[:SHOWN]]
         shown.append(outputs[:SHOWN])
-    folder = out if data.startswith("shapes") else work
+    folder = out if data.startswith("shapes") and usual else work
     save_grid(shown, folder / "reconstructions.png")
     return rows
+
+
+@torch.no_grad()
+def five_resolutions(images, outputs):
+    """(B, 3, H, W) in [0, 1], twice -> mean distance with the features of all resolutions"""
+    net = EfficientNetLite0()
+    return feature_distance(net.stages(images), net.stages(outputs)).mean().item()
+
+
+def gradients(data, work, n=200):
+    """-> row: the gradient of the distance at each resolution, compared with that of L1, both with
+    respect to the reconstructions of the run that compare() trained with L1 alone
+
+    length  of the gradient, divided by that of L1
+    cosine  of the angle between both
+    """
+    images, outputs = reconstructions(work / "none", open_data(data, "val", side=32), n)
+    target, pixels = normalize(255 * images), normalize(255 * outputs).requires_grad_()
+    l1, = torch.autograd.grad((pixels - target).abs().mean(), pixels)
+    net, found = EfficientNetLite0(), []
+    for k in range(5):
+        pair = (net.stages(denormalize(x))[k:k + 1] for x in (pixels, target))
+        gradient, = torch.autograd.grad(feature_distance(*pair).mean(), pixels)
+        found.append(gradient)
+    found.append(sum(found))
+    return {"what": "gradients", "data": data, "images": n,
+            "resolutions": ["16 x 16", "8 x 8", "4 x 4", "2 x 2", "1 x 1", "sum"],
+            "length": [round((g.norm() / l1.norm()).item(), 2) for g in found],
+            "cosine": [round(F.cosine_similarity(g.flatten(), l1.flatten(), 0).item(), 3)
+                       for g in found]}
 
 
 def save_grid(shown, path, scale=4):
@@ -135,7 +187,12 @@ def main(args):
     out = ROOT / "study" / "perceptual"
     for folder in (work, out):
         folder.mkdir(parents=True, exist_ok=True)
-    rows = [cost()] if args.cost else compare(args.data, work, out, args.steps)
+    if args.cost:
+        rows = [cost()]
+    elif args.gradients:
+        rows = [gradients(args.data, work)]
+    else:
+        rows = compare(args.data, work, out, args.steps, args.weight, args.smallest)
     with open(out / "results.jsonl", "a") as f:
         for row in rows:
             print(json.dumps(row))
@@ -147,6 +204,12 @@ def parser():
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", default=SHAPES, help="as train.py --data (default %(default)s)")
     p.add_argument("--steps", type=int, default=STEPS, help="default %(default)s")
+    p.add_argument("--weight", type=float, default=Loss.WEIGHT,
+                   help="of the perceptual loss (default %(default)s, that of train.py)")
+    p.add_argument("--smallest", type=int, default=Loss.SMALLEST,
+                   help="side of the smallest features that the loss uses (default %(default)s, "
+                        "that of train.py)")
+    p.add_argument("--gradients", action="store_true", help="only the gradients")
     p.add_argument("--cost", action="store_true", help="only the cost in a training step")
     return p
 

@@ -192,15 +192,27 @@ def test_our_loss_refuses_images_below_32_pixels(ours):
 
 
 @needs_package
-def test_the_weight_of_our_loss_brings_its_gradient_to_the_order_of_that_of_l1(ours):
+def test_the_gradient_of_our_loss_is_about_as_long_as_that_of_l1(ours):
     """Images of one shape, with a blurred copy as reconstruction. The gradient of the distance
-    itself is tens of times as long."""
+    itself is about ten times as long."""
     images = [shapes.draw(i, 32, objects=(1, 1), size=(0.6, 0.9))[0] for i in range(8)]
     target = normalize(torch.stack([torch.from_numpy(to_chw(image)) for image in images]))
     pixels = F.avg_pool2d(target, 3, 1, 1).requires_grad_()
     l1, = torch.autograd.grad((pixels - target).abs().mean(), pixels)
     gradient, = torch.autograd.grad(ours(pixels, target), pixels)
     assert 0.5 < gradient.norm() / l1.norm() < 5
+
+
+@needs_package
+def test_our_loss_uses_the_resolutions_with_at_least_8_positions_per_side(ours):
+    for side, n in ((32, 2), (36, 2), (64, 3), (256, 5)):
+        image = torch.rand(1, 3, side, side)
+        every, used = ours.net.stages(image), ours.net.stages(image, 8)
+        assert len(every) == 5 and len(used) == n
+        assert all(torch.equal(x, y) for x, y in zip(every, used))
+        assert used[-1].shape[-1] >= 8 and all(x.shape[-1] < 8 for x in every[n:])
+        assert ours.distances(image, image.flip(-1)) == feature_distance(
+            used, ours.net.stages(image.flip(-1), 8))
 
 
 def test_our_loss_is_never_called_lpips():

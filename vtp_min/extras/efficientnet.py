@@ -64,8 +64,10 @@ class EfficientNetLite0(nn.Module):
         """uint8 (B, 3, H, W) -> (B, 1000), the classes of ImageNet sorted by WordNet id"""
         return self.net._fc(self(img))
 
-    def stages(self, x):
-        """x (B, 3, H, W) in [0, 1] -> list of the outputs of the five resolutions, (B, C, h, w)
+    def stages(self, x, smallest=1):
+        """x (B, 3, H, W) in [0, 1] -> list of the outputs of the resolutions, (B, C, h, w)
+
+        smallest  resolutions with a side h or w below this are left out
 
         C = 16, 24, 40, 112, 320 and h = H/2, H/4, H/8, H/16, H/32, rounded up. The outputs of these
         blocks are linear (no ReLU follows).
@@ -77,6 +79,8 @@ class EfficientNetLite0(nn.Module):
             x = block(x)
             if k in LAST_BLOCKS:
                 outputs.append(x)
+                if (min(x.shape[-2:]) + 1) // 2 < smallest:      # the side at the next resolution
+                    break
         return outputs
 
 

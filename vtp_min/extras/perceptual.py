@@ -117,22 +117,20 @@ class Perceptual(PerceptualLoss):
 
 # ---------------------------------------------------------------- ours, on EfficientNet-Lite0
 class EfficientNetPerceptual(PerceptualLoss):
-    """The form of LPIPS on the five resolutions of EfficientNet-Lite0. All choices are ours: LPIPS
-    has other networks, and weights that were fitted to judgements of people.
+    """The form of LPIPS on the resolutions of EfficientNet-Lite0. All choices are ours: LPIPS has
+    other networks, and weights that were fitted to judgements of people.
 
-    As a loss, the distance is multiplied by WEIGHT (ours). Without it, its gradient with respect to
-    the reconstruction is 70 to 110 times as long as that of L1, almost at a right angle to it
-    (cosine 0.1), so L1 would have no effect, and short trainings become worse by both measures. With
-    0.02 it is about twice as long. See study/protocol.md.
-
-    Small images are not enlarged. For 32 px photographs, the distance of a blurred image is 0.96
-    times that of a noisy image with the same squared error; for images that are enlarged 2 or 4
-    times it is 0.75 times, at 4 or 16 times the cost.
+    Resolutions below 8 x 8 are left out: two of five are used for 32 px, all for 256 px. As a loss,
+    the distance has the weight 0.1. With all five resolutions and weight 1, its gradient with
+    respect to the reconstruction is 70 to 110 times as long as that of L1 and almost perpendicular
+    to it (32 px), so L1 has hardly any effect, and short trainings become worse by every measure.
+    study/protocol.md has the numbers. Other sizes of images were not tried.
     FileNotFoundError, with the command that installs the network, if it is missing.
     """
     metric = "perceptual distance (EfficientNet, not LPIPS)"
     protocol = OURS
-    WEIGHT = 0.02
+    WEIGHT = 0.1
+    SMALLEST = 8
 
     def __init__(self):
         super().__init__()
@@ -144,7 +142,8 @@ class EfficientNetPerceptual(PerceptualLoss):
 
     def distances(self, a, b):
         """a, b  (B, 3, H, W) in [0, 1] -> the distance of each pair, (B,)"""
-        return feature_distance(self.net.stages(a), self.net.stages(b))
+        return feature_distance(self.net.stages(a, self.SMALLEST),
+                                self.net.stages(b, self.SMALLEST))
 
 
 def feature_distance(a, b):
