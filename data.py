@@ -73,6 +73,8 @@ def open_data(spec=None, split="train", seed=0, side=64, whole=False):
         raise ValueError(f"split is {split!r}, but it must be 'train' or 'val'")
     if spec.partition(":")[0] == "shapes":
         return Shapes(spec, split, seed, side)
+    from vtp_min.extras.class_folders import refuse_address
+    refuse_address(spec)
     is_pattern = any(c in spec for c in "{*?[")
     # a folder may also be called x.tar or x[1]
     if (is_pattern or spec.endswith(".tar")) and not os.path.isdir(spec):
@@ -448,6 +450,9 @@ def clean_batches(args):
 def prefetch(batches, start, stop, workers=0):
     """Iterator over batches[start], ..., batches[stop - 1]. Worker processes compute them ahead of
     time; with workers=0 this process computes each one when it is requested."""
+    if workers and isinstance(batches, TrainBatches):
+        from vtp_min.extras.slices import prefetch_in_slices
+        return prefetch_in_slices(batches, start, stop, workers)
     return map_in_workers(batches.__getitem__, range(start, stop), workers)
 
 

@@ -38,7 +38,7 @@ from data import eval_batches, open_data, prefetch, round_to_multiple
 from vtp_min import vit
 from vtp_min.augment import denormalize
 from vtp_min.config import atomic_write, load_weights
-from vtp_min.device import (autocast, multiplies_bf16, peak_flops, set_tf32, tf32_of,
+from vtp_min.device import (autocast, move_to, multiplies_bf16, peak_flops, set_tf32, tf32_of,
                             warn_if_emulated)
 from vtp_min.dist import (average_gradients, barrier, broadcast_parameters, cleanup,
                           init_distributed, print0, rank, world_size)
@@ -507,18 +507,18 @@ def train(args, device):
         optimizer.param_groups[0]["lr"] = lr
         optimizer.zero_grad()
         batch = next(batches)
-        x1 = batch["x1"].to(device, dtype)                # (B, C, H, W) normalised latents
-        x0 = batch["x0"].to(device, dtype)                # (B, C, H, W) noise
-        y = batch["y"].to(device)                         # (B,) classes, some are "no class"
+        x1 = move_to(batch["x1"], device).to(dtype)       # (B, C, H, W) normalised latents
+        x0 = move_to(batch["x0"], device).to(dtype)       # (B, C, H, W) noise
+        y = move_to(batch["y"], device)                   # (B,) classes, some are "no class"
         # the batch brings z, so that t too depends only on seed, step and row
-        t = lognorm_time(batch["z"].to(device, dtype), args.lognorm_mu, args.lognorm_sigma)
+        t = lognorm_time(move_to(batch["z"], device).to(dtype), args.lognorm_mu, args.lognorm_sigma)
         with autocast(device, precision):
             mse, cos = flow_loss(model, x1, x0, t, y)
         mse, cos = mse.mean(), cos.mean()
         loss = mse + cos                                  # weights 1 and 1: LightningDiT
         loss.backward()                                   # outside autocast, as PyTorch recommends
         average_gradients(model)                          # mean over processes
-        grad_norm = nn.utils.get_total_norm([p.grad for p in weights])   # logged, not clipped
+        grad_norm = torch.stack([p.grad.norm() for p in weights]).norm()     # logged, not clipped
         losses = {"loss": loss, "mse": mse, "cos": cos}
         finite, stop = run.agree(losses, grad_norm)       # equal on all processes
         if finite:                                        # else neither weights nor EMA change

@@ -22,7 +22,6 @@ because the paper follows them); ours (our own choice).
 """
 import argparse
 import math
-import os
 import sys
 from functools import partial
 from itertools import chain
@@ -31,7 +30,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
 
-from data import TrainBatches, clean_batches, open_data, prefetch
+from data import Batch, TrainBatches, clean_batches, open_data, prefetch  # noqa: F401  for plan
 from tokenizer import get_tokenizer
 from vtp_min import losses
 from vtp_min.device import autocast, setup_device, tf32_of
@@ -138,7 +137,7 @@ def train(args, run, batches, step_gradients, student, teacher, targets, optimiz
         set_lr(optimizer, lr, last_layer_lr, weight_decay)
         optimizer.zero_grad()
         terms, diagnostics = step_gradients(next(batches), teacher_temp)
-        average_gradients(student)                       # over all processes
+        average_gradients(student, dtype=args.grad_dtype)      # over all processes
         scaler.unscale_(optimizer)                       # clipping needs the true gradients
         grad_norm = clip_grad_norm_(student.parameters(), args.clip_grad)
         # Are all losses and gradients finite, on all processes? Has any process got a signal to
@@ -181,6 +180,7 @@ def schedule(step, args):
 # ---------------------------------------------------------------- setup
 def main(args):
     """Stage 1, from the flags to the trained model -> exit status"""
+    from vtp_min.extras import plan
     device, precision = setup_device(args)
     if args.fast and device.type == "cpu":
         # faster forms of functions of vit.py and losses.py, equal up to rounding
@@ -194,6 +194,12 @@ def main(args):
         # This default follows from --steps. It is not part of the settings that must stay equal
         # when a run continues, because a run may continue with more --steps.
         args.warmup = max(args.steps // 10, 1)
+
+    # Data. Stochastic depth is drawn with the batch, for each of `depth` blocks, so that the result
+    # does not depend on the number of processes.
+    data = train_batches(args, depth=model_config(args).vision_depth)
+    # memory, time and what is missing, before anything large is allocated
+    plan.check(sys.modules[__name__], args, device, precision)
 
     # models
     torch.manual_seed(args.seed)
@@ -220,22 +226,19 @@ def main(args):
                              lpips=lpips, targets=targets, amp=autocast(device, precision),
                              scaler=scaler, device=device)
 
-    # Data. Stochastic depth is drawn with the batch, for each of `depth` blocks, so that the result
-    # does not depend on the number of processes.
-    data = train_batches(args, depth=len(model.trunk.blocks))
-
     # run folder
     run = Run(args.out, settings, args.fresh, {"data": data.source, "init": args.init})
     state = {"student": student, "optimizer": optimizer, "scaler": scaler, "targets": targets}
     if teacher is not None:
         state["teacher"] = teacher
     run.restore(state)
-    print_summary(args, model, head, data, device, precision)
+    plan.print_summary(args, model, head, data, device, precision)
     batches = prefetch(data, run.step, args.steps, args.workers)
     first, batches = peek(batches)              # FLOPs follow from the shapes of a batch
     run.start(args, data.images_per_step, device, precision,
               export=lambda step: model.save_pretrained(args.out),
               flops=count_flops(args, model, first), check=collapse_check(args))
+    del first                                   # its memory is free after the first step
     wrap_blocks(args, student, teacher)
     batches = run.watch(batches)                # measures the wait for data, reports bad samples
     train(args, run, batches, step_gradients, student, teacher, targets, optimizer, scaler, state)
@@ -245,8 +248,8 @@ def main(args):
     return status
 
 
-def build_model(args):
-    """-> VTPModel, and a DINOHead or None"""
+def model_config(args):
+    """-> VTPConfig"""
     if args.init:
         from vtp_min.extras import finetune
         config = finetune.new_config(args)
@@ -258,11 +261,17 @@ def build_model(args):
     config.vision_bottleneck_ae_only = not args.heads_after_bottleneck
     if args.clip_loss == "siglip":              # SigLIP starts at scale 10 and bias -10
         config.init_logit_scale, config.init_logit_bias = math.log(10), -10.0
-    model = VTPModel(config)
+    return config
+
+
+def build_model(args):
+    """-> VTPModel, and a DINOHead or None"""
+    model = VTPModel(model_config(args))
     head = None
     if args.w_ssl:
         head = DINOHead(model.feature_dim, args.prototypes, args.head_hidden, args.head_bottleneck)
     if args.init:
+        from vtp_min.extras import finetune
         finetune.initialise(model, head, args)
     return model, head
 
@@ -288,7 +297,7 @@ def wrap_blocks(args, student, teacher):
     if args.compile:
         # each size of crop, with and without gradient, needs a recompilation; above the default
         # limit of 8 PyTorch falls back to eager mode
-        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.cache_size_limit = 64      # newer name: recompile_limit
     for module in [*student.modules(), *(teacher.modules() if teacher else ())]:
         if not isinstance(module, (Block, TextBlock)):
             continue
@@ -318,30 +327,6 @@ def count_flops(args, model, batch):
 def collapse_check(args):
     from vtp_min.extras.collapse import collapse_warnings
     return collapse_warnings(args)
-
-
-def print_summary(args, model, head, data, device, precision):
-    from vtp_min.extras.perceptual import describe
-
-    def millions(module):
-        return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f}M" if module else "none"
-    grid = args.image // args.patch
-    print0(f"weights      clip {args.w_clip:g}, ssl {args.w_ssl:g}, rec {args.w_rec:g}; "
-           f"{describe(args.perceptual)}")
-    print0(f"model        {args.size}: trunk {millions(model.trunk)}, decoder "
-           f"{millions(getattr(model, 'pixel_decoder', None))}, all {millions(model)}, DINO head "
-           f"{millions(head)} parameters; latents {args.latent_dim} x {grid} x {grid}")
-    micro = f", {args.micro} at a time in each" if args.micro else ""
-    print0(f"data         {data.source.spec}   batch {args.batch} (clip), {args.batch_ssl} (ssl), "
-           f"{args.batch_rec} (rec) over {world_size()} process(es){micro}")
-    print0(f"machine      {device}, {precision}{tf32_of(device)}, "
-           f"{torch.get_num_threads()} threads")
-    if args.w_ssl and args.batch_ssl < 16:
-        print0(f"note         --batch-ssl {args.batch_ssl} is small: below 16 (ours) Sinkhorn and "
-               f"KoLeo are noisy")
-    if args.w_clip and args.batch < 32:
-        print0(f"note         --batch {args.batch} is small: below 32 (ours) CLIP learns little; "
-               f"--micro allows a larger --batch in the memory of a small one")
 
 
 # ---------------------------------------------------------------- flags
@@ -386,6 +371,8 @@ RECIPE = {   # the rest of the recipe: --set name=value
     "light_decoder": (False, False, "paper Sec. 4.1: 4 ViT-L layers, for fast experiments"),
     "heads_after_bottleneck": (False, False, "released code; true: CLIP and DINO read d channels"),
     "max_bad": (0.1, 0.1, "ours; larger share of unreadable samples stops the run"),
+    "grad_dtype": ("fp32", "fp32", "ours; bf16 halves what processes send to each other"),
+    "memory_check": (1, 1, "ours; 0: also starts a run that does not seem to fit in memory"),
     "fast": (1, 1, "ours; 0: textbook forms in place of extras/fast.py"),
     "free_memory": (0, 1, "ours; on Linux CPUs: 1 saves a tenth of the memory, 0 is 1.3x as fast"),
 }
@@ -393,6 +380,7 @@ RECIPE = {   # the rest of the recipe: --set name=value
 
 def parser():
     from vtp_min.extras.perceptual import CHOICES, HELP
+    from vtp_min.extras.workers import default_workers
     p = argparse.ArgumentParser(description=__doc__, epilog=recipe_help(), allow_abbrev=False,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -430,9 +418,8 @@ def parser():
     flag("--lr", float, "peak learning rate")
     flag("--warmup", int, "steps of linear warm-up (default: a tenth of --steps, as in DINOv2)")
     flag("--seed", int, "on one machine, an equal seed gives an equal run (to the bit on a CPU)", 0)
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    flag("--workers", int, "processes that prepare data; they do not change the result",
-         4 if cores > 4 else 0)
+    flag("--workers", int, "processes that prepare data; they do not change the result; default: "
+         "cores per process less one, at most 32, and 0 with up to 4 cores", default_workers())
     flag("--device", str, "cpu, cuda or mps (default: the best one present)")
     flag("--precision", str, "default: bf16 where the hardware multiplies it, fp16 on older GPUs, "
          "else fp32; fp64 is for proofs", choices=["fp32", "bf16", "fp16", "fp64"])
@@ -505,7 +492,7 @@ def check_arguments(args):
 
 def check_choices(args):
     choices = {"clip_loss": ("clip", "siglip"), "teacher": ("sinkhorn", "centering"),
-               "decoder": (None, *SIZES)}
+               "decoder": (None, *SIZES), "grad_dtype": ("fp32", "bf16")}
     for name, known in choices.items():
         if getattr(args, name) not in known:
             raise ValueError(f"--set {name}={getattr(args, name)}: wanted one of "

@@ -1,4 +1,4 @@
-"""Print the tables of docs/curves.md: values at several steps of the demo, from its stored logs.
+"""Print the tables of docs/curves.md: values at several steps, from the stored logs.
 
     python study/curves.py
 
@@ -12,6 +12,9 @@ TABLES = {  # folder of logs: steps (rows), quantities (columns)
     "nano-shapes": ((1, 50, 100, 200, 300, 400, 480),
                     ("loss", "dino", "ibot", "koleo", "clip", "rec", "teacher_entropy",
                      "feature_std")),
+    "nano-cifar10": ((1, 100, 200, 300, 480),
+                     ("loss", "dino", "ibot", "koleo", "clip", "rec", "teacher_entropy",
+                      "feature_std")),
     "pico-dit-shapes": ((1, 50, 100, 200, 400, 600, 750), ("loss", "mse", "cos"))}
 
 

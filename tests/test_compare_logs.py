@@ -1,6 +1,7 @@
 """eval.py compare: its verdicts on logs whose relation is known, and the reference logs and the
 tables that are stored. (test_compare.py tests tests/compare.py.)"""
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -65,6 +66,24 @@ def test_each_run_of_the_demo_is_on_the_curve_of_the_other_two(tmp_path, capsys,
     others = [LOGS / name / other for other in ("bf16", "again", "fp32") if other != run]
     assert compare(LOGS / name / run, others, tmp_path)
     assert "On the curve: all" in words(capsys)
+
+
+CIFAR10 = sorted((LOGS / "nano-cifar10").glob("seed*"))
+
+
+@pytest.mark.parametrize("run", CIFAR10, ids=lambda run: run.name)
+def test_each_seed_of_cifar10_is_on_the_curve_of_the_others_but_for_reconstruction(
+        tmp_path, capsys, run):
+    compare(run, [other for other in CIFAR10 if other != run], tmp_path)
+    off = words(capsys).partition("Off the curve: ")[2]
+    assert re.match("1 of 9 quantities, rec", off)
+
+
+def test_on_a_fifth_of_the_images_of_cifar10_the_clip_loss_is_below_the_curve(tmp_path, capsys):
+    assert not compare(LOGS / "example-few-images", CIFAR10, tmp_path)
+    said = words(capsys)
+    assert "data: yours 'cifar10-1k', reference 'cifar10-5k'" in said
+    assert "clip (below from step 100 on)" in said
 
 
 def first_study(tmp_path, name):

@@ -21,7 +21,7 @@ import dit
 from dit import (SIZES, LightningDiT, RotaryEmbedding, euler, flow_loss, lognorm_time,
                  time_grid)
 from vtp_min import VTPConfig, VTPModel, optim, run
-from vtp_min.extras import fast_dit, latents, previews
+from vtp_min.extras import fast_dit, files, latents, previews
 from vtp_min.extras.latents import LatentBatches, Latents, shards
 from vtp_min.run import EXIT_RESUME, TIMING
 
@@ -918,6 +918,7 @@ def test_missing_last_shards_and_shards_that_are_there_twice_are_counted(folder)
 
 def test_an_encoding_on_disks_that_are_not_shared_is_refused(folder, monkeypatch):
     monkeypatch.setattr(latents, "all_reduce_sum", lambda n: n + 10)        # another rank's latents
+    monkeypatch.setattr(files, "SECONDS_TO_WAIT", 0)
     with pytest.raises(SystemExit, match="holds 24 of the 34 latents .* that all machines share"):
         encode(folder, "--fresh")
     assert not (folder / "RUN" / "latents" / "latents_stats.pt").exists()

@@ -11,6 +11,7 @@ from vtp_min.extras.gradcache import sinkhorn_center, update_center
 from vtp_min.losses import centered_softmax, sinkhorn
 from vtp_min.model import Student, Teacher
 
+CPU = torch.device("cpu")
 # sizes of the micro-batches, 16 rows together
 PARTS = {"whole": [16], "halves": [8, 8], "unequal": [3, 1, 12], "with zero rows": [0, 7, 0, 9, 0]}
 WITH_PARTS = pytest.mark.parametrize("sizes", PARTS.values(), ids=PARTS)
@@ -92,16 +93,41 @@ def test_the_gradient_of_the_inner_product_is_the_cached_gradient():
     assert torch.equal(feature.grad, grad)
 
 
+def old_split(rows, size, n, k):
+    """The kept rows of micro-batch k, selected by a mask and renumbered"""
+    part = size // n
+    crop, image = rows // size, rows % size
+    inside = (image >= k * part) & (image < (k + 1) * part)
+    return (crop * part + image - k * part)[inside]
+
+
 def test_kept_rows_are_renumbered_in_each_micro_batch_and_none_is_lost():
     """Two crops of 6 images, in 3 micro-batches. Row r is crop r // 6 of image r % 6."""
-    rows, scale = torch.tensor([0, 1, 4, 5, 7, 8, 11]), 1.7
+    rows = torch.tensor([0, 1, 4, 5, 7, 8, 11])
     found = []
-    for k in range(3):
-        part, part_scale = gradcache.split_keep(rows, scale, 6, 3, k)
-        assert part_scale == scale
+    for k, (part,) in enumerate(gradcache.split_rows([rows], 6, 3, CPU)):
         crop, image = part // 2, part % 2                  # 2 images in each micro-batch
         found += (6 * crop + 2 * k + image).tolist()
     assert sorted(found) == rows.tolist()
+
+
+@pytest.mark.parametrize("n", [1, 2, 8])
+def test_kept_rows_of_all_branches_and_micro_batches_are_split_at_once(n):
+    """Three crops of 8 images; a branch without rows, too"""
+    g = torch.Generator().manual_seed(0)
+    branches = [torch.randperm(24, generator=g)[:m].sort().values for m in (17, 0, 5, 24)]
+    found = gradcache.split_rows(branches, 8, n, CPU)
+    assert len(found) == n
+    for k in range(n):
+        for part, rows in zip(found[k], branches, strict=True):
+            assert torch.equal(part, old_split(rows, 8, n, k))
+
+
+def test_the_indices_of_all_micro_batches_are_slices_of_one_copy():
+    branches = [torch.arange(12), torch.arange(0, 12, 2)]
+    parts = gradcache.split_rows(branches, 12, 3, torch.device("meta"))
+    assert all(part.is_meta for micro in parts for part in micro)
+    assert len({part._base for micro in parts for part in micro}) == 1
 
 
 # ---------------------------------------------------------------- the gradient

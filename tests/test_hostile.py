@@ -17,6 +17,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -286,6 +287,8 @@ def test_signed_and_floating_point_pixels_and_those_of_32_bits_are_refused(bits,
         read_image(io.BytesIO(content))
 
 
+@pytest.mark.skipif(int(PIL.__version__.split(".")[0]) < 13,
+                    reason="Pillow 13 reads such a file, earlier versions refuse it")
 def test_gray_multiplied_by_alpha_in_a_tiff_is_blended_with_white():
     content = encoded(Image.new("LA", (4, 4), (50, 128)), "TIFF")
     # the tag ExtraSamples: 2 means alpha, 1 means alpha that the gray level is multiplied by

@@ -45,7 +45,7 @@ def test_the_four_files_of_the_paper_are_short():
 
 def test_the_core_and_the_whole_stay_small():
     assert code_lines(CORE) <= 3800
-    assert code_lines(GROUPS) <= 8649
+    assert code_lines(GROUPS) <= 9460
 
 
 def test_the_training_step_fits_on_a_screen():

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
+from .device import move_to
 from .rng import Stream, make_rng
 
 ASSETS = Path(__file__).parent / "assets"         # vocabulary, class names, prompt templates
@@ -74,7 +75,8 @@ def ssl_view(rng, image, side, area, p_blur, p_solarize):
     if rng.random() < 0.2:
         x = grayscale(x)
     if rng.random() < p_blur:
-        x = gaussian_blur(x, np.float32(rng.uniform(0.1, 2.0)))
+        # an array of one number, because NumPy 1 computes with a single float32 in float64
+        x = gaussian_blur(x, np.float32([rng.uniform(0.1, 2.0)]))
     if rng.random() < p_solarize:
         x = solarize(x)
     return x.round().astype(np.uint8)
@@ -244,12 +246,12 @@ def to_chw(image):
 
 def normalize(x):
     """uint8 (..., 3, H, W) -> float32 of the same shape: (x / 255 - mean) / std of ImageNet"""
-    return (x.float() / 255 - MEAN.to(x.device)) / STD.to(x.device)
+    return (x.float() / 255 - move_to(MEAN, x.device)) / move_to(STD, x.device)
 
 
 def denormalize(x):
     """Normalised (..., 3, H, W) -> the same shape with values in [0, 1], not clamped"""
-    return x * STD.to(x.device) + MEAN.to(x.device)
+    return x * move_to(STD, x.device) + move_to(MEAN, x.device)
 
 
 # ---------------------------------------------------------------- masks for iBOT

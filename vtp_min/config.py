@@ -186,13 +186,13 @@ def atomic_write(path, write, keep=None):
     keep   path to which the old file is renamed, or None to replace it
     Raises ValueError if the file cannot be written, for example because the disk is full.
     """
+    from .extras.files import flush_to_disk
     temporary = path.with_name(path.name + ".part")
     try:
         write(temporary)
         # Flush to disk before the rename. Otherwise, after a power failure, the new name could
         # belong to a file whose data was never written.
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
+        flush_to_disk(temporary)
     except Exception as error:         # torch and safetensors have their own errors for a full disk
         with suppress(OSError):                               # a read-only file system
             temporary.unlink()

@@ -11,7 +11,8 @@ import os
 import resource
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 
@@ -45,11 +46,14 @@ def setup_device(args):
 
 
 def move_to(x, device):
-    """Copy x to the device; on CUDA, the copy is asynchronous.
+    """Copy x to the device; on CUDA, the host does not wait for the copy.
 
-    On MPS, x could be read before an asynchronous copy is complete.
+    CUDA copies asynchronously only from pinned memory. On MPS, x could be read before an
+    asynchronous copy is complete.
     """
-    return x.to(device, non_blocking=device.type == "cuda")
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.contiguous().pin_memory()
+    return x.to(device, non_blocking=device.type != "mps")
 
 
 # ---------------------------------------------------------------- precision
@@ -83,8 +87,10 @@ def full_precision():
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
         # The device of the loss is not known here, so autocast is disabled for all three types.
-        with (torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False),
-              torch.autocast("mps", enabled=False)):
+        with ExitStack() as stack:
+            for device_type in ("cpu", "cuda", "mps"):
+                if torch.amp.is_autocast_available(device_type):   # torch 2.4 has none for MPS
+                    stack.enter_context(torch.autocast(device_type, enabled=False))
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = tf32
@@ -129,15 +135,24 @@ def multiplies_bf16(device):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return False
-    capabilities = torch.cpu.get_capabilities()
-    # x86 only: other CPUs do not have these keys
-    in_hardware = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-    # Environment variables can disable these instructions, and get_capabilities() ignores them:
+    flags = cpu_flags()
+    in_hardware = "avx512_bf16" in flags or "amx_bf16" in flags
+    # Environment variables can disable these instructions, which does not change the flags:
     # ATEN_CPU_CAPABILITY for PyTorch, ONEDNN_MAX_CPU_ISA (formerly DNNL_MAX_CPU_ISA) for oneDNN.
     in_pytorch = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "NO AVX", "AVX2")
     isa = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "ALL"
     in_onednn = isa.upper().startswith(ISA_WITH_BF16)
     return in_hardware and in_pytorch and in_onednn
+
+
+def cpu_flags():
+    """Words of /proc/cpuinfo -> list of str; empty on other systems than Linux
+
+    On x86 they contain the names of the CPU's instruction sets. torch.cpu.get_capabilities() has
+    the same information, but only in newer versions of PyTorch.
+    """
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.read_text().split() if cpuinfo.exists() else []
 
 
 def warn_if_emulated(device, precision):

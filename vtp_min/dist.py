@@ -55,12 +55,13 @@ def init_distributed(device=None):
     if device.type == "cuda":
         torch.cuda.set_device(device)         # NCCL needs a different GPU for each process
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        from .extras import rendezvous
         store, own_rank, n_ranks = next(dist.rendezvous("env://"))
-        # torchrun keeps the same store when it restarts the processes. Without a prefix for each
-        # restart, a new process may read the address of a process that no longer exists.
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        rendezvous.explain_loss()
+        store = rendezvous.fresh_store(store, own_rank, n_ranks)
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=own_rank, world_size=n_ranks)
+        dist.init_process_group(backend, store=store, rank=own_rank, world_size=n_ranks,
+                                timeout=rendezvous.TIMEOUT)
     return device
 
 
@@ -180,11 +181,15 @@ def broadcast_parameters(module):
 
 
 @torch.no_grad()
-def average_gradients(module, bucket_size=2 ** 24):
+def average_gradients(module, bucket_size=2 ** 24, dtype="fp32"):
     """Replace each gradient by its mean over ranks.
 
     Gradients are copied into flat buffers of up to `bucket_size` numbers, because few large
     all_reduce calls are faster than many small ones. A tensor larger than that is a bucket alone.
+
+    dtype  "bf16": gradients are rounded to bfloat16, sent and added in it. This halves the bytes,
+           and each rounding has a relative error of up to 2^-9. "fp32": gradients are sent as
+           they are.
     """
     if not is_distributed():
         return
@@ -196,18 +201,22 @@ def average_gradients(module, bucket_size=2 ** 24):
         if p.grad is None:
             continue
         if size + p.numel() > bucket_size:
-            average_bucket(bucket)
+            average_bucket(bucket, dtype)
             bucket = []
             size = 0
         bucket.append(p.grad)
         size += p.numel()
-    average_bucket(bucket)
+    average_bucket(bucket, dtype)
 
 
-def average_bucket(grads):
+def average_bucket(grads, dtype):
     """Replace each gradient by its mean over ranks. grads: list of tensors of one dtype"""
     if not grads:                             # if the first tensor is larger than a bucket
         return
-    flat = all_reduce_mean(torch.cat([g.flatten() for g in grads]))
+    flat = torch.cat([g.flatten() for g in grads])
+    if dtype == "bf16":
+        flat = all_reduce_sum(flat.bfloat16()).to(flat.dtype) / world_size()
+    else:
+        flat = all_reduce_mean(flat)
     means = flat.split([g.numel() for g in grads])
     torch._foreach_copy_(grads, [mean.view_as(g) for mean, g in zip(means, grads)])

@@ -162,7 +162,7 @@ def sinkhorn(logits, temp, iterations=3):
     x = to_fp32(logits).flatten(0, -2)                           # (n, K)
     # exp overflows above 88 in float32, so the largest logit of all ranks is subtracted. This
     # multiplies q by a constant, which the first normalisation removes.
-    largest = x.max() if len(x) else x.new_tensor(-torch.inf)    # a rank may have no masked patch
+    largest = x.max() if len(x) else x.new_full((), -torch.inf)    # a rank may have no masked patch
     q = torch.exp((x - all_reduce_max(largest)) / temp)
     smallest = torch.finfo(q.dtype).tiny                         # 0 / tiny = 0, where 0 / 0 = nan
     for _ in range(iterations):

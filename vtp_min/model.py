@@ -372,7 +372,7 @@ class Student(nn.Module):
         through the trunk a second time.
         """
         if "rec" not in batch.keep:
-            return patches[batch.rec]
+            return patches.index_select(0, batch.rec)
         _, own_patches = self.encode(batch.image[batch.rec], batch.keep["rec"])
         return own_patches
 
@@ -398,7 +398,7 @@ class Student(nn.Module):
         trunk, V = self.model.trunk, len(locals)
         # (2, Bs) -> 2 Bs: the first crop of every image, then the second crop of every image
         cls, patches = trunk(crops.flatten(0, 1), mask.flatten(0, 1), keep["ssl"])
-        masked = patches.flatten(0, 1)[mask_index]                       # (M, D)
+        masked = patches.flatten(0, 1).index_select(0, mask_index)       # (M, D)
         class_tokens = cls.unflatten(0, (2, -1))                         # (2, Bs, D)
         if V:
             # local crops are smaller, so they need a forward pass of their own; they have no mask

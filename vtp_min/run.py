@@ -20,11 +20,9 @@ All ranks call these methods and read the folder; only rank 0 writes to it.
 """
 import json
 import math
-import os
 import signal
 import sys
 import time
-import zipfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -33,13 +31,12 @@ from tqdm import tqdm
 
 from .config import atomic_write
 from .device import peak_flops, peak_memory
-from .dist import (all_reduce_max, all_reduce_mean, all_reduce_sum, print0, rank,
-                   under_torchrun)
+from .dist import all_reduce_mean, all_reduce_sum, barrier, print0, rank, under_torchrun
 
 # settings that may change when a run is continued: speed, memory, files, number of steps
 MUTABLE_FLAGS = {"steps", "workers", "device", "log_every", "save_every", "micro", "recompute",
                  "compile", "max_bad", "out", "fresh", "val_data", "machine", "fast", "free_memory",
-                 "previews"}
+                 "previews", "memory_check", "grad_dtype"}
 # fields of a log line that depend on the speed of the machine, so they differ between equal runs
 TIMING = {"images_per_s", "gflops", "share_of_peak", "data_wait"}
 EXIT_RESUME = 75       # exit status after a signal: EX_TEMPFAIL in sysexits.h, "try again later"
@@ -60,7 +57,7 @@ class Run:
         ValueError if the folder contains a run with other settings or other weights, if none of
         its checkpoints can be read, or if another process uses it.
         """
-        from .extras import run_folder
+        from .extras import checkpoints, rendezvous, run_folder
         self.folder = Path(folder)
         # as JSON returns them (tuples become lists), to compare them with those of the checkpoint
         self.settings = json.loads(json.dumps(settings))
@@ -72,11 +69,12 @@ class Run:
         self.skipped = 0                   # steps without an update
         self.bad_steps = 0                 # steps without an update since the last update
         self.files = run_folder.fingerprints(files)
-        # torchrun restarts a failed process with the same flags; --fresh must not delete its run
-        fresh = fresh and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-        if rank() == 0:
-            run_folder.claim(self.folder, self.settings, fresh)
-        self.checkpoint = None if fresh else self._load_newest_checkpoint()
+        # torchrun and Slurm repeat a command with its flags; --fresh must not delete its run then
+        fresh = fresh and not rendezvous.restarted()
+        run_folder.open_on_all(self.folder, self.settings, fresh, self.files)
+        self.checkpoint = None             # its tensors are mapped from the file, not in memory
+        if not fresh:
+            self.checkpoint, self.last_is_damaged = checkpoints.load_newest(self.folder)
         self.step = 0
         if self.checkpoint:
             run_folder.check_settings(self.folder, self.checkpoint, self.settings, self.files,
@@ -86,30 +84,6 @@ class Run:
             run_folder.prepare(self.folder, self.settings, self.step)
 
     # ------------------------------------------------------------ opening
-    def _load_newest_checkpoint(self):
-        """-> dict on the CPU, or None if the folder contains no checkpoint"""
-        found = [path for path in (self.folder / "last.pt", self.folder / "previous.pt")
-                 if path.exists()]
-        for path in found:
-            try:
-                # A .pt file is a zip archive. torch.load does not verify its checksums.
-                with zipfile.ZipFile(path) as archive:
-                    if archive.testzip():
-                        raise ValueError("a checksum is wrong")
-                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-                if not {"step", "settings", "skipped"} <= checkpoint.keys():
-                    raise ValueError("it is not the checkpoint of a run")
-                return checkpoint
-            except Exception as error:             # damaged files cause errors of many types
-                from .extras.files import reason
-                print0(f"{path} is damaged ({reason(path, error)}) and is ignored")
-                self.last_is_damaged = True
-        if found:
-            # Starting at step 0 would overwrite the files, and the user may be able to restore one.
-            raise ValueError(f"no checkpoint in {self.folder} can be read; restore a readable "
-                             f"last.pt, use another --out, or start over with --fresh")
-        return None
-
     def _resume(self):
         """Take the counters of the checkpoint."""
         self.step = self.checkpoint["step"]
@@ -122,9 +96,9 @@ class Run:
     def restore(self, state):
         """Load the checkpoint, if there is one, into state {name: object with load_state_dict()}"""
         if self.checkpoint:
-            for name, part in state.items():
-                part.load_state_dict(self.checkpoint[name])
-        self.checkpoint = None                                # free its memory
+            from .extras import checkpoints
+            checkpoints.restore(self.checkpoint, state)
+        self.checkpoint = None                                # closes the file
 
     def start(self, args, images_per_step, device, precision, export, flops=0, check=None):
         """Prepare the loop. Call this once, directly before it.
@@ -137,9 +111,10 @@ class Run:
         """
         self.args, self.images_per_step, self.device = args, images_per_step, device
         self.export, self.flops, self.check = export, flops, check
+        from .extras.workers import wait_warning
+        self.warn_of_wait = wait_warning(getattr(args, "workers", 0))
         # FLOP/s of a matrix product, measured before the loop: the reference of share_of_peak
         self.peak = peak_flops(device, precision) if flops else None
-        self._check_equal_steps()
         self._catch_signals()
         if rank() == 0 and self.step >= args.steps:
             # The run is complete, but a signal or a full disk may have prevented its export.
@@ -147,16 +122,6 @@ class Run:
         self.bar = ProgressBar(total=args.steps, initial=self.step, desc=Path(sys.argv[0]).stem,
                                unit="step", disable=rank() > 0, dynamic_ncols=True)
         self._reset_timer()
-
-    def _check_equal_steps(self):
-        # A machine that does not see the folder of rank 0 finds no checkpoint and would start at
-        # step 0. One all_reduce for both extremes: the minimum of x is -max(-x).
-        extremes = torch.tensor([self.step, -self.step], dtype=torch.float32, device=self.device)
-        largest, minus_smallest = all_reduce_max(extremes).tolist()
-        if largest != -minus_smallest:
-            raise ValueError(f"processes found checkpoints of different steps in {self.folder}, "
-                             f"from {-minus_smallest:.0f} to {largest:.0f}; --out must be a folder "
-                             f"that all machines share")
 
     def _reset_timer(self):
         """Begin a new interval, over which the speed is averaged."""
@@ -196,7 +161,7 @@ class Run:
         values = torch.stack([x.detach().to(grad_norm) for x in (*losses.values(), grad_norm)])
         # If each rank decided by itself, one could skip a step that the others take, and the copies
         # of the weights would differ. One all_reduce for both flags; tolist waits for the device.
-        flags = [~values.isfinite().all(), torch.tensor(self.stop_requested, device=values.device)]
+        flags = [~values.isfinite().all(), values.new_full((), self.stop_requested).bool()]
         not_finite, stop = all_reduce_sum(torch.stack(flags).float()).tolist()
         self.stopping = stop > 0
         if not_finite == 0:
@@ -269,6 +234,7 @@ class Run:
             # model FLOPs utilisation, relative to the measured speed of a matrix product
             values["share_of_peak"] = self.flops / seconds / self.peak
         values["data_wait"] = self.wait_seconds / self.interval_steps / seconds
+        self.warn_of_wait(values["data_wait"])
         self.log(done, **values)
 
     def log(self, step, **values):
@@ -301,6 +267,7 @@ class Run:
     def finish(self):
         """-> exit status: 0, or EXIT_RESUME if a signal ended the run before its last step"""
         self.bar.close()
+        barrier()                  # rank 0 may still be saving; a cluster may end a job early
         end = "done"
         if self.stopping:
             end = (f"stopped by a signal and saved; the same command continues "

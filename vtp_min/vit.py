@@ -216,8 +216,9 @@ def residual(x, branch, keep, *args):
     if keep is None:
         return x + branch(x, *args)
     rows, scale = keep
-    # index_add adds image i of the branch to image rows[i] of x; the other images stay unchanged
-    return x.index_add(0, rows, branch(x[rows], *args).to(x.dtype), alpha=scale)
+    # x.index_select(0, rows) is x[rows]; its backward pass needs no sorting of the rows. index_add
+    # adds image i of the branch to image rows[i] of x; the other images stay unchanged.
+    return x.index_add(0, rows, branch(x.index_select(0, rows), *args).to(x.dtype), alpha=scale)
 
 
 # ---------------------------------------------------------------- trunk

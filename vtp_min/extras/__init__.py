@@ -14,11 +14,14 @@ speed
     fast_dit.py          the same for dit.py
     fast_views.py        the same for crops and colour jitter
 data and files
-    files.py             reads files that may be damaged; errors name the file
+    files.py             reads files that may be damaged; errors name the file; network files
     run_folder.py        locks a run folder, protects files of others, recognises data that moved
+    checkpoints.py       finds the newest checkpoint, verifies it, and maps it into memory
     model_card.py        README.md of a run, for the Hugging Face Hub
+    rendezvous.py        how processes meet, also after a restart; what is said if one is lost
     output.py            a closed pipe or terminal does not end a training
     workers.py           processes that load data, also where shared memory is small
+    slices.py            training batches from workers, in slices
     class_folders.py     class folders: splits, labels, class names
     shards.py            tar shards: index and random access
     images.py            reads any image file
@@ -34,6 +37,7 @@ evaluation
     judges.py            features for a Frechet distance where Inception is not at hand
     image_sets.py        the sets of images that a Frechet distance compares
     cost.py              parameters and FLOPs
+    plan.py              memory, FLOPs and time of a run, before it starts
     check.py             released weights: known facts, and your own images
     report.py            a run as one HTML page
     compare.py           is the log of a run on the curve of reference logs?

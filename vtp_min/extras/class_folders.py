@@ -2,6 +2,7 @@
 
     find_images       the images of a split with their labels and the class names (data.Folder)
     note_untrained    a note if validation data have none of the classes of the training data
+    refuse_address    an error if the data are on another machine
 
 A folder with another layout would give wrong classes, and therefore wrong captions and accuracies.
 So it is refused with a message. Files and folders that are not used are counted and named.
@@ -30,6 +31,14 @@ SPLIT_WORDS = {
     "eval": "val", "evaluation": "val",
     "test": "test", "testing": "test", "testset": "test"}
 FILLERS = {"set", "data", "dataset", "split", "images", "image", "imgs", "img"}
+# kind of an address -> commands that mount or copy the folder X
+ADDRESSES = {
+    "s3": "mount-s3 BUCKET DIR, or aws s3 sync X DIR",
+    "gs": "gcsfuse BUCKET DIR, or gcloud storage rsync -r X DIR",
+    "hdfs": "hdfs dfs -get X DIR",
+    "http": "wget -r X", "https": "wget -r X",
+    "pipe": "the command after pipe:, with its output in a file",
+}
 NOWHERE = "links lead nowhere"
 IGNORED = "files are ignored, because they have no image suffix or are not in a class folder"
 
@@ -63,6 +72,19 @@ def find_images(spec, split, whole):
         files += [os.fsencode(file) for file in images.get(name, ())]
         labels += [label] * len(images.get(name, ()))
     return root, files, labels, class_names(base, classes)
+
+
+def refuse_address(spec):
+    """ValueError if spec is an address, such as s3://bucket/x.tar or WebDataset's pipe:command.
+    Samples are read in random order from files, and a stream has one order only."""
+    kind, colon, rest = spec.partition(":")
+    if not (rest.startswith("//") or kind == "pipe") or os.path.exists(spec):
+        return
+    folder = spec.rpartition("/")[0] if spec.endswith(".tar") else spec
+    command = ADDRESSES.get(kind, "rclone mount, or rclone copy").replace("X", folder)
+    raise ValueError(f"{printable(spec)} is an address, but data are read from files of this "
+                     f"machine, in random order. Mount the data, or copy them to a fast disk (for "
+                     f"example: {printable(command)}), and give that folder or its tars as --data")
 
 
 # ---------------------------------------------------------------- splits

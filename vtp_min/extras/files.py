@@ -1,4 +1,4 @@
-"""Read files that may be damaged, or may belong to another program.
+"""Read and write files that may be damaged, may belong to another program, or lie on a network.
 
 A copy can break off, a disk can be full, a power failure can leave zeros in a file, and Git LFS
 stores a short text in place of a file. Each function then raises a ValueError that names the file,
@@ -11,16 +11,25 @@ are left out and counted.
     read_settings      the settings of a run of train.py
     read_json_lines    a JSON Lines file, such as log.jsonl and metrics.jsonl
     check_writable     a folder, before anything is computed for it
+    flush_to_disk      a file, before it is renamed
+    wait_until         a condition that another machine fulfils, such as a file it writes
 """
+import errno
 import json
+import os
 import re
 import tempfile
+import time
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from ..dist import print0, printable
 
 GIT_LFS = b"version https://git-lfs"           # first bytes of a Git LFS pointer
+# Time to wait for what another machine has written. A client of NFS may use an old listing of a
+# folder for 60 seconds, and a server keeps the locks of a crashed client for 90 (Linux's defaults).
+SECONDS_TO_WAIT = 100
 
 
 @contextmanager
@@ -137,3 +146,31 @@ def check_writable(folder, remedy):
     except OSError as error:
         raise ValueError(f"{printable(folder)} cannot be written ({error.strerror}); "
                          f"{remedy}") from error
+
+
+def flush_to_disk(path):
+    """Return when the contents of the file are on the disk; on file systems that cannot do this,
+    print a note"""
+    with open(path, "rb+") as file:
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            note_once(f"note: the file system of {printable(Path(path).parent)} has no fsync "
+                      f"({error.strerror}), so a power failure can damage a file just written")
+
+
+@cache
+def note_once(text):
+    print0(text)
+
+
+def wait_until(condition):
+    """Call condition() once a second until it is true -> True; False after SECONDS_TO_WAIT"""
+    deadline = time.monotonic() + SECONDS_TO_WAIT
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(1)
+    return True

@@ -28,7 +28,6 @@ B images on this process    H, W image size    h, w grid of the discriminator's 
 d latent channels
 """
 import argparse
-import os
 from math import inf
 from pathlib import Path
 
@@ -37,7 +36,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
 from ..augment import STD
-from ..device import autocast, setup_device, tf32_of, to_fp32
+from ..device import autocast, move_to, setup_device, tf32_of, to_fp32
 from ..dist import (all_reduce_mean, average_gradients, broadcast_parameters, print0, rank,
                     world_size)
 from ..model import SMALL, VTPModel
@@ -47,6 +46,7 @@ from ..run import Run, parse_settings
 from .files import read_settings as settings_of_run
 from .flag_ranges import check_numbers
 from .perceptual import CHOICES, HELP, build, describe, inherited
+from .workers import default_workers
 
 # name: (our default for pico, nano and micro; default for S, B and L; source of the second)
 FLAG_DEFAULTS = {
@@ -153,8 +153,8 @@ def adaptive_weight(rec, other, parameter, scale=1.0, eps=1e-4, largest=1e4):
 
 
 def pixel_losses(pixels, target, perceptual, data_range):
-    """L1 and LPIPS -> two losses (). Both have weight 1, as in stage 1 and in RAE. For --perceptual
-    efficientnet, which is not LPIPS, it is the same 1 (ours).
+    """L1 and LPIPS -> two losses (). Both have weight 1, as in stage 1 and in RAE. --perceptual
+    efficientnet, which is not LPIPS, contains its own weight (perceptual.py).
 
     pixels, target  (B, 3, H, W), ImageNet-normalised
     perceptual      a loss of extras.perceptual, or None, which gives an LPIPS of 0
@@ -165,7 +165,7 @@ def pixel_losses(pixels, target, perceptual, data_range):
     pixels = to_fp32(pixels)
     target = to_fp32(target)
     # multiplication by STD undoes the normalisation; the mean cancels in the difference
-    error = data_range * STD.to(pixels) * (pixels - target)
+    error = data_range * move_to(STD, pixels.device).to(pixels) * (pixels - target)
     l1 = error.abs().mean()
     lpips = perceptual(pixels, target) if perceptual else l1.new_zeros(())
     return l1, lpips
@@ -233,7 +233,8 @@ def decoder_gradients(img, model, reconstruct, disc, last_layer, args, pixel_los
             logits = disc(pixels)                             # (B, 1, h, w)
         disc.requires_grad_(True)
         g = hinge_g_loss(to_fp32(logits))
-        weight = adaptive_weight(rec, g, last_layer, scaler.get_scale())
+        # the loss scale as a tensor; scaler.get_scale() would make the host wait for the GPU
+        weight = adaptive_weight(rec, g, last_layer, scaler.scale(torch.ones_like(rec)))
         loss = loss + args.w_gan * weight * g
         losses["gan"] = g
         diagnostics["adaptive"] = weight
@@ -578,11 +579,6 @@ def add_sized_flag(p, defaults, flag, kind, text):
     if small != large:
         default += f"; pico, nano, micro {small:g}, ours"
     p.add_argument(flag, type=kind, help=f"{text} ({default})")
-
-
-def default_workers():
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return 4 if cores > 4 else 0
 
 
 def read_settings(args, recipe):

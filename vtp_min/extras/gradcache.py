@@ -25,23 +25,35 @@ import torch
 
 from .. import losses
 from ..augment import mask_index_and_weight
-from ..device import full_precision, to_fp32
+from ..device import full_precision, move_to, to_fp32
 from ..dist import all_reduce_max, all_reduce_sum, world_size
 from ..model import head_input
 
 
 def check_micro(args):
     """ValueError if --micro does not split the batch of a process into equal parts"""
-    used = [(args.batch, 1), (args.batch_ssl, args.w_ssl), (args.batch_rec, args.w_rec)]
-    sizes = [n // world_size() for n, weight in used if weight]
-    valid = []
-    for parts in range(1, sizes[0] + 1):
-        if all(size % parts == 0 for size in sizes):
-            valid.append(sizes[0] // parts)
+    sizes = batch_sizes(args)
+    valid = micro_sizes(args)
     if args.micro not in valid:
         nearest = min(valid, key=lambda micro: abs(micro - args.micro))
         raise ValueError(f"--micro {args.micro} does not split the batch of a process "
                          f"({' / '.join(map(str, sizes))}) into equal parts; try --micro {nearest}")
+
+
+def batch_sizes(args):
+    """-> numbers of images of this process: for CLIP, and for the other objectives that are on"""
+    used = [(args.batch, 1), (args.batch_ssl, args.w_ssl), (args.batch_rec, args.w_rec)]
+    return [n // world_size() for n, weight in used if weight]
+
+
+def micro_sizes(args):
+    """-> all values of --micro that split the batch of a process into equal parts, ascending"""
+    sizes = batch_sizes(args)
+    valid = []
+    for parts in range(sizes[0], 0, -1):
+        if all(size % parts == 0 for size in sizes):
+            valid.append(sizes[0] // parts)
+    return valid
 
 
 def compute_gradients_cached(batch, temp, args, student, teacher, lpips, targets, amp, scaler,
@@ -49,13 +61,13 @@ def compute_gradients_cached(batch, temp, args, student, teacher, lpips, targets
     """The same results as train.compute_gradients, up to rounding. Only the activations of
     args.micro images are in memory at once."""
     n = args.batch // world_size() // args.micro
-    micro_batches = split_batch(batch, n)
+    micro_batches = split_batch(batch, n, device)
 
     # 1. features of the student, without a graph; embeddings of the teacher
     features, embeddings = [], []
     with amp, torch.no_grad():
         for micro in micro_batches:
-            micro = micro.to(device)                  # one at a time, to save memory
+            micro = micro.to(device)                  # its images, one at a time to save memory
             features.append(pairwise_features(student, micro, args))
             if teacher:
                 embeddings.append(teacher_embeddings(teacher, micro))
@@ -291,58 +303,78 @@ def update_center(center, iterate_logits, momentum=0.9):
 
 
 # ---------------------------------------------------------------- micro-batches
-def split_batch(batch, n):
+def split_batch(batch, n, device):
     """data.Batch -> list of n data.Batch. The images for self-supervision and reconstruction are
-    evenly spaced in the batch, so each contiguous part contains an equal number of them."""
-    return [micro_batch(batch, n, k) for k in range(n)]
+    evenly spaced in the batch, so each contiguous part contains an equal number of them.
+
+    Images stay where they are. Everything else is copied to the device here, because both parts 1
+    and 3 of a step read it.
+    """
+    keep = split_keep(batch, n, device)
+    return [micro_batch(batch, n, k, keep[k], device) for k in range(n)]
 
 
-def micro_batch(batch, n, k):
+def micro_batch(batch, n, k, keep, device):
     """Micro-batch k of n. Indices count the images and crops of the micro-batch."""
-    part = {}
+    part, small = {}, {}
     if batch.image is not None:
         part["image"] = batch.image.chunk(n)[k]
     if batch.text is not None:
-        part["text"] = batch.text.chunk(n)[k]
+        small["text"] = batch.text.chunk(n)[k]
     if batch.rec is not None:
-        part["rec"] = batch.rec.chunk(n)[k] - k * len(part["image"])
+        small["rec"] = batch.rec.chunk(n)[k] - k * len(part["image"])
     if batch.crops is not None:
         # dimension 0 counts crops, dimension 1 images
         part["crops"] = batch.crops.chunk(n, 1)[k]
         part["locals"] = batch.locals.chunk(n, 1)[k]
-        part["mask"] = batch.mask.chunk(n, 1)[k]
-        part["mask_index"], part["mask_weight"] = mask_index_and_weight(part["mask"])
         part["n_crops"] = batch.n_crops // n
-    keep = {}
+        small["mask"] = batch.mask.chunk(n, 1)[k]
+        small["mask_index"], small["mask_weight"] = mask_index_and_weight(small["mask"])
+    small = {name: move_to(value, device) for name, value in small.items()}
+    return replace(batch, **part, **small, keep=keep)
+
+
+# ---------------------------------------------------------------- stochastic depth
+def split_keep(batch, n, device):
+    """-> list of n dicts: Batch.keep of each micro-batch, on the device"""
+    keep = [dict(batch.keep) for _ in range(n)]
     for name, blocks in batch.keep.items():
-        rows = keep_size(batch, name)
-        keep[name] = None
-        if blocks is not None:
-            keep[name] = [split_block(block, rows, n, k) for block in blocks]
-    return replace(batch, **part, keep=keep)
-
-
-def split_block(block, size, n, k):
-    """split_keep for both residual branches of a transformer block"""
-    return tuple(split_keep(rows, scale, size, n, k) for rows, scale in block)
+        if not blocks:                                           # rate 0
+            continue
+        branches = [branch for block in blocks for branch in block]
+        parts = split_rows([rows for rows, _ in branches], keep_size(batch, name), n, device)
+        for k in range(n):
+            # attention and feed-forward of each block, as in augment.kept_rows
+            pairs = [(rows, scale) for rows, (_, scale) in zip(parts[k], branches)]
+            keep[k][name] = list(zip(pairs[0::2], pairs[1::2]))
+    return keep
 
 
 def keep_size(batch, name):
     """Number of images in each crop of the tensor that keep[name] indexes"""
     if name == "image":
-        return len(batch.image) if batch.image is not None else 0
+        return len(batch.image)
     if name == "rec":
         return len(batch.rec)
-    return batch.crops.shape[1] if batch.crops is not None else 0
+    return batch.crops.shape[1]
 
 
-def split_keep(rows, scale, size, n, k):
-    """Kept rows of the batch -> kept rows of micro-batch k of n
+def split_rows(branches, size, n, device):
+    """Kept rows of the batch -> kept rows of n micro-batches, on the device
 
-    rows   positions in a flattened (crops, size) array
-    -> positions in a flattened (crops, size / n) array, scale (unchanged)
+    branches  list of m tensors, ascending positions in a flattened (crops, size) array
+    -> n lists of m tensors, ascending positions in a flattened (crops, size / n) array
+
+    All of them are slices of one tensor, which is sorted and copied once: with 32 micro-batches,
+    size L has 3072 slices.
     """
-    part = size // n
+    m, part = len(branches), size // n
+    rows = torch.cat(branches)
+    branch = torch.arange(m).repeat_interleave(torch.tensor([len(x) for x in branches]))
     crop, image = rows // size, rows % size
-    inside = (image >= k * part) & (image < (k + 1) * part)
-    return (crop * part + image - k * part)[inside], scale
+    group = image // part * m + branch                           # which slice a row belongs to
+    order = group.argsort(stable=True)                           # equal groups keep ascending rows
+    lengths = group.bincount(minlength=n * m).tolist()
+    rows = (crop * part + image % part)[order]
+    slices = move_to(rows, device).split(lengths)
+    return [slices[k * m:(k + 1) * m] for k in range(n)]

@@ -28,7 +28,7 @@ from ..dist import all_gather_ragged, all_reduce_sum, barrier, print0, rank, ran
 from ..fid import load_inception
 from ..run import ProgressBar, record_metric
 from .efficientnet import EfficientNetLite0, imagenet_classes
-from .files import check_writable, read_settings, reading
+from .files import check_writable, read_settings, reading, wait_until
 from .image_sets import SavedStats, check_sample_count
 from .perceptual import uses_efficientnet
 
@@ -281,6 +281,7 @@ def load_or_train_classifier(path, metadata, n_classes, load_images, steps, devi
             metadata["accuracy"] = str(accuracy)
             atomic_write(path, lambda part: safetensors.torch.save_file(tensors, part, metadata))
         barrier()
+        wait_until(path.exists)                # another machine may see the file later
         model, accuracy = load_classifier(path, metadata, n_classes)
     return model.to(device), accuracy
 

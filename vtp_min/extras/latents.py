@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+from contextlib import suppress
 from functools import lru_cache, partial
 from itertools import count, islice
 from pathlib import Path
@@ -32,7 +33,8 @@ from ..device import autocast, tf32_of
 from ..dist import all_reduce_sum, barrier, print0, rank, rank_slice, world_size
 from ..rng import Stream, make_rng, permutation
 from ..run import ProgressBar
-from .files import check_writable, read_json, read_names, read_settings, reading
+from .files import (check_writable, read_json, read_names, read_settings, reading,
+                    wait_until)
 
 SHARD_SIZE = 10000           # latents per shard: VTP
 STATS_SAMPLES = 10000        # latents from which mean and std are computed: LightningDiT
@@ -61,7 +63,7 @@ def encode_folder(args, device, load_tokenizer, open_data, eval_batches):
     n_written = write_shards(out, batches, max(1, SHARD_SIZE // args.batch), device)
     if rank() > 0:                                  # one rank computes the statistics of all shards
         return
-    if len(Latents(out)) != n_written:
+    if not wait_until(lambda: is_written(out, n_written)):
         raise ValueError(f"{out} holds {len(Latents(out))} of the {n_written} latents that the "
                          f"processes wrote; give an --out on a disk that all machines share")
     posterior = f"sampled with seed {args.seed}" if is_kl(tokenizer) else "deterministic"
@@ -149,6 +151,13 @@ def shards(folder):
 def is_complete(folder):
     """True if all latents have been written; latents_stats.pt is written last"""
     return (folder / "latents_stats.pt").exists()
+
+
+def is_written(folder, n):
+    """True if this process sees n latents in the shards, which several machines may have written"""
+    with suppress(OSError, ValueError):             # a shard that is not yet visible as a whole
+        return len(Latents(folder)) == n
+    return False
 
 
 def check_folder(folder, fresh, encoder):

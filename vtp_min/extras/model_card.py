@@ -19,7 +19,8 @@ MARK = "<!-- Written by vtp_min. Delete this line if you edit the text: then it 
 PAPER = "https://arxiv.org/abs/2512.13687"
 # settings without meaning for others: paths on this machine, speed
 LEFT_OUT = {"out", "fresh", "data", "val_data", "init", "encoder", "steps", "workers", "device",
-            "machine", "save_every", "log_every", "recompute", "compile", "free_memory", "fast"}
+            "machine", "save_every", "log_every", "recompute", "compile", "free_memory", "fast",
+            "memory_check"}
 # values of a log line that are not losses
 NOT_LOSSES = {"step", "lr", "grad_norm", "images_per_s", "gflops", "share_of_peak", "data_wait",
               "bad", "skipped", "weight_decay", "warning", "perceptual"}

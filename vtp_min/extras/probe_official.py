@@ -9,6 +9,7 @@ head that is chosen on a held-out part of the training set.
 B images    F features    R learning rates    C classes    D width
 """
 import math
+import time
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -19,10 +20,11 @@ from torch.nn import functional as F
 
 from ..augment import normalize, random_crop
 from ..device import autocast, tf32_of
-from ..dist import all_gather_ragged, rank, rank_slice, world_size
+from ..dist import all_gather_ragged, print0, rank, rank_slice, world_size
 from ..probes import probe_features
 from ..rng import Stream, make_rng
 from ..run import ProgressBar, record_metric
+from .workers import cores_per_process
 
 # the 13 learning rates of the released code; they are multiplied by batch / 256
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1)
@@ -115,6 +117,32 @@ def epoch_order(seed, epoch, n):
     return make_rng(Stream.EVAL, seed, epoch, 0, n).permutation(n)
 
 
+def print_time_to_decode(source, side, n_images, args, measured=8):
+    """Print how long it takes to decode n_images training images, and what makes it faster, if it
+    is more than a minute. A few images are measured."""
+    if rank() > 0:
+        return
+    augmented_batch(source, side, measured, args.seed, range(1), 0)            # warm-up
+    start = time.perf_counter()
+    augmented_batch(source, side, measured, args.seed, range(measured), 0)
+    seconds = (time.perf_counter() - start) / measured
+    decoding = world_size() * max(1, args.workers)                             # processes
+    if seconds * n_images / decoding < 60:
+        return
+
+    def duration(processes):
+        return ProgressBar.format_interval(seconds * n_images / processes)
+    print0(f"probe: {n_images:,} training images have to be decoded, at {1000 * seconds:.1f} ms "
+           f"each ({measured} measured): about {duration(decoding)} (h:min:s) in {decoding} "
+           f"process(es), if the model is not slower.")
+    workers = cores_per_process() - 1
+    if workers > max(1, args.workers):
+        print0(f"With all cores of this machine: about {duration(workers * world_size())}; type: "
+               f"eval.py probe {args.run} --protocol official --workers {workers}")
+    print0(f"With 8 GPUs: torchrun --nproc-per-node 8 eval.py probe {args.run} --protocol official "
+           f"--workers W, where W is the number of cores per GPU. A shorter probe: --set epochs=1")
+
+
 # ---------------------------------------------------------------- SGD
 @torch.no_grad()
 def sgd_probe(batches, iterations, n_classes, sets, every, rates=RATES, seed=0):
@@ -205,6 +233,7 @@ def run_probe(args, model, train, val, device, encode, map_in_workers):
         raise ValueError(f"{args.epochs} epochs of {args.epoch_length} batches of {B} from {n} "
                          f"training images are too few for {world_size()} processes; increase "
                          f"--train-limit, or --set train_batch=..., epochs=... or epoch_length=...")
+    print_time_to_decode(kept, side, iterations * B, args)
     sets = {}
     for name, source, limit in (("val", val, args.limit), ("held-out", held_out, None)):
         features = encode(source, side, limit, "centre", official_features)

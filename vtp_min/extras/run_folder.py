@@ -1,6 +1,7 @@
 """A run folder is used by one run at a time, overwrites no files of others, and goes on with the
 same data under another path.
 
+    open_on_all     the next function, on rank 0; do all machines see the same data?
     claim           lock the folder, refuse to overwrite weights, delete the old run for --fresh
     prepare         write run.json, and cut the log back to the checkpoint
     has_checkpoint  does the folder hold a run that can be continued?
@@ -17,9 +18,12 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
+import torch.distributed as dist
+
 from ..config import atomic_write
-from ..dist import print0, printable
-from .files import read_json, read_json_lines
+from ..dist import is_distributed, print0, printable, rank
+from .files import SECONDS_TO_WAIT, read_json, read_json_lines, wait_until
+from .rendezvous import raise_on_all
 
 # files that --fresh deletes; other files in the folder belong to the user
 FILES = ("last.pt", "previous.pt", "log.jsonl", "metrics.jsonl", "run.json", "config.json",
@@ -31,6 +35,30 @@ SIZES_COMPARED = 1000       # files whose sizes are part of a fingerprint, evenl
 
 
 # ---------------------------------------------------------------- the folder
+def open_on_all(folder, settings, fresh, files):
+    """Claim the folder, and check that all ranks see the same data. All ranks call this function.
+
+    files  fingerprints of the data that this process sees. Each machine can have a copy of the data
+           under the same path, and one of the copies can be incomplete.
+    ValueError, on all ranks, if one of them has a reason.
+    """
+    if not is_distributed():
+        claim(folder, settings, fresh)
+        return
+    problem = None
+    if rank() == 0:
+        try:
+            claim(folder, settings, fresh)
+        except ValueError as error:
+            problem = str(error)
+    of_rank_0 = [files]
+    dist.broadcast_object_list(of_rank_0)
+    if of_rank_0 != [files]:
+        problem = (f"rank {rank()} on {socket.gethostname()} sees other files than rank 0: "
+                   f"{files}, and rank 0 {of_rank_0[0]}; all machines must see the same ones")
+    raise_on_all(problem)
+
+
 def claim(folder, settings, fresh):
     """Reserve the folder for this process until it ends. Called on rank 0.
 
@@ -78,20 +106,37 @@ def has_checkpoint(folder):
 
 def lock(folder):
     """Lock the file .lock until this process ends, also if it is killed. Worker processes do not
-    inherit the lock. ValueError if another process has it."""
+    inherit the lock. ValueError if another process has it.
+
+    A server of network files keeps the locks of a machine that has crashed for a while (NFS on
+    Linux: 90 seconds). So this function waits if the process that has the lock is on another
+    machine: a cluster may have started the job of that machine again on this one.
+    """
     file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            return                                            # a file system without locks
-        owner = os.read(file, 200).decode(errors="replace") or "another process"
-        raise ValueError(f"{folder} is in use by {owner}; wait until it ends, or give another "
-                         f"--out (several processes of one run are started by torchrun)") from None
+    if not try_to_lock(file, folder):
+        owner = os.pread(file, 200, 0).decode(errors="replace") or "another process"
+        is_remote = " on " in owner and not owner.endswith(f" on {socket.gethostname()}")
+        if is_remote:
+            print0(f"{folder} is in use by {owner}; waiting {SECONDS_TO_WAIT} seconds for its end")
+        if not (is_remote and wait_until(lambda: try_to_lock(file, folder))):
+            raise ValueError(f"{folder} is in use by {owner}; wait until it ends, or give another "
+                             f"--out (several processes of one run are started by torchrun)")
     with suppress(OSError):                # a full disk: the lock holds without a name in the file
         os.fchmod(file, 0o666)             # other users of a shared folder may lock it later
         os.ftruncate(file, 0)
-        os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+
+
+def try_to_lock(file, folder):
+    """-> False if another process has locked the open file; True on file systems without locks"""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        print0(f"note: {folder} cannot be locked ({error.strerror}), so a second run in this "
+               f"folder would not be noticed")
+    return True
 
 
 def prepare(folder, settings, step):
@@ -196,7 +241,7 @@ def fingerprint(files):
             return f"weights {hashlib.file_digest(f, 'sha256').hexdigest()[:12]}"
     digest = hashlib.sha256()
     if hasattr(files, "tars"):                                # extras.shards.Shards
-        paths = [tar for tar, *_ in files.tars]
+        paths = files.tars
         names = [Path(path).name for path in paths]
         digest.update(repr((names, list(files.ends))).encode())
     elif hasattr(files, "files"):                             # data.Folder

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..config import atomic_write
 from ..dist import barrier, print0, rank
-from .files import check_writable, read_json, reading
+from .files import check_writable, read_json, reading, wait_until
 from .grid import image_grid
 
 
@@ -63,6 +63,11 @@ def write_summary(out, protocol, names, labels):
     protocol  how the images were generated, a string      names   list of all class names
     labels    class of each image, a list of integers
     """
+    def missing():
+        return [j for j in range(len(labels)) if not image_path(out, j).exists()]
+    if not wait_until(lambda: not missing()):
+        raise ValueError(f"{out} lacks {len(missing())} of the {len(labels)} images that the "
+                         f"processes wrote; give an --out on a disk that all machines share")
     text = json.dumps({"protocol": protocol, "classes": names, "labels": labels}) + "\n"
     # before samples.npz, which is thus never without its protocol
     atomic_write(out / "labels.json", lambda path: path.write_text(text))

@@ -1,7 +1,9 @@
 """Image-caption pairs in tar files, as WebDataset and img2dataset write them; large permutations.
 
     Shards                a source of data.py with random access: each pair is read from its offset
-    index_tar             a tar -> the offsets of its pairs; cached on disk, 20 bytes per pair
+    OpenTars              reads parts of tars, which stay open
+    open_index            the offsets of the pairs of all tars, in one file, 20 bytes per pair
+    index_tar             a tar -> the offsets of its pairs
     feistel_permutation   the order of hundreds of millions of samples, computed without an array
 
 Tars are never extracted, and nothing in them is executed.
@@ -12,6 +14,7 @@ import io
 import json
 import os
 import re
+import resource
 import tarfile
 import tempfile
 import uuid
@@ -22,11 +25,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ..dist import print0, printable, rank, world_size
+from ..dist import barrier, print0, printable, rank, world_size
 from ..rng import Stream, make_rng
 from .images import SUFFIXES, read_image
 
+MAX_OPEN_TARS = 32768    # of a process, and at most half of the files that it may open
 LAYOUT = 2          # version of the index files; after an increase all tars are indexed again
+HEAD = "samples", "lost", "first", "end"       # see load_index
 BLOCK = 512         # bytes. A tar has, for each file, one header block and then the content, padded
                     # with zeros to whole blocks
 GZIP = b"\x1f\x8b"  # first bytes of a gzip file
@@ -35,10 +40,11 @@ GZIP = b"\x1f\x8b"  # first bytes of a gzip file
 class Shards:
     """Image-caption pairs in tars. The interface of a source is described in data.open_data.
 
-    Each tar is indexed once. Its index file is written to $VTP_CACHE or ~/.cache/vtp_min and may be
-    deleted at any time. A tar whose size or modification time has changed is indexed again. Memory
-    holds one entry per tar, not per pair: 27,700 entries for VTP's 277M pairs. A tar is opened for
-    each read. This costs two system calls, but no open file has to be passed to worker processes.
+    Each tar is indexed once. The index files are written to $VTP_CACHE or ~/.cache/vtp_min. They
+    may be deleted when no process uses them. A tar whose size or modification time has changed is
+    indexed again. The index of all tars is one file, mapped into memory: all processes of a machine
+    share its pages. It has 5.5 GB for VTP's 277M pairs. Beside it, memory holds one entry per tar,
+    27,700 for VTP. Each process opens a tar once and keeps it open.
     """
     endless, classes = False, None
 
@@ -51,7 +57,7 @@ class Shards:
             raise ValueError(f"{spec} has no validation split; name validation data with "
                              f"--val-data (other tars, a folder, or shapes)")
         self.spec, cache = spec, cache_folder()
-        entries = index_all(expand(spec), cache, map_in_workers)
+        entries, self.index_file, self.start = open_index(expand(spec), cache, map_in_workers)
         readable = [x for x in entries if "error" not in x]
         damaged = [x for x in entries if "error" in x or x["end"]]
         details = [f"{printable(x['tar'])} {printable(x.get('error') or x['end'])}"
@@ -67,10 +73,15 @@ class Shards:
         if damaged:
             print0(f"{printable(spec)}: {len(damaged)} of {len(entries)} tars are damaged or "
                    f"missing: {details}")
-        self.tars = [(x["tar"], x["index"], x["start"]) for x in readable]
+        self.tars = [x["tar"] for x in readable]
         # (tars,) number of pairs in the tars up to and including this one
         self.ends = np.cumsum([x["samples"] for x in readable])
         self._report(readable, len(entries), cache)
+        self.rows, self.open_tars = None, OpenTars()
+
+    def __getstate__(self):
+        # A worker that is spawned maps the index anew. NumPy would send all of its rows.
+        return vars(self) | {"rows": None}
 
     def _report(self, readable, n_tars, cache):
         """Print how many samples are skipped and how many tars were indexed"""
@@ -96,35 +107,74 @@ class Shards:
     def locate(self, index):
         """-> tar, offset and size of the image, offset and size of the caption (in bytes), and 1
         if the caption is plain text or 0 if it is JSON"""
+        if self.rows is None:
+            self.rows = np.memmap(self.index_file, np.uint32, "r", self.start, (len(self), 5))
         k = int(np.searchsorted(self.ends, index, "right"))           # number of the tar
-        tar, file, start = self.tars[k]
-        first = int(self.ends[k - 1]) if k else 0
-        row = index - first
         # offsets are stored in blocks, so that uint32 is enough for tars of up to 2 TiB
-        entry = np.fromfile(file, np.uint32, 5, offset=start + 20 * row)
-        image_block, image_size, text_block, text_size, plain = map(int, entry)
-        return tar, BLOCK * image_block, image_size, BLOCK * text_block, text_size, plain
+        image_block, image_size, text_block, text_size, plain = map(int, self.rows[index])
+        return self.tars[k], BLOCK * image_block, image_size, BLOCK * text_block, text_size, plain
 
     def load(self, index, rng=None):
         """-> PIL RGB image, caption, -1 (no class). rng is not used."""
         tar, image_at, image_size, text_at, text_size, plain = self.locate(index)
-        with open(tar, "rb") as f:
-            f.seek(image_at)
-            image = read_image(io.BytesIO(f.read(image_size)))
-            f.seek(text_at)
-            return image, read_caption(f.read(text_size), plain), -1
+        image = read_image(io.BytesIO(self.open_tars.read(tar, image_at, image_size)))
+        return image, read_caption(self.open_tars.read(tar, text_at, text_size), plain), -1
 
     def name(self, index):
         """-> tar and file name, for messages. The file name is read from the header of the image,
         which stores its first 100 bytes."""
         try:
             tar, image_at, *_ = self.locate(index)
-            with open(tar, "rb") as f:
-                f.seek(image_at - BLOCK)
-                file = f.read(100).split(b"\0")[0].decode("utf-8", "replace")
-            return printable(f"{tar}:{file}")
+            file = self.open_tars.read(tar, image_at - BLOCK, 100).split(b"\0")[0]
+            return printable(f"{tar}:{file.decode('utf-8', 'replace')}")
         except Exception:                                     # the tar was deleted or replaced
             return printable(f"sample {index} of {self.spec}")
+
+
+class OpenTars:
+    """Read parts of tars. A tar stays open for the next read. If too many are open, the one that
+    was not read for the longest time is closed. Every process has its own open files."""
+
+    def __init__(self):
+        self.files, self.limit = {}, None      # {tar: file descriptor}, least recently read first
+
+    def read(self, tar, offset, size):
+        """-> size bytes from offset on; fewer if the file ends before"""
+        file = self.files.pop(tar, None)
+        if file is None:
+            self.limit = self.limit or open_file_limit()
+            if len(self.files) >= self.limit:
+                os.close(self.files.pop(next(iter(self.files))))
+            file = os.open(tar, os.O_RDONLY)
+        try:
+            # pread has no current position, which forked processes would share
+            content = os.pread(file, size, offset)
+        except OSError:                        # the file may have been replaced on a file server
+            os.close(file)
+            raise
+        self.files[tar] = file
+        return content
+
+    def __getstate__(self):
+        return {"files": {}, "limit": None}    # file descriptors are valid in this process only
+
+    def __del__(self):
+        for file in self.files.values():
+            os.close(file)
+
+
+def open_file_limit():
+    """-> number of tars that this process may keep open. Its soft limit for open files, often 1024,
+    is raised to the hard limit (ulimit -Hn) if that helps; half of them are left to others."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * MAX_OPEN_TARS if hard == resource.RLIM_INFINITY else min(hard, 2 * MAX_OPEN_TARS)
+    if wanted > soft:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+        except (ValueError, OSError):          # macOS has another limit, which is lower
+            pass
+    return min(soft // 2, MAX_OPEN_TARS)
 
 
 def read_caption(raw, plain=True):
@@ -183,6 +233,67 @@ def cache_folder():
     return path
 
 
+def open_index(tars, cache, map_in_workers):
+    """-> entry of each tar (as load_index), and the file with the rows of all readable tars, in
+    order, and the offset of the first row
+
+    If there is only one tar, this is its index file. For more tars their index files are joined
+    once; a later start opens the joined file only.
+    """
+    found = read_joined(tars, cache)
+    entries = None if found else index_all(tars, cache, map_in_workers)
+    # One process writes the joined file. If the cache is a folder of each machine, one process of
+    # each machine does, and if it is a temporary folder, each process.
+    for is_my_turn in (rank() == 0, int(os.environ.get("LOCAL_RANK", 0)) == 0, True):
+        if is_my_turn and not found:
+            found = join_indices(entries, cache)
+        barrier()
+    return found
+
+
+def read_joined(tars, cache):
+    """-> as open_index, or None if the file is missing or damaged, or a tar is missing"""
+    try:
+        names = [index_name(tar) for tar in tars]
+    except OSError:
+        return None
+    file = joined_file(names, cache)
+    head = read_index(file)
+    if head is None or len(head.get("tars", ())) != len(tars):
+        return None
+    entries = [x | {"tar": tar, "new": False} for x, tar in zip(head["tars"], tars)]
+    return entries, file, head["start"]
+
+
+def join_indices(entries, cache):
+    """Write the joined file, unless another process has done so -> as open_index"""
+    readable = [x for x in entries if "error" not in x]
+    if len(readable) < 2:
+        file, start = (readable[0]["index"], readable[0]["start"]) if readable else (None, 0)
+        return entries, file, start
+    file = joined_file([Path(x["index"]).name for x in readable], cache)
+    head = read_index(file)
+    if head is None:
+        head = {"samples": sum(x["samples"] for x in readable), "lost": 0, "first": "", "end": "",
+                "tars": [{name: x[name] for name in HEAD} for x in readable]}
+        rows = (Path(x["index"]).read_bytes()[x["start"]:] for x in readable)
+        head = write_index(file, head, rows)
+    return entries, file, head["start"]
+
+
+def joined_file(names, cache):
+    """names  of the index files of single tars, in order"""
+    key = hashlib.sha256("\n".join(names).encode()).hexdigest()[:24]
+    return cache / f"{key}.joined"
+
+
+def index_name(tar):
+    """-> name of the index file of a tar. OSError if there is no such tar."""
+    stat = os.stat(tar)
+    key = f"{LAYOUT} {os.path.abspath(tar)} {stat.st_size} {stat.st_mtime_ns}"
+    return f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:24]}.index"
+
+
 def index_all(tars, cache, map_in_workers):
     """-> load_index(cache, tar) of each tar, in order
 
@@ -212,9 +323,7 @@ def load_index(cache, tar):
     new      True if the index was created now
     """
     try:
-        stat = os.stat(tar)
-        key = f"{LAYOUT} {os.path.abspath(tar)} {stat.st_size} {stat.st_mtime_ns}"
-        file = cache / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:24]}.index"
+        file = cache / index_name(tar)
         head = read_index(file)
         if head is None:
             rows, lost, end = index_tar(tar)
@@ -222,7 +331,9 @@ def load_index(cache, tar):
         return {"tar": tar, "error": f"({getattr(problem, 'strerror', None) or problem})"}
     new = head is None
     if new:
-        head = write_index(file, tar, rows, lost, end)
+        head = {"tar": os.path.abspath(tar), "samples": len(rows), "lost": len(lost),
+                "first": lost[0] if lost else "", "end": end}
+        head = write_index(file, head, [rows.tobytes()])
     return head | {"tar": tar, "index": str(file), "new": new}
 
 
@@ -231,7 +342,7 @@ def read_index(file):
     the file is missing or damaged: cut off, filled with zeros, or not an index"""
     try:
         with open(file, "rb") as f:
-            head = json.loads(f.readline())
+            head = json.loads(f.readline(2 ** 28))
             start = f.tell()
             rows = np.fromfile(f, np.uint32, 5)
             size = f.seek(0, os.SEEK_END)
@@ -240,29 +351,34 @@ def read_index(file):
                 rows = np.concatenate([rows, np.fromfile(f, np.uint32, 5)])
         # each row has the sizes of an image and of a caption; only the first and the last are read
         is_whole = size == start + 20 * head["samples"] and rows.reshape(-1, 5)[:, [1, 3]].all()
-        known = {name: head[name] for name in ("samples", "lost", "first", "end")}
-        return known | {"start": start} if is_whole else None
+        known = {name: head[name] for name in HEAD}
+        known |= {"start": start, "tars": head.get("tars", ())}
+        return known if is_whole else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def write_index(file, tar, rows, lost, end):
-    """Write an index file: a line of JSON, then the rows as raw uint32 -> as read_index
+def write_index(file, head, rows):
+    """Write an index file: a line of JSON, then the rows as raw uint32 -> head, and "start", the
+    offset of the rows
+
+    head  dict for the first line      rows  iterable of bytes
 
     Ranks may index the same tar at the same time. Each one writes a temporary file of its own and
     renames it. The contents are equal, so it does not matter which file stays.
     """
-    head = {"tar": os.path.abspath(tar), "samples": len(rows), "lost": len(lost),
-            "first": lost[0] if lost else "", "end": end}
     line = json.dumps(head).encode() + b"\n"
     part = file.with_name(f"{uuid.uuid4().hex}.part")
     try:
-        part.write_bytes(line + rows.tobytes())
+        with open(part, "wb") as f:
+            f.write(line)
+            f.writelines(rows)
     except OSError as problem:
         with suppress(OSError):
             part.unlink()
-        raise ValueError(f"the index of {tar} cannot be written to {file.parent} ({problem}); free "
-                         f"some disk space, or set VTP_CACHE=DIR to another folder") from problem
+        raise ValueError(f"the index of the tars cannot be written to {file.parent} ({problem}); "
+                         f"free some disk space, or set VTP_CACHE=DIR to another "
+                         f"folder") from problem
     part.replace(file)
     return head | {"start": len(line)}
 

@@ -3,11 +3,12 @@
 PyTorch passes tensors between processes in /dev/shm. Docker's default size is 64 MB. If a batch
 does not fit, a thread of the worker fails, and the main process would wait for the batch without
 end. Here the worker requests the memory itself; if it gets none, it sends the batch through a pipe,
-which is slower.
+which is slower. extras/slices.py divides training batches, so that less memory is needed.
 """
 import os
 import pickle
 import signal
+from contextlib import contextmanager
 from dataclasses import is_dataclass
 from functools import partial
 from multiprocessing import Lock
@@ -18,8 +19,48 @@ from torch.utils.data import DataLoader
 from .. import augment
 from ..dist import print0
 
+MAX_WORKERS = 32    # of a process, by default (ours)
+MAX_WAIT = 0.2      # a larger share of time spent waiting for data is reported (ours)
 ADVICE = ("set --workers 0, or give the container more shared memory, for example docker run "
           "--shm-size=8g")
+
+
+def cores_per_process():
+    """-> number of CPU cores for each process of this machine"""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):       # Slurm and taskset can restrict a process
+        cores = len(os.sched_getaffinity(0))
+    return cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def default_workers():
+    """-> one worker for each core of this process, less one for the process itself, at most
+    MAX_WORKERS; 0 with up to 4 cores, which the process needs itself"""
+    cores = cores_per_process()
+    return min(cores - 1, MAX_WORKERS) if cores > 4 else 0
+
+
+def wait_warning(workers):
+    """-> warn(share), a function to call with data_wait of each line of the log: the share of the
+    time that was spent waiting for data. The second time that it exceeds MAX_WAIT, it prints what
+    to do, once. (The first time, the workers may just have been started.)"""
+    exceeded = []
+
+    def warn(share):
+        if share <= MAX_WAIT:
+            return
+        exceeded.append(share)
+        if len(exceeded) != 2:
+            return
+        wanted = max(cores_per_process() - 1, 1)
+        advice = (f"all {wanted + 1} cores of this process are in use: store the images at a "
+                  f"smaller size, or take fewer crops (--set locals=...)")
+        if workers < wanted:
+            advice = f"try --workers {wanted}"
+        print0(f"\nnote: {share:.0%} of the time is spent waiting for data (data_wait in "
+               f"log.jsonl), with --workers {workers}; {advice}")
+
+    return warn
 
 
 def map_in_processes(function, items, workers):
@@ -82,23 +123,30 @@ def tensors_of(value):
             yield from tensors_of(part)
 
 
+@contextmanager
+def clear_errors():
+    """with clear_errors(): an error of a worker becomes a ValueError with one sentence"""
+    try:
+        yield
+    except ValueError as error:                # above the last line is the worker's traceback
+        sentence = str(error).strip().splitlines()[-1]
+        raise ValueError(sentence.removeprefix("ValueError: ")) from error
+    except RuntimeError as error:
+        # PyTorch's message for a worker that was killed; other errors come from the function
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        raise ValueError(f"a worker process ended ({str(error).splitlines()[0]}); it was "
+                         f"killed, or memory is full: {ADVICE}") from error
+
+
 def receive(loader):
     """In the main process: yield the results of the workers"""
     noted = False
     while True:
-        try:
-            result = next(loader)
-        except StopIteration:
+        with clear_errors():
+            result = next(loader, None)
+        if result is None:                     # the functions of data.py return no None
             return
-        except ValueError as error:        # a sentence for the user, below the worker's traceback
-            sentence = str(error).strip().splitlines()[-1]
-            raise ValueError(sentence.removeprefix("ValueError: ")) from error
-        except RuntimeError as error:
-            # PyTorch's message for a worker that was killed; other errors come from the function
-            if "DataLoader worker (pid" not in str(error):
-                raise
-            raise ValueError(f"a worker process ended ({str(error).splitlines()[0]}); it was "
-                             f"killed, or memory is full: {ADVICE}") from error
         if isinstance(result, Pickled):
             if not noted:
                 print0(f"note: shared memory (/dev/shm) is too small for batches of "

@@ -1,0 +1,236 @@
+"""The plan that train.py prints: what is counted without values is what a real step does."""
+import sys
+from argparse import Namespace
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import train
+from vtp_min import losses
+from vtp_min.device import autocast
+from vtp_min.extras import gradcache, plan
+from vtp_min.model import DINOHead, Student, Teacher, VTPModel
+
+CPU = torch.device("cpu")
+FLAGS = ("--size pico --image 32 --patch 8 --batch 16 --batch-ssl 8 --batch-rec 4 "
+         "--perceptual none --set prototypes=512 --set drop_ssl=0.5").split()
+# pico with one block of each kind; each test counts a step within a second
+SCRIPT = Namespace(**vars(train))
+
+
+@pytest.fixture(autouse=True)
+def length_of_captions(monkeypatch):
+    monkeypatch.setattr(plan, "TOKENS", 21)      # in the first batch of the built-in shapes
+
+
+def shallow_config(args):
+    return replace(train.model_config(args), vision_depth=1, decoder_depth=1, text_depth=1)
+
+
+SCRIPT.model_config = shallow_config
+
+
+@cache                                           # several tests need the same counts
+def count(*flags, n_processes=1, precision="fp32"):
+    return plan.count(SCRIPT, train.arguments([*FLAGS, *flags]), n_processes, precision)
+
+
+# ---- the meter
+
+def test_a_tensor_counts_while_it_exists_and_a_view_of_it_does_not_count_again():
+    with plan.Meter() as meter:
+        a = torch.zeros(1000)
+        b = a.view(10, 100).T
+        assert meter.live == 4000
+        c = b + 1
+        assert (meter.live, meter.peak) == (8000, 8000)
+        del a, b
+        assert meter.live == 4000
+        d = c.add_(1).half()
+        assert (meter.live, meter.peak) == (6000, 8000)
+    assert d.dtype == torch.float16
+
+
+def test_what_autograd_stores_counts_until_the_backward_pass():
+    w = torch.ones(1000, requires_grad=True)
+    with plan.Meter() as meter:
+        loss = w.exp().exp().sum()               # both results of exp are stored
+        assert meter.live == 8000 + 4
+        loss.backward()
+        del loss
+        assert meter.live == 4000                # the gradient
+    assert meter.peak >= 12000
+
+
+# ---- a counted step against a real one
+
+def real_step(*flags):
+    """A step with values -> FLOPs, bytes that were in use at the same time"""
+    args = train.arguments([*FLAGS, *flags])
+    model = VTPModel(shallow_config(args))
+    head = DINOHead(model.feature_dim, args.prototypes, args.head_hidden, args.head_bottleneck)
+    student = Student(model, head)
+    teacher = Teacher(student)
+    train.wrap_blocks(args, student, teacher)
+    for p in student.parameters():
+        p.grad = torch.zeros_like(p)
+    gradients = gradcache.compute_gradients_cached if args.micro else train.compute_gradients
+    batch = train.train_batches(args, depth=1)[0]
+    targets = losses.TeacherTargets(args.teacher, args.prototypes, CPU)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    counter = FlopCounterMode(display=False)
+    meter = plan.Meter(plan.tensors_of(student, teacher))
+    for mode in (counter, meter):                # the first one would keep tensors alive
+        with mode:
+            gradients(batch, 0.07, args, student, teacher, None, targets, autocast(CPU, "fp32"),
+                      scaler, CPU)
+    return counter.get_total_flops(), meter.peak
+
+
+@pytest.mark.parametrize("flags", [[], ["--recompute"], ["--micro", "8"],
+                                   ["--micro", "8", "--recompute"]], ids=" ".join)
+def test_a_step_without_values_costs_what_a_real_step_costs(flags):
+    """Also with stochastic depth. The counted number of masked patches is an average."""
+    cost = count(*flags)
+    flops, peak = real_step(*flags)
+    assert cost.flops == pytest.approx(flops, rel=0.03)
+    # with --micro, a real step also holds the whole batch and lists of its micro-batches
+    tolerance = 0.15 if "--micro" in flags else 0.05
+    assert cost.activations == pytest.approx(peak, rel=tolerance)
+
+
+def test_recomputing_costs_a_forward_pass_and_micro_batches_another_one():
+    plain, recompute = count(), count("--recompute")
+    micro, both = count("--micro", "8"), count("--micro", "8", "--recompute")
+    assert 1.1 < recompute.flops / plain.flops < 1.34
+    assert 1.1 < micro.flops / plain.flops < 1.34
+    # recomputed blocks are not recomputed in part 1 of --micro, which stores nothing
+    assert both.flops - micro.flops == pytest.approx(recompute.flops - plain.flops, rel=0.02)
+    assert max(recompute.activations, micro.activations) < plain.activations
+
+
+def test_weights_are_counted_with_gradients_moments_and_the_teacher():
+    args = train.arguments(FLAGS)
+    student, teacher = plan.student_and_teacher(args, shallow_config(args))
+    n, m = (sum(p.numel() for p in module.parameters()) for module in (student, teacher))
+    cost = count()
+    assert (cost.parameters, cost.weights) == (n, 16 * n + 4 * m)
+
+
+def test_with_micro_batches_memory_does_not_grow_with_the_batch():
+    four_times = "--batch", "64", "--batch-ssl", "32", "--batch-rec", "16"
+    small, large = count("--micro", "8"), count("--micro", "8", *four_times)
+    assert large.flops == pytest.approx(4 * small.flops, rel=0.01)
+    for part in plan.PARTS:
+        assert large.parts[part] == small.parts[part]
+    name = "self-distillation"
+    assert 3 < count(*four_times).parts[name] / count().parts[name] < 4.5
+
+
+def test_processes_share_the_batch_but_each_compares_its_rows_with_all():
+    one, two = count("--w-ssl", "0", "--w-rec", "0"), count("--w-ssl", "0", "--w-rec", "0",
+                                                            n_processes=2)
+    E, B = 128, 16
+    # two products of (B / n, E) with (E, B), forward and backward
+    pairs = 2 * 3 * 2 * B * B * E
+    assert one.flops - pairs == pytest.approx(2 * (two.flops - pairs / 2), rel=0.001)
+
+
+def test_counting_leaves_no_trace():
+    before = losses.gather, gradcache.split_batch, torch.get_rng_state()
+    count("--micro", "8")
+    assert (losses.gather, gradcache.split_batch) == before[:2]
+    assert torch.empty(1).device == CPU and type(torch.empty(1)) is torch.Tensor
+
+
+# ---- the machine
+
+def test_free_memory_is_a_part_of_all_memory_and_processes_share_it(monkeypatch):
+    assert 0 < plan.free_ram() <= plan.os.sysconf("SC_PHYS_PAGES") * plan.os.sysconf("SC_PAGE_SIZE")
+    monkeypatch.setattr(plan, "free_ram", lambda: 12e9)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert plan.available_memory(CPU) == 3e9
+
+
+# ---- what is printed
+
+def check(monkeypatch, free, *flags, **changes):
+    """plan.check for a run that is not small, on a machine with `free` bytes"""
+    monkeypatch.setattr(plan, "SMALL_STEP", 0)
+    monkeypatch.setattr(plan, "available_memory", lambda device: free)
+    monkeypatch.setattr(plan, "peak_flops", lambda device, precision: 1e12)
+    monkeypatch.setattr(sys, "argv", ["train.py", *FLAGS, *flags])
+    plan.check(SCRIPT, train.arguments([*FLAGS, *flags]), CPU, "fp32")
+
+
+def test_a_small_run_prints_one_line_and_counts_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(plan, "count", None)
+    plan.check(SCRIPT, train.arguments(FLAGS), CPU, "fp32")
+    assert capsys.readouterr().out.count("\n") == 1
+
+
+def test_the_paper_s_run_is_not_small():
+    for flags in (["--size", "S"], ["--size", "L", "--steps", "10"]):
+        args = train.arguments(flags)
+        flops, step = plan.rough_cost(args, train.model_config(args), 8)
+        assert flops > plan.SMALL_RUN or step > plan.SMALL_STEP
+
+
+def test_the_rough_cost_is_that_of_the_count_within_a_factor_of_three():
+    args = train.arguments(["--size", "nano", "--image", "64", "--patch", "8", "--perceptual",
+                            "none", "--steps", "1"])
+    flops, step = plan.rough_cost(args, train.model_config(args), 1)
+    cost = plan.count(train, args, 1, "fp32")
+    assert 1 / 3 < flops / cost.flops < 3
+    assert 1 / 3 < step / cost.activations < 3
+
+
+def test_a_run_that_fits_is_planned_and_starts(monkeypatch, capsys):
+    check(monkeypatch, 1e12)
+    printed = capsys.readouterr().out
+    memory, time, gpu = printed.strip().split("\n")
+    assert "1000.0 GB" in memory and "480 steps" in time and "GPU" in gpu
+
+
+def test_a_run_that_does_not_fit_is_refused_with_a_command_that_fits(monkeypatch, capsys):
+    plain, cached = count(), count("--micro", "8", "--recompute")
+    free = (plain.memory + 3 * cached.memory) / 4
+    with pytest.raises(ValueError, match="needs about .* GB of memory in each process"):
+        check(monkeypatch, free)
+    printed = capsys.readouterr().out
+    command = printed.split("This fits:\n")[1].split("\n")[0].split()
+    assert command[:2] == ["python", "train.py"] and command[2:2 + len(FLAGS)] == FLAGS
+    added = command[2 + len(FLAGS):]
+    assert added[0] == "--micro"
+    assert count(*added).memory <= free < plain.memory
+    assert "--set memory_check=0" in printed
+
+
+def test_a_run_that_nothing_makes_fit_is_refused_too_but_can_be_started(monkeypatch, capsys):
+    with pytest.raises(ValueError, match="are free"):
+        check(monkeypatch, 1e6)
+    assert "Nothing makes it fit" in capsys.readouterr().out
+    check(monkeypatch, 1e6, "--set", "memory_check=0")
+    assert "plan         memory" in capsys.readouterr().out
+
+
+def test_missing_files_are_named_with_the_command_that_brings_them(monkeypatch, tmp_path):
+    monkeypatch.setenv("VTP_WEIGHTS", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    args = train.arguments(["--size", "S", "--data", str(tmp_path)])
+    gpu, weights, data = plan.missing(args, CPU)
+    assert "eval.py fetch vgg" in weights and "--val-data" in data
+    Path(tmp_path, "val").mkdir()
+    args.perceptual = "none"
+    assert list(plan.missing(args, torch.device("cuda"))) == []
+
+
+@pytest.mark.parametrize("seconds, text", [(0.52, "0.5 seconds"), (119, "119 seconds"),
+                                           (7000, "117 minutes"), (7500, "2.1 hours"),
+                                           (1e12, "31,710 years")])
+def test_durations_have_a_unit_that_fits(seconds, text):
+    assert plan.duration(seconds) == text
