@@ -11,7 +11,7 @@ The table (NAME.txt) is Markdown: please paste it into an issue, whatever it say
 {lines}
 
     pass      the value is within the limit
-    slow      the results are right, but the device does less than planned
+    slow      the device does less than planned, or did not finish the line in its time
     fail      do not trust results of this device; the table says what to do
     not run   the machine lacks what the line needs
 
@@ -60,13 +60,17 @@ def version():
     return f"commit {done.stdout.strip()}"
 
 
+class TimeIsOver(Exception):
+    """A line was not finished within its time"""
+
+
 def measure(m, name):
     """Run one line within its time -> its row; an exception is a row with the state fail"""
     function = LINES[name]
     over = f"not finished within {function.seconds} s"
 
     def time_is_over(number, frame):
-        raise TimeoutError(over)
+        raise TimeIsOver(over)
 
     previous = signal.signal(signal.SIGALRM, time_is_over)
     # a CPU may be busy with other work
@@ -77,7 +81,7 @@ def measure(m, name):
         found = function(m)
     except NotRun as reason:
         found = Found(str(reason), "", "not run", {})
-    except TimeoutError as error:
+    except TimeIsOver as error:
         found = Found(str(error), "", "slow", {})
     except (Exception, SystemExit) as error:
         text = " ".join(str(error).split())
@@ -88,7 +92,8 @@ def measure(m, name):
     todo = function.advice.get(found.state, "")
     if found.value == over:
         todo = f"Try again on an idle machine: python study/gpu.py {name} --fresh."
-    return found._asdict() | {"do": todo, "seconds": round(time.perf_counter() - start, 1)}
+    return found._asdict() | {"do": todo, "seconds": round(time.perf_counter() - start, 1),
+                              "version": version()}
 
 
 def clean_up(device):
@@ -111,7 +116,8 @@ def table(results):
     rows = {name: results["rows"][name] for name in LINES if name in results["rows"]}
     total = sum(row["seconds"] for row in rows.values())
     states = Counter(row["state"] for row in rows.values())
-    yield (f"`{results['command']}` ({results['version']}) on {results['machine']}: "
+    versions = ", ".join(sorted({row["version"] for row in rows.values()}))
+    yield (f"`{results['command']}` ({versions}) on {results['machine']}: "
            f"{total / 60:.1f} minutes; " + ", ".join(f"{n} {s}" for s, n in states.items()))
     yield ""
     yield "| line | value | limit | result | what to do |"
@@ -160,7 +166,7 @@ def main(argv=None):
     if results["rows"] and results["machine"] != text:
         raise SystemExit(f"{out} holds lines of another machine ({results['machine']}; this is "
                          f"{text}): give another --out, or measure all again with --fresh")
-    results |= {"machine": text, "version": version(), "command": command}
+    results |= {"machine": text, "command": command}
     for name in names:
         if name in results["rows"]:
             print(f"{name}: stored", flush=True)
@@ -168,7 +174,8 @@ def main(argv=None):
         # If the process dies in this line, this row stays and the next start skips the line.
         ended = "the process ended in this line, for example because the memory was full"
         results["rows"][name] = {"value": ended, "limit": "", "state": "fail", "numbers": {},
-                                 "do": LINES[name].advice["fail"], "seconds": 0}
+                                 "do": LINES[name].advice["fail"], "seconds": 0,
+                                 "version": version()}
         save(out, results)
         try:
             row = measure(m, name)

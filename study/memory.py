@@ -2,6 +2,7 @@
 
     python study/memory.py                      -> study/memory.json, study/memory.txt
     python study/memory.py measure S 2 4 8      the count against this process, on a CPU (Linux)
+    python study/memory.py measure L 2 4 --w-ssl 0      the same with flags of train.py
 
 Needs no GPU: vtp_min/extras/plan.py executes a step on tensors without values, and adds up their
 bytes. Counted is the step of the command
@@ -14,7 +15,8 @@ for M images at a time, with LPIPS. Of 8 images, CLIP uses 8, DINO and iBOT use 
 256 px and 8 local crops of 112 px each), and 1 is reconstructed. 1.5 GB are reserved for the
 driver, workspaces and fragmentation (a guess).
 
-M = 16 and M = 64 are counted; between and beyond them memory is linear in M. Takes some minutes.
+M = 16, 64 and 512 are counted. The memory of each moment of a step is linear in M, so the peak lies
+on or below the lines between the counted points. Takes some minutes.
 
 `measure` compares the count of a step with 2, 4 and 8 images, used by all losses, with the growth
 of the resident memory of the process while it computes their gradients in bfloat16, in the fast
@@ -35,38 +37,43 @@ from vtp_min.losses import TeacherTargets                                  # noq
 from vtp_min.model import Student, Teacher                                 # noqa: E402
 
 GPUS = 8, 16, 24, 40, 80                         # memory in GB
-COUNTED = 16, 64                                 # images at a time
+COUNTED = 16, 64, 512                            # images at a time
 PROCESSES = 8
 
 
 def measure(size, recompute):
-    """-> {"parameters", "weights": bytes, "step": bytes whatever M, "image": bytes for each image
-    of a micro-batch}"""
-    bytes_of = []
+    """-> {"parameters", "weights": bytes, "activations": list of bytes for COUNTED images}"""
+    activations = []
     for micro in COUNTED:
         flags = ["--size", size, "--micro", str(micro)]
         if recompute:
             flags.append("--recompute")
         cost = plan.count(train, train.arguments(flags), PROCESSES, "bf16")
-        bytes_of.append(cost.activations)
-    image = (bytes_of[1] - bytes_of[0]) / (COUNTED[1] - COUNTED[0])
-    return {"parameters": cost.parameters, "weights": cost.weights, "image": image,
-            "step": bytes_of[0] - COUNTED[0] * image}
+        activations.append(cost.activations)
+    return {"parameters": cost.parameters, "weights": cost.weights, "activations": activations}
+
+
+def activations(found, n):
+    """-> bytes for n images, on the line through the two nearest counted points"""
+    right = 2 if n > COUNTED[1] else 1
+    (a, b), (low, high) = COUNTED[right - 1:right + 1], found["activations"][right - 1:right + 1]
+    return low + (high - low) * (n - a) / (b - a)
 
 
 def images_that_fit(found, gigabytes):
     """-> the largest multiple of 8 images at a time that fits; 0 if none does"""
-    free = gigabytes * plan.GB - plan.RESERVED - found["weights"] - found["step"]
-    return max(0, int(free // (8 * found["image"])) * 8)
+    free = gigabytes * plan.GB - plan.RESERVED - found["weights"]
+    return max((n for n in range(8, 4096, 8) if activations(found, n) <= free), default=0)
 
 
 def report(found):
     """{size: [without, with --recompute]} -> lines of text"""
-    yield "size   parameters   weights   step    per image   with --recompute: step    per image"
+    yield "GB, without / with --recompute      activations of 16, 64, 512 images at a time"
+    yield "size   parameters   weights" + "".join(f"{n:>16d}" for n in COUNTED)
     for size, (plain, recompute) in found.items():
-        numbers = "".join(f"{m['step'] / plan.GB:14.1f} GB {m['image'] / 1e6:7.0f} MB"
-                          for m in (plain, recompute))
-        yield (f"{size:4s}  {plain['parameters'] / 1e6:9.1f}M  {plain['weights'] / plan.GB:5.1f} GB"
+        pairs = zip(plain["activations"], recompute["activations"])
+        numbers = "".join(f"{a / plan.GB:8.1f} /{b / plan.GB:6.1f}" for a, b in pairs)
+        yield (f"{size:4s}  {plain['parameters'] / 1e6:9.1f}M  {plain['weights'] / plan.GB:8.1f}"
                f"{numbers}")
     yield ""
     yield ("largest micro-batch (--micro) that fits on one GPU; a quarter of the images is for "
@@ -81,24 +88,26 @@ def report(found):
 
 
 # ---------------------------------------------------------------- against a real process
-def compare(size, numbers):
+def compare(size, numbers, flags):
     """Yield lines: counted and measured bytes of a step with n images, for each of the numbers"""
     fast.install(free_memory=True)
-    student = Student(*train.build_model(arguments(size, 2)))
-    teacher = Teacher(student)
+    student = Student(*train.build_model(arguments(size, 2, flags)))
+    teacher = Teacher(student) if student.dino_head else None
     for p in student.parameters():
         p.grad = torch.ones_like(p)
-    counted = [plan.count(train, arguments(size, n), 1, "bf16").activations for n in numbers]
+    counted = [plan.count(train, arguments(size, n, flags), 1, "bf16").activations
+               for n in numbers]
     before = status("VmRSS")
     for n, count in zip(numbers, counted):
-        measured = peak(arguments(size, n), student, teacher) - before
-        yield (f"{size}, {n} images: counted {count / plan.GB:.2f} GB, measured "
+        measured = peak(arguments(size, n, flags), student, teacher) - before
+        what = " ".join([size, *flags])
+        yield (f"{what}, {n} images: counted {count / plan.GB:.2f} GB, measured "
                f"{measured / plan.GB:.2f} GB, ratio {measured / count:.2f}")
 
 
-def arguments(size, n):
+def arguments(size, n, flags):
     return train.arguments(["--size", size, "--batch", str(n), "--batch-ssl", str(n),
-                            "--batch-rec", str(n), "--perceptual", "none"])
+                            "--batch-rec", str(n), "--perceptual", "none", *flags])
 
 
 def peak(args, student, teacher):
@@ -121,7 +130,9 @@ def status(field):
 
 def main():
     if sys.argv[1:2] == ["measure"]:
-        for line in compare(sys.argv[2], [int(n) for n in sys.argv[3:]]):
+        size, *rest = sys.argv[2:]
+        n = next((i for i, text in enumerate(rest) if text.startswith("--")), len(rest))
+        for line in compare(size, [int(text) for text in rest[:n]], rest[n:]):
             print(line, flush=True)
         return
     found = {size: [measure(size, False), measure(size, True)] for size in ("S", "B", "L")}

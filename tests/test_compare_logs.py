@@ -229,7 +229,8 @@ def test_logs_without_a_common_quantity_are_refused(reference, tmp_path):
 def test_quantities_of_one_side_are_named_and_the_others_are_compared(
         reference, tmp_path, capsys):
     lines = [line | {"clip": 1.0} for line in noisy(1)]
-    theirs = [line | {"dino": 1.0, "clip": 1.0 if line["step"] > 99 else "nan"} for line in noisy(2)]
+    theirs = [line | {"dino": 1.0, "clip": 1.0 if line["step"] > 99 else "nan"}
+              for line in noisy(2)]
     run, other = write_log(tmp_path / "run", lines), write_log(tmp_path / "other", theirs)
     assert compare(run, [reference, other])
     said = words(capsys)
@@ -252,7 +253,8 @@ def test_only_settings_that_change_the_curve_are_compared(reference, tmp_path, c
     run = write_log(tmp_path / "run", lines, settings)
     compare(run, [reference, again])
     said = words(capsys)
-    assert "differ: lr: yours 0.002, reference 0.001 The learning rate differs from step 110" in said
+    assert "differ: lr: yours 0.002, reference 0.001 The learning rate differs from step 110" \
+        in said
     compare(again, [reference])
     assert "differ: seed: yours 1, reference 0" in words(capsys)
     compare(reference, [again, reference])

@@ -38,6 +38,7 @@ def one_of_two(r, folder):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet",
                                          rank=r, world_size=2)
     found = {"helpers": helpers(r), "broadcast": broadcast(r), "average": average(r),
+             "bf16": average_in_bf16(r),
              "step": step(r, 2, "average_gradients"), "ddp": step(r, 2, "ddp")}
     sets = [str(golden) for golden in (CUT, FULL) if golden]
     found["contrast"] = {golden: contrast(r, golden) for golden in sets}
@@ -150,6 +151,24 @@ def test_gradients_become_their_mean_over_ranks_for_any_bucket_size(ranks, bucke
         for i, (name, shape) in enumerate(shapes.items()):
             wanted = 1.5 * (i + 1) * torch.arange(float(np.prod(shape))).view(shape)
             assert torch.equal(found[name], wanted), name
+
+
+def average_in_bf16(r):
+    """-> gradient after average_gradients in bfloat16; that of rank r is r + 1 times a third"""
+    module = nn.ParameterDict({"a": torch.zeros(1000)})
+    module["a"].grad = (r + 1) / 3 * torch.arange(1.0, 1001)
+    average_gradients(module, dtype="bf16")
+    return module["a"].grad
+
+
+def test_gradients_averaged_in_bfloat16_are_those_of_float32_rounded_to_eight_bits(ranks):
+    """Each rank rounds its gradient, then the sum is rounded, each time by a factor of at most
+    1 + 2^-8."""
+    wanted = 0.5 * torch.arange(1.0, 1001)
+    found = [one_rank["bf16"] for one_rank in ranks]
+    assert torch.equal(*found) and found[0].dtype == torch.float32
+    error = ((found[0] - wanted) / wanted).abs()
+    assert 2 ** -12 < error.max() <= 2 * 2 ** -8 + 2 ** -16
 
 
 # ---------------------------------------------------------------- CLIP, against the reference

@@ -173,11 +173,29 @@ def test_a_small_run_prints_one_line_and_counts_nothing(monkeypatch, capsys):
     assert capsys.readouterr().out.count("\n") == 1
 
 
-def test_the_paper_s_run_is_not_small():
-    for flags in (["--size", "S"], ["--size", "L", "--steps", "10"]):
-        args = train.arguments(flags)
-        flops, step = plan.rough_cost(args, train.model_config(args), 8)
-        assert flops > plan.SMALL_RUN or step > plan.SMALL_STEP
+def test_only_small_runs_of_small_models_are_not_counted():
+    for flags in (["--size", "L", "--batch", "32", "--batch-ssl", "8", "--batch-rec", "4"],
+                  ["--size", "nano", "--batch", "4096", "--batch-ssl", "1024", "--image", "72"],
+                  ["--size", "nano", "--steps", "100000"]):
+        assert not is_small(flags), flags
+    assert is_small(["--size", "nano"])
+
+
+def is_small(flags):
+    """True if plan.check does not count a step"""
+    class Counted(BaseException):
+        pass
+
+    def count(*args):
+        raise Counted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "count", count)
+        try:
+            plan.check(train, train.arguments(flags), CPU, "fp32")
+        except Counted:
+            return False
+    return True
 
 
 def test_the_rough_cost_is_that_of_the_count_within_a_factor_of_three():

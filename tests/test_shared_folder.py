@@ -248,7 +248,7 @@ def test_a_rank_that_loses_another_one_says_so_below_the_error(tmp_path, loss, m
         if loss == "hang":
             gloo._set_default_timeout(timedelta(seconds=0.5))
         sys.stderr = open(printed, "w")
-        rendezvous.explain_loss()
+        rendezvous.explain_lost_process()
         try:
             dist.all_reduce(torch.ones(1))
         except RuntimeError:

@@ -57,7 +57,7 @@ def init_distributed(device=None):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         from .extras import rendezvous
         store, own_rank, n_ranks = next(dist.rendezvous("env://"))
-        rendezvous.explain_loss()
+        rendezvous.explain_lost_process()
         store = rendezvous.fresh_store(store, own_rank, n_ranks)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=own_rank, world_size=n_ranks,
@@ -188,7 +188,7 @@ def average_gradients(module, bucket_size=2 ** 24, dtype="fp32"):
     all_reduce calls are faster than many small ones. A tensor larger than that is a bucket alone.
 
     dtype  "bf16": gradients are rounded to bfloat16, sent and added in it. This halves the bytes,
-           and each rounding has a relative error of up to 2^-9. "fp32": gradients are sent as
+           and each rounding has a relative error of up to 2^-8. "fp32": gradients are sent as
            they are.
     """
     if not is_distributed():

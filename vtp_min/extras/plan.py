@@ -32,7 +32,7 @@ from torch.utils.flop_counter import flop_registry
 from .. import dist, losses
 from ..device import autocast, peak_flops, tf32_of
 from ..dist import all_reduce_max, barrier, print0, under_torchrun, world_size
-from ..model import DINOHead, Student, Teacher, VTPModel
+from ..model import SMALL, DINOHead, Student, Teacher, VTPModel
 from . import gradcache, perceptual
 from .weights import find
 
@@ -41,7 +41,8 @@ RESERVED = 1.5e9         # bytes for the driver, workspaces and fragmentation (a
 SHARE = 0.4              # of the measured peak that a step reaches (a guess; see docs/scale.md)
 MASKED = 0.15            # share of patches that are masked: half of the crops, 10 to 50 % of each
 TOKENS = 32              # of the longest caption of a batch (ours; a caption has at most 77)
-# FLOPs of a whole run and bytes of a step, both roughly, below which no plan is made (ours)
+# FLOPs of a run and bytes of a step, both roughly, below which pico, nano and micro need no plan
+# (ours)
 SMALL_RUN, SMALL_STEP = 1e15, 2e9
 PARTS = "self-distillation", "CLIP and reconstruction"      # of a step
 LPIPS = "vgg", "alex", "squeeze"                    # its networks, whose weights are downloaded
@@ -350,8 +351,8 @@ def check(script, args, device, precision):
     """
     n = world_size()
     run_flops, step_bytes = rough_cost(args, script.model_config(args), n)
-    if run_flops < SMALL_RUN and step_bytes < SMALL_STEP:
-        print0("plan         small: less than 2 GB; the time is measured after the first steps")
+    if args.size in SMALL and run_flops < SMALL_RUN and step_bytes < SMALL_STEP:
+        print0("plan         a small run, not counted; its time is measured after the first steps")
         return
     try:
         cost = count(script, args, n, precision)
@@ -415,10 +416,11 @@ def settings_that_fit(script, args, n, precision, free):
     bytes of the last settings that were tried
 
     First --micro alone. If that leaves fewer than 32 images at a time (ours), which uses the
-    hardware badly, --recompute too. Memory grows linearly with --micro, so two values are counted.
+    hardware badly, --recompute too. The memory of each moment of a step grows linearly with
+    --micro. The peak is the largest of them, so it lies on or below the line between two counts.
     """
     sizes = gradcache.micro_sizes(args)
-    smallest, second = sizes[0], sizes[min(2, len(sizes) - 1)]
+    smallest, largest = sizes[0], sizes[-1]
 
     def memory(micro, recompute):
         changed = Namespace(**vars(args) | {"micro": micro, "recompute": recompute})
@@ -428,11 +430,11 @@ def settings_that_fit(script, args, n, precision, free):
         least = memory(smallest, recompute)
         if least > free:
             continue
-        image = (memory(second, recompute) - least) / max(second - smallest, 1)
+        image = (memory(largest, recompute) - least) / max(largest - smallest, 1)
         micro = max(m for m in sizes if least + image * (m - smallest) <= free)
         if micro >= 32 or recompute:
             # the whole batch at a time is the same as no --micro
-            flags = f"--micro {0 if micro == sizes[-1] else micro}"
+            flags = f"--micro {0 if micro == largest else micro}"
             return flags + (" --recompute" if recompute and not args.recompute else ""), least
     return None, least
 

@@ -1,9 +1,10 @@
 """How the processes of torchrun meet, also after a restart, and what is said if one is missing.
 
-    fresh_store    a key-value store for torch.distributed without the keys of earlier attempts
-    restarted      did torchrun or Slurm start this program again?
-    raise_on_all   an error of one process ends all of them
-    explain_loss   a sentence below the error of a process that has lost another one
+    fresh_store           a key-value store for torch.distributed without the keys of earlier
+                          attempts
+    restarted             did torchrun or Slurm start this program again?
+    raise_on_all          an error of one process ends all of them
+    explain_lost_process  a sentence below the error of a process that has lost another one
 """
 import os
 import sys
@@ -21,7 +22,7 @@ SECONDS_TO_NOTE = 60       # after this time rank 0 prints which processes it st
 # parts of the messages of gloo and of the store
 LATE = "Timed out waiting", "wait timeout after"
 ENDED = "Connection closed by peer", "Connection reset by peer", "Broken pipe"
-attempts = None            # of torchrun, with this one; None for a single process
+attempts = None            # how often torchrun has started the processes; None without torchrun
 
 
 # ---------------------------------------------------------------- meeting
@@ -38,10 +39,11 @@ def fresh_store(store, rank, world_size):
 
 
 def agree_on_prefix(store, rank, world_size):
-    """-> prefix; number of attempts of torchrun, with this one; equal on all ranks
+    """-> prefix; how often torchrun has started the processes, this start included. Equal on all
+    ranks.
 
-    TORCHELASTIC_RESTART_COUNT cannot be the prefix: each machine counts for itself, and a machine
-    whose processes were healthy when those of another one failed does not count.
+    TORCHELASTIC_RESTART_COUNT cannot be the prefix: each machine counts only its own restarts, and
+    a machine whose processes were healthy does not count at all.
 
     Here each process draws a name. It shows the name to rank 0, which answers with its own name,
     the prefix. The processes of earlier attempts have ended, so only the new rank 0 can answer.
@@ -109,7 +111,7 @@ def raise_on_all(problem):
             raise ValueError(text)
 
 
-def explain_loss():
+def explain_lost_process():
     """From now on, print a sentence below the traceback of an error that another process has
     caused: gloo names neither the process nor what to do. (NCCL ends the process itself.)"""
     show = sys.excepthook

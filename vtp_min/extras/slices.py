@@ -1,15 +1,15 @@
 """Training batches from worker processes, in slices: one worker computes a part of a batch.
 
-    prefetch_in_slices    data.prefetch for worker processes
+    prefetch_in_slices    data.prefetch for training batches and worker processes
     SlicedBatches         slice i of all slices of a training, in order
-    join                  slices -> the batch of a step, equal in every bit
+    join                  slices -> the batch of a step, equal in every bit to a batch that is
+                          computed at once
 
-With --size L, 256 px and 8 processes, the batch of one process has 758 MB. If a worker computed it
-alone, each would need a whole step of its own in shared memory, and the first step would wait for
-one core. A batch does not depend on the number of processes. So slice k of n of the batch of
-process r is the batch that process r * n + k of n times as many processes would compute.
-
-n slices of a batch
+With --size L, 256 px and 8 processes, the batch of one process has 758 MB. If one worker computed
+it alone, every worker would hold a whole batch in shared memory, and the first step would wait for
+a single core. So a batch is cut into n slices. The content of a batch does not depend on the number
+of processes: slice k of process r is what process r * n + k of n times as many processes would
+compute.
 """
 import os
 import shutil
