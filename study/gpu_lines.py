@@ -142,7 +142,7 @@ def against_cpu(m):
     return Found(f"{error:.1e}", "1e-3", verdict(error <= 1e-3), {"apart": error})
 
 
-@line(120, fail="Use the precision that passes: train.py --precision fp32, bf16 or fp16.")
+@line(120, fail="Use a precision that passes, with the flag --precision of train.py.")
 def precisions(m):
     """20 steps in fp32, bf16 and fp16 with the gradient scaler
 

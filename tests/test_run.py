@@ -765,15 +765,26 @@ def test_the_peak_is_a_plausible_number_of_flops_per_second():
 
 @pytest.mark.parametrize("device, asynchronous", [("cuda", True), ("mps", False), ("cpu", False)])
 def test_tensors_are_copied_asynchronously_to_cuda_only(device, asynchronous):
-    """On MPS the values could be read before the copy is complete."""
+    """On MPS and on the CPU the values could be read before the copy is complete. A copy to CUDA
+    starts from pinned memory."""
     class Recorder:
+        device, is_pinned = torch.device("cpu"), False
+
+        def contiguous(self):
+            return self
+
+        def pin_memory(self):
+            self.is_pinned = True
+            return self
+
         def to(self, device, non_blocking=False):
+            assert self.is_pinned == (device.type == "cuda")
             return device.type, non_blocking
     assert move_to(Recorder(), torch.device(device)) == (device, asynchronous)
 
 
 def test_only_device_py_contains_non_blocking():
-    found = [path.name for path in sources() if "non_blocking" in path.read_text()]
+    found = [path.name for path in sources() if "non_blocking=" in path.read_text()]
     assert found == ["device.py"]
 
 

@@ -48,12 +48,12 @@ def setup_device(args):
 def move_to(x, device):
     """Copy x to the device; on CUDA, the host does not wait for the copy.
 
-    CUDA copies asynchronously only from pinned memory. On MPS, x could be read before an
-    asynchronous copy is complete.
+    CUDA copies asynchronously only from pinned memory. On MPS, and on the CPU after a copy from a
+    GPU, x could be read before an asynchronous copy is complete.
     """
     if device.type == "cuda" and x.device.type == "cpu":
         x = x.contiguous().pin_memory()
-    return x.to(device, non_blocking=device.type != "mps")
+    return x.to(device, non_blocking=device.type not in ("mps", "cpu"))
 
 
 # ---------------------------------------------------------------- precision

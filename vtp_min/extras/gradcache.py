@@ -35,7 +35,8 @@ def check_micro(args):
     sizes = batch_sizes(args)
     valid = micro_sizes(args)
     if args.micro not in valid:
-        nearest = min(valid, key=lambda micro: abs(micro - args.micro))
+        # of two that are equally near, the larger one, which is faster
+        nearest = min(reversed(valid), key=lambda micro: abs(micro - args.micro))
         raise ValueError(f"--micro {args.micro} does not split the batch of a process "
                          f"({' / '.join(map(str, sizes))}) into equal parts; try --micro {nearest}")
 
