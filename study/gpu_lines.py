@@ -341,7 +341,7 @@ def loader(m):
                  {"workers": workers, "supply": supply, "demand": demand, "needed": needed})
 
 
-@line(120, fail="Train the DiT with --precision fp32; send the message of this line.")
+@line(120, fail="Train the DiT in fp32 (flag --precision); send the message of this line.")
 def diffusion(m):
     """Training step and sampling of DiT B and XL on latents of 16 x 16 x 64
 
