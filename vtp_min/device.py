@@ -11,7 +11,7 @@ import os
 import resource
 import sys
 import time
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -87,10 +87,8 @@ def full_precision():
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
         # The device of the loss is not known here, so autocast is disabled for all three types.
-        with ExitStack() as stack:
-            for device_type in ("cpu", "cuda", "mps"):
-                if torch.amp.is_autocast_available(device_type):   # torch 2.4 has none for MPS
-                    stack.enter_context(torch.autocast(device_type, enabled=False))
+        with (torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False),
+              torch.autocast("mps", enabled=False)):
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = tf32

@@ -352,24 +352,24 @@ def check(script, args, device, precision):
     n = world_size()
     run_flops, step_bytes = rough_cost(args, script.model_config(args), n)
     if args.size in SMALL and run_flops < SMALL_RUN and step_bytes < SMALL_STEP:
-        print0("plan         a small run, not counted; its time is measured after the first steps")
+        print0("memory       not counted: a small run; its time is measured after the first steps")
         return
     try:
         cost = count(script, args, n, precision)
     except Exception as problem:                 # fake tensors are young, so no run depends on them
-        print0(f"plan         none: a step cannot be counted with torch {torch.__version__} "
-               f"({type(problem).__name__}: {str(problem)[:200]}); memory is not checked")
+        print0(f"memory       not checked: a step cannot be counted with torch {torch.__version__} "
+               f"({type(problem).__name__}: {str(problem)[:200]})")
         return
     # the smallest value of all processes, so that all decide the same
     free = -all_reduce_max(torch.tensor(-float(available_memory(device)), device=device)).item()
-    seconds = cost.flops / (SHARE * peak_flops(device, precision))
-    print0(f"plan         memory {in_gb(cost.memory)} in each process, of {in_gb(free)} that are "
-           f"free: weights, gradients, optimizer {in_gb(cost.weights)}; activations "
+    peak = peak_flops(device, precision)
+    seconds = cost.flops / (SHARE * peak)
+    print0(f"memory       {in_gb(cost.memory)} in each process, {in_gb(free)} are free: weights, "
+           f"gradients, optimizer\n             {in_gb(cost.weights)}; activations "
            f"{in_gb(cost.activations)}; reserve {in_gb(RESERVED)} (a guess)")
-    print0(f"plan         time {duration(seconds)} a step, {duration(args.steps * seconds)} for "
-           f"{args.steps} steps: {cost.flops:.1e} FLOPs a step in each process, at {SHARE:.0%} (a "
-           f"guess) of the {cost.flops * 1e-12 / seconds / SHARE:.2g} TFLOP/s of a matrix product "
-           f"here")
+    print0(f"time         {duration(seconds)} a step, {duration(args.steps * seconds)} for "
+           f"{args.steps} steps: {cost.flops:.1e} FLOPs a step in\n             each process, at "
+           f"{SHARE:.0%} (a guess) of the {peak / 1e12:.2g} TFLOP/s of a matrix product here")
     for text in missing(args, device):
         print0(f"missing      {text}")
     if cost.memory > free and args.memory_check:
@@ -381,7 +381,7 @@ def check(script, args, device, precision):
 def missing(args, device):
     """Yield what the run, or its evaluation, will lack."""
     if device.type == "cpu":
-        yield "a GPU: this machine has none that this build of PyTorch can use"
+        yield "a GPU: this run uses the CPU"
     if args.w_rec and args.perceptual in LPIPS:
         try:
             find(args.perceptual)
