@@ -158,13 +158,20 @@ def test_free_memory_is_a_part_of_all_memory_and_processes_share_it(monkeypatch)
 
 # ---- what is printed
 
-def check(monkeypatch, free, *flags, **changes):
-    """plan.check for a run that is not small, on a machine with `free` bytes"""
-    monkeypatch.setattr(plan, "SMALL_STEP", 0)
-    monkeypatch.setattr(plan, "available_memory", lambda device: free)
+def check(monkeypatch, free, *flags):
+    """plan.check on a machine with `free` bytes, if each image of a step needs 1 GB, and a quarter
+    of it with --recompute. The batch has 64 images."""
+    def count(script, args, n_processes, precision):
+        image = 1e9 / (4 if args.recompute else 1)
+        return plan.Cost(0, 0, {"step": image * (args.micro or args.batch)}, flops=4e11)
+
+    flags = ["--size", "S", "--batch", "64", "--batch-ssl", "32", "--batch-rec", "16",
+             "--perceptual", "none", *flags]
+    monkeypatch.setattr(plan, "count", count)
+    monkeypatch.setattr(plan, "available_memory", lambda device: plan.RESERVED + free)
     monkeypatch.setattr(plan, "peak_flops", lambda device, precision: 1e12)
-    monkeypatch.setattr(sys, "argv", ["train.py", *FLAGS, *flags])
-    plan.check(SCRIPT, train.arguments([*FLAGS, *flags]), CPU, "fp32")
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    plan.check(train, train.arguments(flags), CPU, "fp32")
 
 
 def test_a_small_run_prints_one_line_and_counts_nothing(monkeypatch, capsys):
@@ -208,32 +215,50 @@ def test_the_rough_cost_is_that_of_the_count_within_a_factor_of_three():
 
 
 def test_a_run_that_fits_is_planned_and_starts(monkeypatch, capsys):
-    check(monkeypatch, 1e12)
+    check(monkeypatch, 64e9)
     printed = capsys.readouterr().out
-    assert "1000.0 GB are free" in printed and "for 480 steps" in printed
+    assert "65.5 GB in each process, 65.5 GB are free" in printed
+    # at 40 % of 1e12 FLOP/s
+    assert "1.0 seconds a step, 19 hours for 67000 steps" in printed
     assert "missing      a GPU" in printed and "--set" not in printed
 
 
-def test_a_run_that_does_not_fit_is_refused_with_a_command_that_fits(monkeypatch, capsys):
-    plain, cached = count(), count("--micro", "8", "--recompute")
-    free = (plain.memory + 3 * cached.memory) / 4
+@pytest.mark.parametrize("free, typed, added", [
+    (40e9, [], ["--micro", "32"]),               # rather than --recompute
+    (63e9, ["--micro", "64"], ["--micro", "32"]),
+    (20e9, [], ["--micro", "0", "--recompute"]),        # the whole batch
+    (10e9, [], ["--micro", "32", "--recompute"]),
+    (2e9, ["--recompute"], ["--micro", "8"])])
+def test_a_run_that_does_not_fit_is_refused_with_a_command_that_fits(monkeypatch, capsys, free,
+                                                                     typed, added):
     with pytest.raises(ValueError, match="needs about .* GB of memory in each process"):
-        check(monkeypatch, free)
+        check(monkeypatch, free, *typed)
     printed = capsys.readouterr().out
     command = printed.split("This fits:\n")[1].split("\n")[0].split()
-    assert command[:2] == ["python", "train.py"] and command[2:2 + len(FLAGS)] == FLAGS
-    added = command[2 + len(FLAGS):]
-    assert added[0] == "--micro"
-    assert count(*added).memory <= free < plain.memory
+    assert command[:2] == ["python", "train.py"] and command[2:] == sys.argv[1:] + added
     assert "--set memory_check=0" in printed
+    check(monkeypatch, free, *typed, *added)
 
 
 def test_a_run_that_nothing_makes_fit_is_refused_too_but_can_be_started(monkeypatch, capsys):
-    with pytest.raises(ValueError, match="are free"):
-        check(monkeypatch, 1e6)
-    assert "Nothing makes it fit" in capsys.readouterr().out
-    check(monkeypatch, 1e6, "--set", "memory_check=0")
-    assert "memory       " in capsys.readouterr().out
+    with pytest.raises(ValueError, match="1.6 GB are free"):
+        check(monkeypatch, 1e8)
+    # the smallest micro-batch has 4 images
+    assert "with the smallest --micro and --recompute it needs 2.5 GB" in capsys.readouterr().out
+    check(monkeypatch, 1e8, "--set", "memory_check=0")
+    assert "1.6 GB are free" in capsys.readouterr().out
+
+
+def test_a_suggested_micro_batch_fits_because_memory_lies_below_the_line(monkeypatch):
+    """Between two counted sizes the line is above the largest of several linear functions."""
+    args = train.arguments(["--size", "S", "--perceptual", "none"])
+
+    def count(script, args, n_processes, precision):
+        return plan.Cost(0, 0, {"a": 5e9 + 1e6 * args.micro, "b": 1e9 * args.micro})
+
+    monkeypatch.setattr(plan, "count", count)
+    flags, _ = plan.settings_that_fit(train, args, 1, "fp32", plan.RESERVED + 1000e9)
+    assert flags == "--micro 512"
 
 
 def test_missing_files_are_named_with_the_command_that_brings_them(monkeypatch, tmp_path):
