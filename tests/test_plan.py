@@ -140,6 +140,13 @@ def test_processes_share_the_batch_but_each_compares_its_rows_with_all():
     assert one.flops - pairs == pytest.approx(2 * (two.flops - pairs / 2), rel=0.001)
 
 
+@pytest.mark.parametrize("flags", [
+    "--w-clip 0 --micro 8", "--set teacher=centering --set clip_loss=siglip --micro 8",
+    "--set drop_rec=0.3 --set heads_after_bottleneck=true", "--w-ssl 0 --perceptual alex"])
+def test_other_recipes_can_be_counted(flags):
+    assert count(*flags.split(), precision="bf16").flops > 0
+
+
 def test_counting_leaves_no_trace():
     before = losses.gather, gradcache.split_batch, torch.get_rng_state()
     count("--micro", "8")
@@ -154,6 +161,20 @@ def test_free_memory_is_a_part_of_all_memory_and_processes_share_it(monkeypatch)
     monkeypatch.setattr(plan, "free_ram", lambda: 12e9)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert plan.available_memory(CPU) == 3e9
+
+
+def test_a_control_group_with_a_limit_has_less_free_memory(tmp_path):
+    """Of 1000 bytes 700 are used, but 500 of these by cached files."""
+    own = tmp_path / "own"
+    own.write_text("0::/job/step\n")
+    job = tmp_path / "job"
+    (job / "step").mkdir(parents=True)
+    (job / "step/memory.max").write_text("max\n")
+    (job / "memory.max").write_text("1000\n")
+    (job / "memory.current").write_text("700\n")
+    (job / "memory.stat").write_text("anon 200\ninactive_file 400\nactive_file 100\nfile 9\n")
+    assert list(plan.free_in_groups(tmp_path, own)) == [800]
+    assert list(plan.free_in_groups(tmp_path, tmp_path / "absent")) == []
 
 
 # ---- what is printed

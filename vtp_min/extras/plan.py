@@ -315,13 +315,25 @@ def free_ram():
     if not meminfo.exists():
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     free = int(re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())[1]) * 1024
-    group = re.search(r"^0::/(.*)$", Path("/proc/self/cgroup").read_text(), re.MULTILINE)
-    folder = Path("/sys/fs/cgroup", group[1] if group else "")
+    return min([free, *free_in_groups(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))])
+
+
+def free_in_groups(root, own):
+    """Yield the free bytes of each control group (version 2) of this process that has a limit.
+
+    root  the folder of all groups      own  file with the name of this process's group
+    """
+    group = re.search(r"^0::/(.*)$", own.read_text(), re.MULTILINE) if own.exists() else None
+    folder = root / (group[1] if group else "")
     for path in (folder, *folder.parents):
-        limit, used = path / "memory.max", path / "memory.current"
-        if limit.exists() and used.exists() and limit.read_text().strip() != "max":
-            free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return free
+        limit = path / "memory.max"
+        if not limit.exists() or limit.read_text().strip() == "max":
+            continue
+        used = int((path / "memory.current").read_text())
+        # cached files give their memory back
+        cached = re.findall(r"^(?:in)?active_file (\d+)$", (path / "memory.stat").read_text(),
+                            re.MULTILINE)
+        yield int(limit.read_text()) - used + sum(map(int, cached))
 
 
 def rough_cost(args, config, n_processes):
