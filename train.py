@@ -419,7 +419,8 @@ def parser():
     flag("--warmup", int, "steps of linear warm-up (default: a tenth of --steps, as in DINOv2)")
     flag("--seed", int, "on one machine, an equal seed gives an equal run (to the bit on a CPU)", 0)
     flag("--workers", int, "processes that prepare data; they do not change the result; default: "
-         "cores per process less one, at most 32, and 0 with up to 4 cores", default_workers())
+         "cores per process less one, at most 32 (4 without CUDA), and 0 with up to 4 cores",
+         default_workers())
     flag("--device", str, "cpu, cuda or mps (default: the best one present)")
     flag("--precision", str, "default: bf16 where the hardware multiplies it, fp16 on older GPUs, "
          "else fp32; fp64 is for proofs", choices=["fp32", "bf16", "fp16", "fp64"])

@@ -2,6 +2,7 @@
 # How much does a tokenizer lose with a fifth of the images? The first seed of nano-cifar10 in
 # study/reference_logs.sh, once on FIVE (5000 images of CIFAR-10 in train/, 1000 in val/), and once on
 # ONE (100 of the 500 images of each class in train/, the same val/). Both are measured on FIVE.
+# Its commands were run one by one, not as this script; the numbers are in study/cifar10/few.jsonl.
 #   FIVE=path/to/cifar10-5k ONE=path/to/cifar10-1k bash study/cifar10_few.sh
 set -eu
 RUNS=${RUNS:-runs/few} PY=${PY:-.venv/bin/python}

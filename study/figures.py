@@ -224,6 +224,12 @@ def matched_figure(rows):
     return figure
 
 
+def judged(found):
+    """-> cells of a table: FD and share recognised (%) by EfficientNet, and by the classifier"""
+    return " | ".join(f"{found[distance]:.1f}, {100 * found[share]:.1f}"
+                      for distance, share in (JUDGES["EfficientNet"], JUDGES["classifier"]))
+
+
 def matched_table(rows):
     """All decoders, then the matched pair of each seed"""
     print("| tokenizer | seed | decoder, further steps | probe | PSNR | rFD | classes | "
@@ -233,11 +239,9 @@ def matched_table(rows):
         for key, values in decoders_of(r).items():
             for data in ("data", "ten"):
                 found = r["curve"][f"{data}-{key}"]
-                numbers = [f"{found[d]:.1f}, {100 * found[s]:.1f}"
-                           for d, s in (JUDGES["EfficientNet"], JUDGES["classifier"])]
                 print(f"| {r['objective']} | {r['seed']} | {r['decoder']}, {key} | "
                       f"{100 * r['metrics'][PROBE]:.1f} | {values[PSNR]:.2f} | {values[RFD]:.2f} "
-                      f"| {'all' if data == 'data' else 10} | {' | '.join(numbers)} |")
+                      f"| {'all' if data == 'data' else 10} | {judged(found)} |")
     for seed in sorted({r["seed"] for r in rows}):
         pair = best_pair(rows, seed)
         if pair is None:
@@ -312,11 +316,9 @@ def wide_table(rows):
     print("|---|---|---|---|---|---|---|---|")
     for r in rows:
         values = wide_values(r)
-        numbers = [f"{values[d]:.1f}, {100 * values[s]:.1f}"
-                   for d, s in (JUDGES["EfficientNet"], JUDGES["classifier"])]
         print(f"| {r['objective']} | {r['seed']} | {r['width']} | "
               f"{100 * r['metrics'][PROBE]:.1f} | {values[PSNR]:.1f} | {values[RFD]:.2f} | "
-              f"{' | '.join(numbers)} |")
+              f"{judged(values)} |")
     for seed in (0, 1):
         ratios = ", ".join(f"{w}: {x:.2f}" for w, x in wide_ratios(rows, seed).items())
         print(f"seed {seed}: FD of AE divided by FD of ALL: {ratios or 'not measured'}")

@@ -94,10 +94,12 @@ def test_too_little_shared_memory_is_noted_before_the_start(monkeypatch, capsys,
 
 
 # ---------------------------------------------------------------- workers
-@pytest.mark.parametrize("cores, processes, wanted", [
-    (2, 1, 0), (4, 1, 0), (6, 1, 5), (192, 8, 23), (32, 8, 0), (128, 1, 32)])
+@pytest.mark.parametrize("cores, processes, cuda, wanted", [
+    (2, 1, True, 0), (4, 1, True, 0), (6, 1, True, 5), (192, 8, True, 23), (32, 8, True, 0),
+    (128, 1, True, 32), (128, 1, False, 4), (5, 1, False, 4), (4, 1, False, 0)])
 def test_the_default_is_a_worker_for_each_core_of_a_process_less_one(
-        monkeypatch, cores, processes, wanted):
+        monkeypatch, cores, processes, cuda, wanted):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert worker_processes.default_workers() == wanted

@@ -128,9 +128,9 @@ class EfficientNetPerceptual(PerceptualLoss):
     FileNotFoundError, with the command that installs the network, if it is missing.
     """
     metric = "perceptual distance (EfficientNet, not LPIPS)"
-    protocol = OURS
     WEIGHT = 0.1
     SMALLEST = 8
+    protocol = f"{OURS}, resolutions of {SMALLEST} x {SMALLEST} or more"
 
     def __init__(self):
         super().__init__()

@@ -20,6 +20,7 @@ from .. import augment
 from ..dist import print0
 
 MAX_WORKERS = 32    # of a process, by default (ours)
+MAX_WITHOUT_CUDA = 4    # a CPU or MPS uses up batches slowly, and each worker takes memory (ours)
 MAX_WAIT = 0.2      # a larger share of time spent waiting for data is reported (ours)
 ADVICE = ("set --workers 0, or give the container more shared memory, for example docker run "
           "--shm-size=8g")
@@ -35,9 +36,10 @@ def cores_per_process():
 
 def default_workers():
     """-> one worker for each core of this process, less one for the process itself, at most
-    MAX_WORKERS; 0 with up to 4 cores, which the process needs itself"""
+    MAX_WORKERS, or MAX_WITHOUT_CUDA; 0 with up to 4 cores, which the process needs itself"""
     cores = cores_per_process()
-    return min(cores - 1, MAX_WORKERS) if cores > 4 else 0
+    most = MAX_WORKERS if torch.cuda.is_available() else MAX_WITHOUT_CUDA
+    return min(cores - 1, most) if cores > 4 else 0
 
 
 def wait_warning(workers):
