@@ -278,7 +278,7 @@ def parser():
                    help="number of cells that run at the same time, with one thread each")
     p.add_argument("--only", default="*", metavar="GLOB", help="only cells whose name matches")
     p.add_argument("--list", action="store_true", help="print the cells and their state, and exit")
-    p.add_argument("--first-steps", type=int, default=2000,
+    p.add_argument("--first-steps", type=int, default=1000,
                    help="steps of the first training (default %(default)s)")
     p.add_argument("--steps", type=int, default=200,
                    help="steps on the new images (default %(default)s)")

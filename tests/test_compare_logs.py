@@ -70,18 +70,17 @@ def test_each_run_of_the_demo_is_on_the_curve_of_the_other_two(tmp_path, capsys,
 CIFAR10 = sorted((LOGS / "nano-cifar10").glob("seed*"))
 
 
-@pytest.mark.parametrize("seed, off", [(0, None), (1, None), (2, "feature_std")])
-def test_each_seed_of_cifar10_is_on_the_curve_of_the_other_two_or_off_in_one_quantity(
-        tmp_path, capsys, seed, off):
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_each_seed_of_cifar10_is_on_the_curve_of_the_others_together_and_one_by_one(tmp_path, seed):
     assert [run.name for run in CIFAR10] == ["seed0", "seed1", "seed2"]
-    on_curve = compare(CIFAR10[seed], CIFAR10[:seed] + CIFAR10[seed + 1:], tmp_path)
-    assert on_curve == (off is None)
-    assert on_curve or f"Off the curve: 1 of 9 quantities, {off} (" in words(capsys)
+    others = CIFAR10[:seed] + CIFAR10[seed + 1:]
+    for references in (others, others[:1], others[1:]):
+        assert compare(CIFAR10[seed], references, tmp_path)
 
 
-def test_another_seed_of_cifar10_is_off_a_single_reference_in_reconstruction(tmp_path, capsys):
-    assert not compare(CIFAR10[1], CIFAR10[:1], tmp_path)
-    assert "Off the curve: 1 of 9 quantities, rec (" in words(capsys)
+def test_two_windows_at_the_beginning_are_named_although_they_are_on_the_curve(tmp_path, capsys):
+    assert compare(CIFAR10[1], CIFAR10[:1], tmp_path)
+    assert "on the curve; above in two windows, steps 1 to 90" in words(capsys)
 
 
 def test_on_a_fifth_of_the_images_of_cifar10_the_clip_loss_is_below_the_curve(tmp_path, capsys):
@@ -146,10 +145,11 @@ def test_noise_is_measured_in_the_presence_of_a_drift_and_of_outliers():
     ([0, 2, 0, -2], "on the curve; above in one window, steps 3 to 4; below in one window, "
      "steps 7 to 8", True),
     ([0, 2, 2, 2], "above from step 3 on", False),
-    ([-2, -2, 0, 0], "below from step 1 to 4", False),
+    ([-2, -2, -2, 0], "below from step 1 to 6", False),
+    ([-2, -2, 0, 0], "on the curve; below in two windows, steps 1 to 4", True),
     ([2, -2, 2, -2], "on the curve; above in one window, steps 1 to 2; below in one window, steps "
      "3 to 4; above in one window, steps 5 to 6; below in one window, steps 7 to 8", True)])
-def test_two_windows_in_a_row_on_one_side_are_off_the_curve(sides, verdict, on_curve):
+def test_three_windows_in_a_row_on_one_side_are_off_the_curve(sides, verdict, on_curve):
     windows = np.array_split(np.arange(8), 4)
     found = judge(np.array(sides), np.ones(4), list(range(1, 9)), windows)
     assert found == (verdict, on_curve)
@@ -169,15 +169,6 @@ def test_the_range_of_several_references_is_their_tolerance(tmp_path):
                   for shift in (-0.2, 0.2)]
     run = write_log(tmp_path / "run", noisy(1, more=lambda step: 0.3))
     assert compare(run, references) and not compare(run, references[:1])
-
-
-def test_the_gradient_norm_is_shown_but_not_judged(tmp_path, capsys):
-    logs = []
-    for seed in (0, 1):
-        lines = [line | {"grad_norm": 1.0 + 9 * seed} for line in noisy(seed)]
-        logs.append(write_log(tmp_path / str(seed), lines))
-    assert compare(logs[1], logs[:1])
-    assert "difference +9 +9 +9 +9" in words(capsys)
 
 
 # ---------------------------------------------------------------- logs that do not fit
@@ -220,7 +211,7 @@ def test_a_shorter_run_and_another_spacing_are_compared_where_both_have_lines(
     assert "Your log ends at step 300, the shortest reference at 500: steps up to 300" in said
     assert "20 lines up to step 300; the 10 steps that all logs have" in said
     write_log(run, noisy(1, steps=range(7, 220, 7)))
-    sentence = "have 3 steps in common, but at least 4 are needed .*run.*: 31 lines from step 7 to"
+    sentence = "have 3 steps in common, but at least 6 are needed .*run.*: 31 lines from step 7 to"
     with pytest.raises(ValueError, match=sentence):
         compare(run, [reference])
 

@@ -118,8 +118,9 @@ ln(1 + (B - 1) exp(-scale)) = 0.02001 for B = 4, scale = 5: yes, 0.02001
     Likely cause: only the caption of each image is looked for; the loss is the mean of both \
 directions.
  4. the order of the pairs does not matter: yes, 3.15
- 5. a gradient arrives at img, txt, scale: yes
- 6. with random inputs, the result is that of the project's own function: no, 3.15 instead of 3.477
+ 5. embeddings that are twice as long have the loss of a scale that is 4 times as large: yes, 11.19
+ 6. a gradient arrives at img, txt, scale: yes
+ 7. with random inputs, the result is that of the project's own function: no, 3.15 instead of 3.477
 The reference tensors are compared when all properties hold.
 clip_loss: fails at property 3
 """
@@ -148,7 +149,7 @@ sinkhorn in mine.py
  3. logits and temperature that are both doubled give the same result: yes
  4. adding a number to all logits of a prototype changes nothing: no, it differs by up to 0.33, \
 where values are up to 0.33
- 5. adding 100 to all logits changes nothing, since exp does not overflow: yes
+ 5. adding 1000 to all logits changes nothing, since exp does not overflow: yes
  6. after 200 iterations each column sums to n / K = 3: all prototypes are used equally: no, 1
  7. a batch of shape (3, 4, K) is treated as 12 rows: yes
  8. the result carries no gradient: yes
@@ -221,6 +222,16 @@ def length_instead_of_rms(*args):
     return qknorm(*args, l2=True)
 
 
+def layer_norm(q, k, v, q_weight, k_weight, rotate):
+    q, k = F.layer_norm(q, (4,), q_weight), F.layer_norm(k, (4,), k_weight)
+    return F.scaled_dot_product_attention(rotate(q), rotate(k), v)
+
+
+def norm_without_epsilon(q, k, v, q_weight, k_weight, rotate):
+    q, k = rms_norm(q, q_weight, 0), rms_norm(k, k_weight, 0)
+    return F.scaled_dot_product_attention(rotate(q), rotate(k), v)
+
+
 def no_norm(q, k, v, q_weight, k_weight, rotate):
     return F.scaled_dot_product_attention(rotate(q * q_weight), rotate(k * k_weight), v)
 
@@ -250,6 +261,20 @@ def clip_sum_over_the_batch(img, txt, scale):
 
 def clip_without_gradient_of_texts(img, txt, scale):
     return clip(img, txt.detach(), scale)
+
+
+def clip_that_normalises(img, txt, scale):
+    return clip(F.normalize(img, dim=-1), F.normalize(txt, dim=-1), scale)
+
+
+def dino_with_a_fixed_temperature(student, teacher, tau):
+    return exercise.solution("dino_loss")(student, teacher, 0.1)
+
+
+def dino_with_ten_pairs(student, teacher, tau):
+    pairs = [-(teacher[t] * (student[s] / tau).log_softmax(-1)).sum(-1).mean()
+             for t in range(2) for s in range(len(student)) if s != t]
+    return sum(pairs) / 10
 
 
 def dino_with_equal_crops(student, teacher, tau):
@@ -283,6 +308,10 @@ def softmax_instead_of_sinkhorn(logits, temp, iterations):
 
 def ibot_plain_mean(student, teacher, weight, n_crops, tau):
     return F.cross_entropy(student / tau, teacher)
+
+
+def ibot_with_a_fixed_temperature(student, teacher, weight, n_crops, tau):
+    return exercise.solution("ibot_loss")(student, teacher, weight, n_crops, 0.1)
 
 
 def ibot_mean_instead_of_sum(student, teacher, weight, n_crops, tau):
@@ -332,6 +361,20 @@ def euler_at_the_end(velocity, x, grid):
 
 def euler_with_equal_steps(velocity, x, grid):
     return euler(velocity, x, grid, step=1 / (len(grid) - 1))
+
+
+def euler_that_detaches_at_the_end(velocity, x, grid):
+    for t, dt in zip(grid[:-1], grid.diff()):
+        x = x + dt * velocity(x, t.expand(len(x)))
+    return x.detach()
+
+
+def sinkhorn_in_float64(logits, temp, iterations):
+    q = (logits.double() / temp).exp().flatten(0, -2)
+    for _ in range(iterations):
+        q = q / q.sum(0)
+        q = q / q.sum(1, keepdim=True)
+    return q.view_as(logits).float().detach()
 
 
 def heun(velocity, x, grid):
@@ -395,19 +438,25 @@ WRONG = [
     ("qknorm_attention", softmax_over_queries, "the softmax is over the queries"),
     ("qknorm_attention", no_division_by_root_c, "no, 1 instead of 0.5"),
     ("qknorm_attention", length_instead_of_rms, "q and k are divided by their length"),
+    ("qknorm_attention", layer_norm, "this is LayerNorm, which subtracts the mean first"),
+    ("qknorm_attention", norm_without_epsilon, "0 is divided by 0; add 0.00001"),
     ("qknorm_attention", no_norm, "normalise queries and keys over their channels"),
     ("qknorm_attention", rotated_before_the_norm, "call rotate for q and for k, after"),
     ("qknorm_attention", values_rotated_too, "rotate is applied to v, too"),
     ("clip_loss", clip_divided_by_scale, "the logits are divided by scale"),
     ("clip_loss", clip_sum_over_the_batch, "the loss is summed over the batch; it is the mean"),
     ("clip_loss", clip_without_gradient_of_texts, "arrives at img, txt, scale: no, none at txt"),
+    ("clip_loss", clip_that_normalises, "the embeddings are normalised again"),
+    ("dino_loss", dino_with_a_fixed_temperature, "the code must not assume other values"),
+    ("dino_loss", dino_with_ten_pairs, "the code must not assume other values"),
     ("dino_loss", dino_with_equal_crops, "the pairs of a crop with itself are included"),
     ("dino_loss", dino_times_tau, "the logits are multiplied by tau instead of divided"),
     ("dino_loss", dino_sum_of_pairs, "no, 39 instead of 3.9"),
     ("sinkhorn", sinkhorn_with_gradient, "the targets are constants of the student's loss"),
-    ("sinkhorn", sinkhorn_that_overflows, "exp overflows in float32"),
+    ("sinkhorn", sinkhorn_that_overflows, "exp overflows: subtract the largest"),
     ("sinkhorn", softmax_instead_of_sinkhorn, "this is a softmax: the columns are not normalised"),
     ("ibot_loss", ibot_plain_mean, "this is a plain mean over the masked patches"),
+    ("ibot_loss", ibot_with_a_fixed_temperature, "the code must not assume other values"),
     ("ibot_loss", ibot_mean_instead_of_sum, "no, nan instead of 0"),
     ("flow_matching_loss", flow_with_reversed_time, "t is reversed: xt = t x1 + (1 - t) x0"),
     ("flow_matching_loss", flow_with_reversed_target, "the target is reversed"),
@@ -417,6 +466,8 @@ WRONG = [
     ("flow_matching_loss", flow_with_one_time, "called with a time of shape (), but it needs one"),
     ("euler_sampler", euler_at_the_end, "no, (0.1, 0.5, 1) instead of (0, 0.1, 0.5)"),
     ("euler_sampler", euler_with_equal_steps, "the step size is 1 / (number of steps)"),
+    ("euler_sampler", euler_that_detaches_at_the_end, "the velocity has requires_grad=True"),
+    ("sinkhorn", sinkhorn_in_float64, "exp overflows: subtract the largest"),
     ("euler_sampler", heun, "no, (0, 0.1, 0.1, 0.5, 0.5, 1) instead of (0, 0.1, 0.5)"),
     ("guidance", guidance_with_reversed_interval, "samples with t >= start get cond; only"),
     ("frechet_distance", frechet_with_root_of_each_entry, "the root of each entry is taken"),

@@ -13,8 +13,8 @@ def bpe_merge(parts, pair):
         ["a", "b", "c", "a", "b"], ("a", "b")  ->  ["ab", "c", "ab"]
         ["a", "a", "a"],           ("a", "a")  ->  ["aa", "a"]
 
-    The tokenizer of CLIP repeats this for the pair that was learned earliest, until no neighbouring
-    pair of the word is in its list of merges.
+    The tokenizer of CLIP repeats this, each time with the pair of the word that was learned
+    earliest, until no neighbouring pair is in its list of merges.
 
     Source: Sennrich et al. 2016, Algorithm 1; CLIP (Radford et al. 2021) Sec. 2.4; the text tower
     of VTP, Sec. 3.4.

@@ -7,7 +7,7 @@ def guidance(cond, uncond, scale, t, start, channels):
 
     cond      (B, C, H, W) velocity for the wanted class
     uncond    (B, C, H, W) velocity for "no class"
-    scale     number; 1 gives the conditional velocity, more exaggerates the class
+    scale     number; 1 gives the conditional velocity, larger values exaggerate the class
     t         (B,) times, one per sample
     start     number; samples with t < start are not guided: they get cond
     channels  number of guided channels; the others get cond. None: all channels are guided

@@ -17,7 +17,8 @@ def ibot_loss(student, teacher, weight, n_crops, tau):
         loss  =  1 / n_crops * sum over m of  weight_m * H_m
         H_m   =  - sum over k of  teacher_mk * log softmax_k(student_m / tau)
 
-    So the loss is the mean over the masked patches of a crop, averaged over the crops.
+    So the loss is the mean over the masked patches of a crop, averaged over all global crops. A
+    crop without masked patches counts as 0.
 
     Source: VTP Sec. 3.3 (L_mim), iBOT (Zhou et al. 2022) Sec. 3.1, DINOv2.
 

@@ -3,15 +3,15 @@
     OUT/compare.png     one plot per logged quantity: the run and the range of the references
 
 A single line of a log depends on its batch, so means over windows of several lines are compared.
-The rule (ours): a quantity is off the curve if, in at least two windows in a row, it is above or
+The rule (ours): a quantity is off the curve if, in at least three windows in a row, it is above or
 below the mean of the references by more than the largest of
 
     - the range of the references in this window (0 for a single reference),
     - 2 % of their mean,
     - three standard errors of the difference, estimated from the scatter of neighbouring lines.
 
-Two windows, because about 100 comparisons are made for a run, and a few fail by chance. grad_norm
-is shown, but not judged: a few large gradients dominate its means.
+Three windows, because about 100 comparisons are made for a run, and another seed can differ for two
+windows at the beginning.
 docs/curves.md shows where the numbers of this rule come from.
 
 steps (k,) that all logs have    y (k,) values of the run    r (n, k) values of n references
@@ -32,14 +32,13 @@ from .files import check_writable, read_json, read_json_lines
 from .report import BLUE, GREEN, ORANGE, STYLE, is_number
 
 MAX_WINDOWS = 10
-MIN_STEPS = 4              # common steps, for two windows of two
-IN_A_ROW = 2               # windows
+MIN_STEPS = 6              # common steps, for three windows of two
+IN_A_ROW = 3               # windows
 PERCENT = 2
 STANDARD_ERRORS = 3
 SHOWN = 4                  # windows that are printed
 # logged quantities that are no results: the step, the schedule, the machine, counts of exceptions
 NOT_COMPARED = TIMING | {"step", "lr", "weight_decay", "seconds", "bad", "skipped"}
-NOT_JUDGED = {"grad_norm"}
 # settings that do not change the curve. --steps does: the schedules of train.py depend on it.
 WITHOUT_EFFECT = MUTABLE_FLAGS - {"steps"} | {"command"}
 PATHS = "data", "init"     # settings of which only the last part is compared: a folder may move
@@ -245,9 +244,7 @@ def compare_one(name, y, r, steps, windows):
     yours = np.array([y[window].mean() for window in windows])
     verdict, on_curve = judge(yours - centre, tolerance, steps, windows)
     finite = np.isfinite(y)
-    if name in NOT_JUDGED:
-        verdict, on_curve = "not judged", True
-    elif not finite.all():
+    if not finite.all():
         verdict, on_curve = f"not finite at step {steps[int(finite.argmin())]}", False
     return Result(name, y, yours, low, high, centre, tolerance, verdict, on_curve)
 
@@ -274,7 +271,8 @@ def judge(difference, tolerance, steps, windows):
         first, last = steps[windows[group[0]][0]], steps[windows[group[-1]][-1]]
         where = "above" if side > 0 else "below"
         if len(group) < IN_A_ROW:
-            parts.append(f"{where} in one window, steps {first} to {last}")
+            number = "one window" if len(group) == 1 else "two windows"
+            parts.append(f"{where} in {number}, steps {first} to {last}")
         else:
             on_curve = False
             until = "on" if group[-1] == len(windows) - 1 else f"to {last}"
@@ -318,10 +316,9 @@ def interval(low, high):
 def conclusion(results):
     """-> the last sentence: which quantities are off the curve"""
     off = [f"{result.name} ({result.verdict})" for result in results if not result.on_curve]
-    judged = sum(result.name not in NOT_JUDGED for result in results)
     if not off:
-        return f"On the curve: all {judged} quantities that are judged."
-    return f"Off the curve: {len(off)} of {judged} quantities, {', '.join(off)}."
+        return f"On the curve: all {len(results)} quantities."
+    return f"Off the curve: {len(off)} of {len(results)} quantities, {', '.join(off)}."
 
 
 def plot(results, steps, windows):
