@@ -143,67 +143,74 @@ def race_table(rows):
 
 # ---------------------------------------------------------------- matched reconstruction
 def decoders_of(row):
-    """-> {further steps of the decoder: measurements of its reconstructions and samples}"""
+    """-> {decoder: measurements of its reconstructions and of the samples of all classes}"""
     return {key.removeprefix("data-"): values for key, values in row["curve"].items()
             if key.startswith("data-")}
 
 
-def matched_pairs(ae, joint):
-    """Decoders of two cells of one seed whose reconstructions are equally good: PSNR differs by at
-    most 0.5 dB, rFD by at most 5 % of the larger one (study/protocol.md)
+def rows_of_seed(rows, seed):
+    """-> row of AE, row of ALL; None if one is not measured yet"""
+    found = {r["objective"]: r for r in rows if r["seed"] == seed}
+    return (found["AE"], found["ALL"]) if {"AE", "ALL"} <= found.keys() else None
 
-    -> list of (key of AE's decoder, key of the joint tokenizer's decoder), the closest rFD first
+
+def matched(ae, joint):
+    """AE as if one of its decoders had the rFD of ALL's best decoder: linear interpolation between
+    the two decoders of AE next to it (study/protocol.md)
+
+    -> (name of ALL's decoder, names of AE's two decoders, AE's values, ALL's values), or None if
+       there are no such two, or if PSNR then differs by more than 0.5 dB. Values are
+       {("data" or "ten", name): value}.
     """
-    found = []
-    for a, x in decoders_of(ae).items():
-        for b, y in decoders_of(joint).items():
-            gap = abs(x[RFD] - y[RFD]) / max(x[RFD], y[RFD])
-            if abs(x[PSNR] - y[PSNR]) <= 0.5 and gap <= 0.05:
-                found.append((gap, a, b))
-    return [(a, b) for _, a, b in sorted(found)]
+    best = min(decoders_of(joint), key=lambda name: decoders_of(joint)[name][RFD])
+    wanted = decoders_of(joint)[best][RFD]
+    order = sorted(decoders_of(ae), key=lambda name: decoders_of(ae)[name][RFD])
+    for lower, upper in zip(order, order[1:]):
+        low, high = (decoders_of(ae)[name][RFD] for name in (lower, upper))
+        if low <= wanted <= high:
+            break
+    else:
+        return None
+    weight = (wanted - low) / (high - low) if high > low else 0.0
+    a, b = {}, {}
+    for data in ("data", "ten"):
+        x, y = ae["curve"][f"{data}-{lower}"], ae["curve"][f"{data}-{upper}"]
+        values = joint["curve"][f"{data}-{best}"]
+        for name in values:
+            a[data, name] = (1 - weight) * x[name] + weight * y[name]
+            b[data, name] = values[name]
+    if abs(a["data", PSNR] - b["data", PSNR]) > 0.5:
+        return None
+    return best, (lower, upper), a, b
 
 
-def best_pair(rows, seed):
-    """-> (row of AE, key of its decoder, row of ALL, key of its decoder) of a seed with the closest
-    rFD, or None if no decoders match"""
-    pairs = []
-    for ae in rows:
-        for joint in rows:
-            if (ae["objective"], joint["objective"]) == ("AE", "ALL") and \
-                    ae["seed"] == joint["seed"] == seed:
-                for a, b in matched_pairs(ae, joint)[:1]:
-                    x, y = decoders_of(ae)[a][RFD], decoders_of(joint)[b][RFD]
-                    pairs.append((abs(x - y) / max(x, y), ae["cell"], joint["cell"],
-                                  (ae, a, joint, b)))
-    return min(pairs)[-1] if pairs else None
-
-
-def compare(pair, data):
-    """Two matched decoders, one judge after the other -> list of (judge, FD of AE, FD of ALL, share
-    of AE, share of ALL, True if ALL is better in both as the rule wants, True if in neither)
+def compare(ae, joint, data, n):
+    """Values of two matched decoders, one judge after the other -> list of (judge, FD of AE, FD of
+    ALL, share of AE, share of ALL, True if ALL is better in both as the rule wants, True if in
+    neither)
 
     data  'data' (all classes) or 'ten'
+    n     number of samples
     """
-    ae, a, joint, b = pair
     found = []
     for judge, (distance, share) in JUDGES.items():
-        x, y = ae["curve"][f"{data}-{a}"], joint["curve"][f"{data}-{b}"]
-        more = y[share] > x[share] and differs(x[share], y[share], samples_of(ae))
-        closer = y[distance] < 0.95 * x[distance]
-        found.append((judge, x[distance], y[distance], x[share], y[share], more and closer,
-                      not more and not closer))
+        d, e, p, q = ae[data, distance], joint[data, distance], ae[data, share], joint[data, share]
+        more = q > p and differs(p, q, n)
+        closer = e < 0.95 * d
+        found.append((judge, d, e, p, q, more and closer, not more and not closer))
     return found
 
 
 def matched_verdict(rows, data, seeds=(0, 1)):
     """The rule of study/protocol.md for one number of classes"""
-    measured = {r["seed"] for r in rows}
-    pairs = [best_pair(rows, seed) for seed in seeds if seed in measured]
-    if len(pairs) < len(seeds):
+    pairs = [rows_of_seed(rows, seed) for seed in seeds]
+    if None in pairs:
         return "open"
+    pairs = [matched(*pair) for pair in pairs]
     if None in pairs:
         return "not decidable: no decoders match"
-    lines = [line for pair in pairs for line in compare(pair, data)]
+    n = samples_of(rows[0])
+    lines = [line for *_, ae, joint in pairs for line in compare(ae, joint, data, n)]
     if all(line[-2] for line in lines):
         return "shown"
     return "not shown" if all(line[-1] for line in lines) else "not decidable"
@@ -214,13 +221,13 @@ def matched_figure(rows):
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for axis, data, title in zip(axes, ("data", "ten"), ("all classes", "10 classes")):
         for row in rows:
-            decoders = decoders_of(row)
-            x = [values[RFD] for values in decoders.values()]
-            y = [row["curve"][f"{data}-{key}"][JUDGES["EfficientNet"][0]] for key in decoders]
-            axis.plot(x, y, "o-" if row["seed"] == 0 else "s--", color=COLORS[row["objective"]],
-                      label=f"{row['objective']}, decoder {row['decoder']}, seed {row['seed']}")
+            points = sorted((values[RFD], row["curve"][f"{data}-{key}"][JUDGES["EfficientNet"][0]])
+                            for key, values in decoders_of(row).items())
+            axis.plot(*zip(*points), "o-" if row["seed"] == 0 else "s--",
+                      color=COLORS[row["objective"]],
+                      label=f"{row['objective']}, seed {row['seed']}")
         axis.set(xlabel="rFD of reconstructions", ylabel="FD of samples", title=title)
-    axes[0].legend(fontsize=6)
+    axes[0].legend(fontsize=8)
     return figure
 
 
@@ -231,26 +238,28 @@ def judged(found):
 
 
 def matched_table(rows):
-    """All decoders, then the matched pair of each seed"""
-    print("| tokenizer | seed | decoder, further steps | probe | PSNR | rFD | classes | "
-          "FD, recognised (EfficientNet) | FD, recognised (classifier) |")
+    """All decoders, then the comparison of each seed"""
+    print("| tokenizer | seed | decoder | probe | PSNR | rFD | classes | FD, recognised "
+          "(EfficientNet) | FD, recognised (classifier) |")
     print("|---|---|---|---|---|---|---|---|---|")
     for r in rows:
         for key, values in decoders_of(r).items():
             for data in ("data", "ten"):
                 found = r["curve"][f"{data}-{key}"]
-                print(f"| {r['objective']} | {r['seed']} | {r['decoder']}, {key} | "
+                print(f"| {r['objective']} | {r['seed']} | {key} | "
                       f"{100 * r['metrics'][PROBE]:.1f} | {values[PSNR]:.2f} | {values[RFD]:.2f} "
                       f"| {'all' if data == 'data' else 10} | {judged(found)} |")
     for seed in sorted({r["seed"] for r in rows}):
-        pair = best_pair(rows, seed)
+        pair = rows_of_seed(rows, seed)
+        pair = matched(*pair) if pair else None
         if pair is None:
             print(f"\nseed {seed}: no decoders match")
             continue
-        ae, a, joint, b = pair
-        print(f"\nseed {seed}: {ae['cell']} after {a} steps against {joint['cell']} after {b}")
+        best, neighbours, a, b = pair
+        print(f"\nseed {seed}: ALL's decoder {best} against AE between {' and '.join(neighbours)}: "
+              f"rFD {b['data', RFD]:.2f}, PSNR {a['data', PSNR]:.2f} / {b['data', PSNR]:.2f}")
         for data in ("data", "ten"):
-            for judge, x, y, p, q, _, _ in compare(pair, data):
+            for judge, x, y, p, q, _, _ in compare(a, b, data, samples_of(rows[0])):
                 print(f"{data}, {judge}: FD {x:.2f} / {y:.2f}, recognised {100 * p:.1f} / "
                       f"{100 * q:.1f} %")
     for data in ("data", "ten"):
@@ -260,7 +269,7 @@ def matched_table(rows):
 # ---------------------------------------------------------------- wide latents
 def wide_values(row):
     """-> the measurements of the samples of a cell of this part"""
-    return row["curve"]["data-0"]
+    return row["curve"]["data-own"]
 
 
 def wide_ratios(rows, seed):

@@ -74,7 +74,6 @@ class Cell:
     objective: str
     seed: int = 0                     # of tokenizer, DiT and sampler
     captions: str = "both"            # race: captions of the shapes, see shapes.draw
-    decoder: str = ""                 # matched: size of the decoder; "": that of the tokenizer
     width: int = 0                    # wide: numbers per latent
 
     @property
@@ -83,8 +82,6 @@ class Cell:
         parts = [self.objective]
         if self.captions != "both":
             parts.append(self.captions)
-        if self.decoder:
-            parts.append(f"decoder_{self.decoder}")
         if self.width:
             parts.append(f"d{self.width}")
         if self.seed:
@@ -149,18 +146,21 @@ def race_stages(cell, t, also):
 
 # ---------------------------------------------------------------- photographs
 PHOTOGRAPHS = {   # as CONSTANTS, for both parts with photographs
-    "steps": (2000, 20_000, "of the tokenizer (ours)"),
-    "dit_steps": (4000, 40_000, "of the DiT (ours)"),
+    "steps": (1500, 20_000, "of the tokenizer (ours)"),
+    "dit_steps": (3000, 40_000, "of the DiT (ours)"),
     "classifier": ("--train-limit 20000", "--train-limit 50000",
                    "training of the small classifier, the second judge (ours)"),
 }
 MATCHED = PHOTOGRAPHS | {
     "image": ("--image 32 --patch 8 --latent-dim 64", "--image 64 --patch 16 --latent-dim 64",
               "as in the first study: 16 latents; a latent is narrower than the DiT"),
-    "decoder_steps": ("0 1600", "0 10000", "further steps of the decoder on frozen latents (ours)"),
+    "new_decoder_steps": ("150 300 600", "1000 2500 6000",
+                          "AE: trainings of a new decoder, of which the shorter ones are worse "
+                          "(ours)"),
+    "more_decoder_steps": (1200, 10_000, "ALL: further steps of its own decoder (ours)"),
     "decoder_recipe": ("--batch 64 --lr 1e-3 --set ema_decoder=0.99", "--batch 256",
                        "ours; GPU: the default rate of stage 2"),
-    "few_dit_steps": (2000, 10_000, "of the DiT on 10 classes (ours)"),
+    "few_dit_steps": (1500, 10_000, "of the DiT on 10 classes (ours)"),
 }
 WIDE = PHOTOGRAPHS | {
     "image": ("--image 32 --patch 4", "--image 64 --patch 8", "ours: 64 latents"),
@@ -225,26 +225,33 @@ def photograph_measures(t, tokenizer, decoders):
 
 # ---------------------------------------------------------------- matched reconstruction
 def matched_cells(quick):
-    """Smaller decoders for AE and larger ones for ALL, so that the quality of reconstructions can
-    be matched"""
-    pairs = [("AE", "pico"), ("ALL", "micro"), ("AE", "nano"), ("ALL", "nano")]
-    return [Cell(objective, seed, decoder=decoder)
-            for seed in range(1 if quick else 2) for objective, decoder in pairs]
+    return [Cell(objective, seed) for seed in range(1 if quick else 2)
+            for objective in ("AE", "ALL")]
 
 
 def matched_stages(cell, t, also):
-    """-> {stage: command}, as race_stages; decoders of several lengths share one tokenizer and one
-    DiT, because the latents stay the same in every bit"""
-    image = f"{t['image']} --set decoder={cell.decoder}"
-    commands = {"tokenizer": tokenizer_command(cell, t, also, image)}
-    decoders = {}
-    for steps in t["decoder_steps"].split():
-        decoders[steps] = f"RUN/decoder-{steps}" if int(steps) else "RUN/tokenizer"
-        if int(steps):
-            commands[f"decoder-{steps}"] = (
-                f"train.py --stage 2 --init RUN/tokenizer --out RUN/decoder-{steps} --w-gan 0 "
-                f"--perceptual efficientnet {t['decoder_recipe']} --steps {steps} "
-                f"--precision {t['precision']}")
+    """-> {stage: command}, as race_stages. All decoders of a cell decode the samples of one DiT,
+    because the latents stay the same in every bit.
+
+    AE   its own decoder, and new decoders on the frozen latents. The shorter they are trained, the
+         worse are their reconstructions, so that the quality of ALL's lies between two of them.
+    ALL  its own decoder, and the same one after further training on the frozen latents
+    """
+    stage2 = (f"--w-gan 0 --perceptual efficientnet {t['decoder_recipe']} --data DATA "
+              f"--seed {cell.seed} --precision {t['precision']}")
+    commands = {"tokenizer": tokenizer_command(cell, t, also, t["image"])}
+    decoders = {"own": "RUN/tokenizer"}
+    if cell.objective == "AE":
+        commands["untrained"] = (f"study/new_decoder.py RUN/tokenizer --out RUN/untrained "
+                                 f"--seed {cell.seed}")
+        for steps in t["new_decoder_steps"].split():
+            decoders[f"new_{steps}"] = f"RUN/new_{steps}"
+            commands[f"new_{steps}"] = (f"train.py --stage 2 --init RUN/untrained "
+                                        f"--out RUN/new_{steps} {stage2} --steps {steps}")
+    else:
+        decoders["more"] = "RUN/more"
+        commands["more"] = (f"train.py --stage 2 --init RUN/tokenizer --out RUN/more {stage2} "
+                            f"--steps {t['more_decoder_steps']}")
     return (commands | photograph_measures(t, "RUN/tokenizer", decoders)
             | generation_stages(cell, t, "DATA", t["dit_steps"], decoders)
             | generation_stages(cell, t, "TEN", t["few_dit_steps"], decoders))
@@ -259,7 +266,7 @@ def wide_cells(quick):
 
 def wide_stages(cell, t, also):
     """-> {stage: command}, as race_stages"""
-    decoders = {"0": "RUN/tokenizer"}
+    decoders = {"own": "RUN/tokenizer"}
     image = f"{t['image']} --latent-dim {cell.width}"
     return ({"tokenizer": tokenizer_command(cell, t, also, image)}
             | photograph_measures(t, "RUN/tokenizer", decoders)
@@ -419,7 +426,7 @@ def save_results(cell, folder, done, args):
 
     metrics  {name: value} of the tokenizer
     curve    {key: {name: value}} of the folders at-*. The key of RUN/at-250, samples of a DiT after
-             250 steps, is 250; that of RUN/ten/at-0 is ten-0
+             250 steps, is 250; that of RUN/ten/at-own is ten-own
     """
     measured = read_metrics(folder / "metrics.jsonl")
     curve, protocol = {}, {}
@@ -443,7 +450,7 @@ def save_results(cell, folder, done, args):
     text = "".join(json.dumps(x) + "\n" for x in shorten_logs(logs))
     (args.out / "logs" / f"{cell.name}.jsonl").write_text(text)
     for grid in folder.glob("**/samples/grid.png"):
-        name = "-".join(grid.parent.relative_to(folder).parts)      # data-at-0-samples
+        name = "-".join(grid.parent.relative_to(folder).parts)      # data-at-own-samples
         shutil.copy(grid, folder / f"{name}.png")
         if args.data.startswith("shapes"):
             # 64 colours: a third of the size
