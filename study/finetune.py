@@ -6,15 +6,16 @@
 The first training sees the classes of --all that are not in --ten: of imagenet64 90 of 100. Its run
 is continued on other images, with `train.py --init`: on the classes of --ten, and on CIFAR-10.
 
+    unchanged     the first training, measured on the new images without any step on them
     scratch       the new images alone, from random weights, with nano's rate of 5e-4
     init          from the weights of the first training, with the default rate of --init
     init-fast     the same, with 5e-4
 
-All of them take the same number of steps. The numbers are those of the new images (linear probe,
+The last three take the same number of steps. The numbers are those of the new images (linear probe,
 zero-shot, PSNR), and for init and init-fast also the zero-shot accuracy on the first images, which
 shows what the weights have lost there.
 
-A cell is one training with its measurements; its commands can also be typed by hand. A finished
+A cell is one training (none for unchanged) with its measurements; its commands can also be typed by hand. A finished
 cell is one line of OUT/results.jsonl. After an interruption, the same command continues and skips
 finished cells. Cells of a seed that need the first training wait for it.
 """
@@ -43,7 +44,9 @@ from vtp_min.device import choose_precision                                # noq
 # nano's defaults, with the image, patch and batch of the photographs of study.py
 SHAPE = "--size nano --image 32 --patch 8"
 RECIPE = "--batch 64 --batch-ssl 32 --batch-rec 64 --perceptual none"
-KINDS = {"scratch": SHAPE, "init": "--init FIRST", "init-fast": "--init FIRST --lr 5e-4"}
+# {kind: flags of train.py; None: no training}
+KINDS = {"scratch": SHAPE, "init": "--init FIRST", "init-fast": "--init FIRST --lr 5e-4",
+         "unchanged": None}
 TARGETS = {"ten": "TEN", "cifar": "CIFAR"}
 SEEDS = 0, 1, 2
 
@@ -81,13 +84,15 @@ def stages(cell, args):
         data, steps, flags = "NINETY", args.first_steps, SHAPE
     else:
         data, steps, flags = TARGETS[cell.target], args.steps, KINDS[cell.kind]
-    run = "RUN/tokenizer"
+    run = "FIRST" if cell.kind == "unchanged" else "RUN/tokenizer"
     commands = {
         "train": f"train.py {flags} --data {data} --out {run} --steps {steps} {common}",
         "probe": f"eval.py probe {run} --out RUN --data {data} {limit} --train-limit {args.probe}",
         "zeroshot": f"eval.py zeroshot {run} --out RUN --data {data} {limit}",
         "recon": f"eval.py recon {run} --out RUN --data {data} {limit} --perceptual none",
     }
+    if cell.kind == "unchanged":
+        del commands["train"]
     if cell.kind.startswith("init"):
         commands["zeroshot-first"] = f"eval.py zeroshot {run} --out RUN/first --data NINETY {limit}"
     return commands
@@ -154,7 +159,7 @@ def save_result(cell, folder, done, args):
             "constants": args.constants, "machine": args.machine,
             "metrics": {m["name"]: m["value"] for m in metrics},
             "first_data": {m["name"]: m["value"] for m in first},
-            "log": [log[0], log[-1]],
+            "log": [log[0], log[-1]] if log else [],
             "seconds": {stage: seconds for stage, (seconds, _) in done.items()},
             "cpu_seconds": {stage: cpu for stage, (_, cpu) in done.items()},
             "protocol": {m["name"]: shorten(m["protocol"], args) for m in [*first, *metrics]},
@@ -242,7 +247,7 @@ def main(args):
 
     def run_one(cell):
         try:
-            if cell.kind.startswith("init"):
+            if cell.kind not in ("first", "scratch"):
                 ended[cell.seed].wait()
                 if not (first_run(cell, args) / "model.safetensors").exists():
                     raise RuntimeError(f"{first_run(cell, args)} has no weights; run the cell "
