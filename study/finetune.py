@@ -15,9 +15,10 @@ The last three take the same number of steps. The numbers are those of the new i
 zero-shot, PSNR), and for init and init-fast also the zero-shot accuracy on the first images, which
 shows what the weights have lost there.
 
-A cell is one training (none for unchanged) with its measurements; its commands can also be typed by hand. A finished
-cell is one line of OUT/results.jsonl. After an interruption, the same command continues and skips
-finished cells. Cells of a seed that need the first training wait for it.
+A cell is one training (none for unchanged) with its measurements; its commands can also be typed by
+hand. A finished cell is one line of OUT/results.jsonl. After an interruption, the same command
+continues and skips finished cells. Cells of a seed that need the first training wait for it. The
+command prints a table of the finished cells, also with --list.
 """
 import argparse
 import json
@@ -198,6 +199,34 @@ def link_ninety(args):
                 link.symlink_to(source)
 
 
+def print_table(args):
+    rows = read_lines(args.out / "results.jsonl")
+    print("\n".join(table(rows)), flush=True)
+
+
+def table(rows):
+    """Lines of results.jsonl -> lines of a Markdown table: mean and range over the seeds"""
+    lines = ["| images | weights | PSNR | probe of latents | probe of features | zero-shot | "
+             "zero-shot on the first images |", "|---|---|---|---|---|---|---|"]
+    for target in ("ninety", *TARGETS):
+        for kind in ("first", "unchanged", "scratch", "init", "init-fast"):
+            found = [row for row in rows if (row["kind"], row["target"]) == (kind, target)]
+            if not found:
+                continue
+            cells = [mean_and_range([row["metrics"]["PSNR"] for row in found])]
+            for name in ("linear probe latent", "linear probe full", "zero-shot top1"):
+                cells.append(mean_and_range([100 * row["metrics"][name] for row in found]))
+            first = [100 * row["first_data"]["zero-shot top1"] for row in found
+                     if row["first_data"]]
+            cells.append(mean_and_range(first) if first else "")
+            lines.append(f"| {target} | {kind} | {' | '.join(cells)} |")
+    return lines
+
+
+def mean_and_range(values):
+    return f"{sum(values) / len(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+
+
 def complete(args):
     """Check the paths, and add out, work, precision, constants and machine to args."""
     for flag in ("all", "ten", "cifar"):
@@ -231,6 +260,7 @@ def main(args):
             state = f"finished in {sum(rows[cell.name]['seconds'].values()) / 60:.0f} min"
         print(f"{cell.name:28s} {state}")
     print(f"{len(left)} of {len(cells)} cells left", flush=True)
+    print_table(args)
     if args.list:
         return 0
     args.out.mkdir(parents=True, exist_ok=True)
@@ -269,6 +299,7 @@ def main(args):
     if unfinished:
         print(f"{len(unfinished)} cells are not finished; the same command continues")
         return 1
+    print_table(args)
     print(f"all results are in {args.out / 'results.jsonl'}")
     return 0
 

@@ -469,3 +469,45 @@ def test_the_study_refuses_to_mix_constants_and_lists_its_cells(tmp_path, capsys
     (tmp_path / "out" / "results.jsonl").write_text(json.dumps(line))
     with pytest.raises(ValueError, match="cells with other constants .init-ten-seed0."):
         study.main(study.parser().parse_args(flags))
+
+
+ROWS = study.read_lines(Path(study.ROOT, "study/finetune/results.jsonl"))
+NAMES = {"ten": "ImageNet", "cifar": "CIFAR-10", "unchanged": "unchanged", "scratch": "scratch",
+         "init": "continued"}
+
+
+def value(kind, target, seed, name, where="metrics"):
+    row, = [r for r in ROWS if (r["kind"], r["target"], r["seed"]) == (kind, target, seed)]
+    return row[where][name]
+
+
+@pytest.mark.parametrize("target", study.TARGETS)
+@pytest.mark.parametrize("seed", study.SEEDS)
+@pytest.mark.parametrize("name", ["PSNR", "linear probe latent", "linear probe full"])
+def test_200_continued_steps_are_better_than_200_steps_from_scratch(target, seed, name):
+    assert value("init", target, seed, name) > value("scratch", target, seed, name)
+
+
+def test_the_table_of_weights_md_is_computed_from_the_results():
+    page = (Path(study.ROOT) / "docs/weights.md").read_text().splitlines()
+    before = study.mean_and_range([100 * value("first", "ninety", seed, "zero-shot top1")
+                                   for seed in study.SEEDS])
+    lines = [line for line in study.table(ROWS)[2:] if line.split("|")[2].strip() in NAMES]
+    assert len(lines) == 6
+    for line in lines:
+        _, target, kind, *cells, _ = [cell.strip() for cell in line.split("|")]
+        if kind == "unchanged":
+            cells[4] = before
+        wanted = ["", NAMES[target], NAMES[kind], *cells, ""]
+        assert wanted in [[cell.strip() for cell in text.split("|")] for text in page]
+
+
+def test_the_points_lost_on_the_first_classes_are_those_of_the_text():
+    page = (Path(study.ROOT) / "docs/weights.md").read_text()
+    lost = {}
+    for target in study.TARGETS:
+        lost[target] = sum(
+            100 * value("first", "ninety", seed, "zero-shot top1")
+            - 100 * value("init", target, seed, "zero-shot top1", "first_data")
+            for seed in study.SEEDS) / 3
+    assert f"{lost['ten']:.1f} (ImageNet) and {lost['cifar']:.1f} points (CIFAR-10)" in page
