@@ -38,6 +38,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 META = torch.device("meta")
+# 2.5.1 ends with a segmentation fault in this mode; the next one that was tried is 2.15
+OLD_TORCH = torch.torch_version.TorchVersion(torch.__version__) < "2.6"
 TREE = Path(__file__).resolve().parents[1]
 SHAPE_FROM_VALUES = {"nonzero", "masked_select", "_unique", "_unique2", "unique_dim",
                      "unique_consecutive", "bincount", "equal", "is_nonzero"}
@@ -235,6 +237,9 @@ def main():
     p.add_argument("--kernels", metavar="SIZE")
     p.add_argument("--split", action="store_true")
     args = p.parse_args()
+    if OLD_TORCH:
+        raise SystemExit(f"sync.py: PyTorch {torch.__version__} crashes when operators are counted in "
+                         f"this way; install a newer one")
     sys.path.insert(0, str(args.tree.resolve()))
     if args.split:
         print_split_time()

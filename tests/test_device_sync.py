@@ -14,6 +14,8 @@ from vtp_min.model import SIZES, VTPConfig, VTPModel
 sys.path.insert(0, str(Path(__file__).parents[1] / "study"))
 import sync                                                                # noqa: E402
 
+pytestmark = pytest.mark.skipif(sync.OLD_TORCH, reason="PyTorch 2.5 crashes in study/sync.py")
+
 # the host has to know whether losses and gradients are finite, and whether a signal has arrived
 ONE_WAIT = {("number to Python", "vtp_min/run.py, agree"): 1}
 COPIES = ("asynchronous copy", "vtp_min/device.py, move_to")
