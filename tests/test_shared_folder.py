@@ -60,7 +60,8 @@ def on_two_ranks(function, folder):
         process.start()
     found = dict(results.get() for _ in processes)
     for process in processes:
-        process.join()
+        process.join(60)
+        process.kill()        # a process of PyTorch 2.5.1 once hung when it left the group
     return [found[0], found[1]]
 
 
