@@ -20,6 +20,7 @@ from vtp_min.extras import checkpoints, files, rendezvous, run_folder, sample_fo
 from vtp_min.run import Run
 
 SETTINGS = {"size": "nano"}
+OLD_TORCH = torch.torch_version.TorchVersion(torch.__version__) < "2.6"
 
 
 class Part:
@@ -190,7 +191,8 @@ def meet(store, world_size):
     found = {}
 
     def one(rank):
-        found[rank] = rendezvous.agree_on_prefix(store.clone(), rank, world_size)
+        own = dist.TCPStore("127.0.0.1", store.port, is_master=False)
+        found[rank] = rendezvous.agree_on_prefix(own, rank, world_size)
     threads = [threading.Thread(target=one, args=(rank,)) for rank in range(world_size)]
     for thread in reversed(threads):                          # rank 0 comes last
         thread.start()
@@ -233,7 +235,8 @@ def test_rank_0_names_a_rank_that_does_not_come(store, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("loss, message", [
-    ("hang", "another process did not answer for 0:30:00, so it hangs"),
+    pytest.param("hang", "another process did not answer for 0:30:00, so it hangs",
+                 marks=pytest.mark.skipif(OLD_TORCH, reason="PyTorch 2.5 keeps its time limit")),
     ("end", "another process has ended; its own error says why")])
 def test_a_rank_that_loses_another_one_says_so_below_the_error(tmp_path, loss, message):
     """gloo's errors name neither the rank nor what to do."""

@@ -9,10 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from test_many import SINKHORN, TINY, assert_same_result, log, train
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.skipif(
+    "--signals-to-handle" not in Path(torch.__file__).with_name("distributed").joinpath(
+        "run.py").read_text(), reason="this torchrun does not forward USR1")
 FAULTS = str(ROOT / "tests" / "faults.py")
 
 
