@@ -13,7 +13,8 @@ host waits for an operator if
 
     it returns a number to Python                      item(), tolist(), bool(tensor), cpu()
     the shape of its result depends on values          nonzero, boolean index, unique, bincount
-    it copies from the CPU to the device, unless this is asynchronous (device.move_to)
+    it copies from the CPU to the device, unless this is asynchronous (device.move_to). PyTorch 2.14
+    does not show torch.tensor(values, device=...) to a mode; 2.15 does.
 
 This list is ours. Waits inside a CUDA kernel's own code or in NCCL are not visible here. --kernels
 runs on the CPU in bf16 and counts operators that compute; one of them is about one kernel on a GPU.
