@@ -1,7 +1,7 @@
 #!/bin/bash
 # Train on machines of a Slurm cluster that ends jobs after some hours. Start it in the folder of
-# this repository, with torchrun on the PATH. It must know --signals-to-handle, which was added to
-# PyTorch in autumn 2025 (2.5.1 does not have it):
+# this repository, with torchrun on the PATH. It must know --signals-to-handle: that of PyTorch 2.14
+# does, that of 2.5.1 does not.
 #
 #     sbatch --nodes 2 --gpus-per-node 8 --time 24:00:00 docs/slurm.sh train.py FLAGS OF train.py
 #

@@ -250,12 +250,15 @@ def matched_table(rows):
                       f"{100 * r['metrics'][PROBE]:.1f} | {values[PSNR]:.2f} | {values[RFD]:.2f} "
                       f"| {'all' if data == 'data' else 10} | {judged(found)} |")
     for seed in sorted({r["seed"] for r in rows}):
-        pair = rows_of_seed(rows, seed)
-        pair = matched(*pair) if pair else None
-        if pair is None:
+        cells = rows_of_seed(rows, seed)
+        if cells is None:
+            print(f"\nseed {seed}: AE or ALL is not measured yet")
+            continue
+        comparison = matched(*cells)
+        if comparison is None:
             print(f"\nseed {seed}: no decoders match")
             continue
-        best, neighbours, a, b = pair
+        best, neighbours, a, b = comparison
         print(f"\nseed {seed}: ALL's decoder {best} against AE between {' and '.join(neighbours)}: "
               f"rFD {b['data', RFD]:.2f}, PSNR {a['data', PSNR]:.2f} / {b['data', PSNR]:.2f}")
         for data in ("data", "ten"):

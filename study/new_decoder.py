@@ -27,6 +27,9 @@ def parser():
 
 
 def main(args):
+    if Path(args.out).resolve() == Path(args.run).resolve():
+        raise ValueError(f"--out {args.out} is the run itself, whose decoder would be lost; give "
+                         f"another folder")
     model = VTPModel.from_pretrained(args.run)
     if not model.config.train_reconstruction:
         raise ValueError(f"{args.run} has no decoder (it was trained with --w-rec 0)")

@@ -39,7 +39,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 META = torch.device("meta")
-# 2.5.1 ends with a segmentation fault in this mode; the next one that was tried is 2.15
+# 2.5.1 ends with a segmentation fault in this mode; the next version that was tried is 2.14
 OLD_TORCH = torch.torch_version.TorchVersion(torch.__version__) < "2.6"
 TREE = Path(__file__).resolve().parents[1]
 SHAPE_FROM_VALUES = {"nonzero", "masked_select", "_unique", "_unique2", "unique_dim",
