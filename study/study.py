@@ -195,13 +195,14 @@ def generation_stages(cell, t, data, steps, decoders):
         f"dit-{data}": f"dit.py train {here}/latents --out {here}/dit {t['dit_recipe']} "
                        f"--steps {steps} {seeded}",
     }
-    for suffix, decoder in decoders.items():
+    pairs = " ".join(f"--decoder {decoder} {here}/at-{suffix}/samples"
+                     for suffix, decoder in decoders.items())
+    commands[f"sample-{data}"] = (f"study/sample_decoders.py {here}/dit {pairs} --n {t['samples']} "
+                                  f"--points {t['points']} {seeded} --fresh")
+    for suffix in decoders:
         out = f"{here}/at-{suffix}"
         measure = f"--run RUN/tokenizer --data {data} --out {out} --limit {t['samples']}"
         commands |= {
-            f"sample-{data}-{suffix}": f"dit.py sample {here}/dit --tokenizer {decoder} "
-                                       f"--out {out}/samples --n {t['samples']} "
-                                       f"--points {t['points']} {seeded} --fresh",
             # the first cell stores the statistics of the real images: see run_stage
             f"fid-{data}-{suffix}": f"eval.py fid {out}/samples {measure} --features efficientnet "
                                     f"--train-limit {t['probe']} --reference REAL-{data}",

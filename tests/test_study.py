@@ -12,8 +12,10 @@ import torch
 
 STUDY = Path(__file__).resolve().parents[1] / "study"
 sys.path.insert(0, str(STUDY))
+import dit                                                                 # noqa: E402
 import figures                                                             # noqa: E402
 import new_decoder                                                         # noqa: E402
+import sample_decoders                                                     # noqa: E402
 import study                                                               # noqa: E402
 from study import OBJECTIVES, PARTS, Cell                                  # noqa: E402
 from test_readme import PARSERS                                            # noqa: E402
@@ -55,7 +57,8 @@ def test_cells_of_the_race_differ_only_in_losses_captions_and_seed():
 
 @SCALES
 def test_every_command_of_every_cell_is_accepted_by_its_script(part, gpu):
-    parsers = PARSERS | {"study/new_decoder.py": new_decoder.parser().parse_args}
+    parsers = PARSERS | {"study/new_decoder.py": new_decoder.parser().parse_args,
+                         "study/sample_decoders.py": sample_decoders.parse}
     for cell in PARTS[part][1](quick=False):
         for command in commands(cell, part, gpu).values():
             script, *flags = shlex.split(command)
@@ -439,6 +442,41 @@ def test_a_new_decoder_replaces_the_decoder_alone(tmp_path):
     changed = {name for name, x in model.state_dict().items() if not torch.equal(x, new[name])}
     assert changed and all(name.startswith("pixel_decoder.") for name in changed)
     assert "pixel_decoder.proj_in.weight" in changed
+
+
+@pytest.fixture
+def two_decoders(tmp_path):
+    """-> folder with a tokenizer `own`, `new` with another decoder, and a DiT of 2 steps"""
+    torch.manual_seed(7)
+    VTPModel(VTPConfig.of_size("pico", image=16, patch=8)).save_pretrained(tmp_path / "own")
+    new_decoder.main(new_decoder.parser().parse_args([f"{tmp_path}/own", "--out",
+                                                      f"{tmp_path}/new"]))
+    dit.main(["latents", f"{tmp_path}/own", "--data", "shapes", "--n", "20", "--out",
+              f"{tmp_path}/latents", "--device", "cpu"])
+    dit.main(["train", f"{tmp_path}/latents", "--out", f"{tmp_path}/dit", "--size", "pico",
+              "--steps", "2", "--batch", "4", "--set", "previews=false", "--device", "cpu"])
+    return tmp_path
+
+
+def test_samples_decoded_by_several_decoders_are_those_of_dit_sample_but_the_dit_runs_once(
+        two_decoders, monkeypatch):
+    flags = ["--n", "5", "--batch", "2", "--points", "4", "--device", "cpu"]
+    for name in ("own", "new"):
+        dit.main(["sample", f"{two_decoders}/dit", "--tokenizer", f"{two_decoders}/{name}", "--out",
+                  f"{two_decoders}/expected-{name}", *flags])
+    calls = []
+    euler = dit.euler
+    monkeypatch.setattr(dit, "euler", lambda *args: calls.append(args) or euler(*args))
+    pairs = [word for name in ("own", "new")
+             for word in ("--decoder", f"{two_decoders}/{name}", f"{two_decoders}/found-{name}")]
+    sample_decoders.main(sample_decoders.parse([f"{two_decoders}/dit", *pairs, *flags]))
+    assert len(calls) == 3                     # batches of 2, 2 and 1, for the first decoder only
+    images = {folder: [path.read_bytes() for path in
+                       sorted((two_decoders / folder / "png").glob("*.png"))]
+              for folder in ("expected-own", "found-own", "expected-new", "found-new")}
+    assert len(images["found-own"]) == 5
+    assert images["found-own"] == images["expected-own"]
+    assert images["found-new"] == images["expected-new"] != images["found-own"]
 
 
 def wide_rows(seed, width, ae, joint):
