@@ -2,7 +2,7 @@
 
     python study/curves.py
 
-Each cell is the range over the logs in study/logs/NAME/*/log.jsonl.
+Each cell is the range over the logs in study/logs/NAME/*/log.jsonl, or the value of a single log.
 """
 import json
 from pathlib import Path
@@ -15,6 +15,9 @@ TABLES = {  # folder of logs: steps (rows), quantities (columns)
     "nano-cifar10": ((1, 100, 200, 300, 480),
                      ("loss", "dino", "ibot", "koleo", "clip", "rec", "teacher_entropy",
                       "feature_std")),
+    "S-shapes": ((1, 50, 100, 150, 200),
+                 ("loss", "dino", "ibot", "koleo", "clip", "rec", "teacher_entropy",
+                  "feature_std")),
     "pico-dit-shapes": ((1, 50, 100, 200, 400, 600, 750), ("loss", "mse", "cos"))}
 
 
