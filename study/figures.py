@@ -154,34 +154,36 @@ def rows_of_seed(rows, seed):
     return (found["AE"], found["ALL"]) if {"AE", "ALL"} <= found.keys() else None
 
 
-def matched(ae, joint):
-    """AE as if one of its decoders had the rFD of ALL's best decoder: linear interpolation between
-    the two decoders of AE next to it (study/protocol.md)
+def interpolated(ae, name, wanted):
+    """AE as if one of its decoders had the wanted value of a measure of its reconstructions: linear
+    interpolation between the two decoders next to it
 
-    -> (name of ALL's decoder, names of AE's two decoders, AE's values, ALL's values), or None if
-       there are no such two, or if PSNR then differs by more than 0.5 dB. Values are
-       {("data" or "ten", name): value}.
+    name  RFD or PSNR
+    -> names of the two decoders, {("data" or "ten", name): value}; None if there are no such two
+    """
+    value = {decoder: found[name] for decoder, found in decoders_of(ae).items()}
+    order = sorted(value, key=value.get)
+    for lower, upper in zip(order, order[1:]):
+        low, high = value[lower], value[upper]
+        if low <= wanted <= high:
+            weight = (wanted - low) / (high - low) if high > low else 0.0
+            return (lower, upper), {
+                (data, key): (1 - weight) * x + weight * ae["curve"][f"{data}-{upper}"][key]
+                for data in ("data", "ten") for key, x in ae["curve"][f"{data}-{lower}"].items()}
+    return None
+
+
+def matched(ae, joint):
+    """ALL's best decoder, and AE at the same rFD and at the same PSNR (study/protocol.md)
+
+    -> (name of ALL's decoder, its values {("data" or "ten", name): value}, {RFD or PSNR: result of
+       `interpolated`}), or None if AE's decoders do not reach one of the two
     """
     best = min(decoders_of(joint), key=lambda name: decoders_of(joint)[name][RFD])
-    wanted = decoders_of(joint)[best][RFD]
-    order = sorted(decoders_of(ae), key=lambda name: decoders_of(ae)[name][RFD])
-    for lower, upper in zip(order, order[1:]):
-        low, high = (decoders_of(ae)[name][RFD] for name in (lower, upper))
-        if low <= wanted <= high:
-            break
-    else:
-        return None
-    weight = (wanted - low) / (high - low) if high > low else 0.0
-    a, b = {}, {}
-    for data in ("data", "ten"):
-        x, y = ae["curve"][f"{data}-{lower}"], ae["curve"][f"{data}-{upper}"]
-        values = joint["curve"][f"{data}-{best}"]
-        for name in values:
-            a[data, name] = (1 - weight) * x[name] + weight * y[name]
-            b[data, name] = values[name]
-    if abs(a["data", PSNR] - b["data", PSNR]) > 0.5:
-        return None
-    return best, (lower, upper), a, b
+    values = {(data, name): x for data in ("data", "ten")
+              for name, x in joint["curve"][f"{data}-{best}"].items()}
+    equal = {name: interpolated(ae, name, values["data", name]) for name in (RFD, PSNR)}
+    return None if None in equal.values() else (best, values, equal)
 
 
 def compare(ae, joint, data, n):
@@ -210,7 +212,8 @@ def matched_verdict(rows, data, seeds=(0, 1)):
     if None in pairs:
         return "not decidable: no decoders match"
     n = samples_of(rows[0])
-    lines = [line for *_, ae, joint in pairs for line in compare(ae, joint, data, n)]
+    lines = [line for _, joint, equal in pairs for _, ae in equal.values()
+             for line in compare(ae, joint, data, n)]
     if all(line[-2] for line in lines):
         return "shown"
     return "not shown" if all(line[-1] for line in lines) else "not decidable"
@@ -258,13 +261,15 @@ def matched_table(rows):
         if comparison is None:
             print(f"\nseed {seed}: no decoders match")
             continue
-        best, neighbours, a, b = comparison
-        print(f"\nseed {seed}: ALL's decoder {best} against AE between {' and '.join(neighbours)}: "
-              f"rFD {b['data', RFD]:.2f}, PSNR {a['data', PSNR]:.2f} / {b['data', PSNR]:.2f}")
-        for data in ("data", "ten"):
-            for judge, x, y, p, q, _, _ in compare(a, b, data, samples_of(rows[0])):
-                print(f"{data}, {judge}: FD {x:.2f} / {y:.2f}, recognised {100 * p:.1f} / "
-                      f"{100 * q:.1f} %")
+        best, b, equal = comparison
+        for measure, (neighbours, a) in equal.items():
+            print(f"\nseed {seed}, equal {measure}: AE between {' and '.join(neighbours)} / ALL's "
+                  f"decoder {best}: rFD {a['data', RFD]:.2f} / {b['data', RFD]:.2f}, PSNR "
+                  f"{a['data', PSNR]:.2f} / {b['data', PSNR]:.2f}")
+            for data in ("data", "ten"):
+                for judge, x, y, p, q, _, _ in compare(a, b, data, samples_of(rows[0])):
+                    print(f"{data}, {judge}: FD {x:.2f} / {y:.2f}, recognised {100 * p:.1f} / "
+                          f"{100 * q:.1f} %")
     for data in ("data", "ten"):
         print(f"{data}: {matched_verdict(rows, data)}")
 

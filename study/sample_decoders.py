@@ -1,12 +1,12 @@
 """Draw samples of one DiT once, and decode them with several decoders.
 
     python study/sample_decoders.py RUN/dit --decoder RUN/tokenizer RUN/samples-own \\
-        --decoder RUN/more RUN/samples-more --n 2080 --points 50
+        --decoder RUN/more RUN/samples-more --n 500 --points 50
 
 writes what these commands write, but the DiT, which takes most of the time, runs once:
 
-    python dit.py sample RUN/dit --tokenizer RUN/tokenizer --out RUN/samples-own --n 2080 --points 50
-    python dit.py sample RUN/dit --tokenizer RUN/more --out RUN/samples-more --n 2080 --points 50
+    python dit.py sample RUN/dit --tokenizer RUN/tokenizer --out RUN/samples-own --n 500 --points 50
+    python dit.py sample RUN/dit --tokenizer RUN/more --out RUN/samples-more --n 500 --points 50
 
 All further arguments are those of `dit.py sample`. The Euler steps do not depend on the decoder, so
 their results, the latents of each batch, are kept from the first pass and used in the others.
