@@ -507,7 +507,7 @@ def test_the_rule_of_wide_latents_ends_after_one_seed_if_both_conditions_fail():
 
 
 @pytest.mark.parametrize("rows, line", [
-    (matched_rows(0, 45, 0.3), "seed 0, equal PSNR: AE between new_150 and new_600 / ALL's decoder"),
+    (matched_rows(0, 45, 0.3), "equal PSNR: AE between new_150 and new_600 / ALL's decoder own:"),
     (wide_rows(0, 48, (50, 0.2), (40, 0.3)), "seed 0: FD of AE divided by FD of ALL: 48: 1.25")])
 def test_figures_and_tables_of_photographs_are_made_from_the_lines_of_a_folder(rows, line, tmp_path,
                                                                               capsys):
