@@ -9,7 +9,8 @@ writes what these commands write, but the DiT, which takes most of the time, run
     python dit.py sample RUN/dit --tokenizer RUN/more --out RUN/samples-more --n 500 --points 50
 
 All further arguments are those of `dit.py sample`. The Euler steps do not depend on the decoder, so
-their results, the latents of each batch, are kept from the first pass and used in the others.
+their results, the latents of each batch, are kept from the first pass and used in the others. (So
+the images/s that the others print are those of decoding alone.)
 """
 import argparse
 import sys
@@ -34,7 +35,7 @@ def parse(argv=None):
     args, others = parser().parse_known_args(argv)
     commands = [["sample", args.run, "--tokenizer", decoder, "--out", out, *others]
                 for decoder, out in args.decoder]
-    for command in commands:                   # errors before anything is computed
+    for command in commands:                   # wrong arguments are found before the first
         dit.parse(command)
     return commands
 
