@@ -41,7 +41,16 @@ def parse(argv=None):
 
 
 def main(commands):
-    """Run these commands; all but the first use the latents of the first."""
+    """Run these commands; all but the first use the latents of the first.
+
+    ValueError if the decoders belong to different encoders, before anything is computed
+    """
+    folders = [dit.parse(command).tokenizer for command in commands]
+    encoders = [dit.load_tokenizer(folder, "cpu")[1] for folder in folders]
+    for folder, encoder in zip(folders, encoders):
+        if encoder != encoders[0]:
+            raise ValueError(f"the encoder of {folder} is not that of {folders[0]}, so it cannot "
+                             f"decode the same latents; give decoders of one tokenizer")
     euler = dit.euler
     latents = []                               # of the batches of the first command, in order
 
@@ -54,11 +63,14 @@ def main(commands):
         dit.main(commands[0])
         for command in commands[1:]:
             batches = iter(latents)
-            dit.euler = lambda velocity, x, grid, batches=batches: next(batches)
+            dit.euler = lambda velocity, x, grid: next(batches)
             dit.main(command)
     finally:
         dit.euler = euler
 
 
 if __name__ == "__main__":
-    main(parse())
+    try:
+        main(parse())
+    except (ValueError, OSError) as problem:
+        raise SystemExit(f"sample_decoders.py: {problem}") from None

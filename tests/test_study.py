@@ -487,6 +487,16 @@ def test_samples_decoded_by_several_decoders_are_those_of_dit_sample_but_the_dit
     assert images["found-new"] == images["expected-new"] != images["found-own"]
 
 
+def test_decoders_of_different_encoders_are_refused_before_the_dit_runs(two_decoders, monkeypatch):
+    torch.manual_seed(8)
+    VTPModel(VTPConfig.of_size("pico", image=16, patch=8)).save_pretrained(two_decoders / "other")
+    monkeypatch.setattr(dit, "main", None)
+    pairs = [word for name in ("own", "other")
+             for word in ("--decoder", f"{two_decoders}/{name}", f"{two_decoders}/samples-{name}")]
+    with pytest.raises(ValueError, match="other is not that of .*own"):
+        sample_decoders.main(sample_decoders.parse([f"{two_decoders}/dit", *pairs]))
+
+
 def wide_rows(seed, width, ae, joint):
     """ae, joint: (FD, share recognised)"""
     return [photograph_row(name, {"own": (25, 100, *values)}, seed, "wide", width)
