@@ -278,8 +278,8 @@ def matched_table(rows):
 
 # ---------------------------------------------------------------- wide latents
 def wide_values(row):
-    """-> the measurements of the samples of a cell of this part"""
-    return row["curve"]["data-own"]
+    """-> the measurements of a cell of this part: of reconstructions, and of samples of 10 classes"""
+    return row["curve"]["data-own"] | row["curve"]["ten-own"]
 
 
 def wide_ratios(rows, seed):
