@@ -278,7 +278,7 @@ def matched_table(rows):
 
 # ---------------------------------------------------------------- wide latents
 def wide_values(row):
-    """-> the measurements of a cell of this part: of reconstructions, and of samples of 10 classes"""
+    """-> measurements of the reconstructions, and of the samples of 10 classes"""
     return row["curve"]["data-own"] | row["curve"]["ten-own"]
 
 
