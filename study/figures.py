@@ -226,12 +226,17 @@ def matched_figure(rows):
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for axis, data, title in zip(axes, ("data", "ten"), ("all classes", "10 classes")):
         for row in rows:
-            points = sorted((values[RFD], row["curve"][f"{data}-{key}"][JUDGES["EfficientNet"][0]])
-                            for key, values in decoders_of(row).items())
-            axis.plot(*zip(*points), "o-" if row["seed"] == 0 else "s--",
-                      color=COLORS[row["objective"]],
+            points = sorted((values[RFD], row["curve"][f"{data}-{key}"][JUDGES["EfficientNet"][0]],
+                             values[PSNR]) for key, values in decoders_of(row).items())
+            x, y, psnr = zip(*points)
+            axis.plot(x, y, "o-" if row["seed"] == 0 else "s--", color=COLORS[row["objective"]],
                       label=f"{row['objective']}, seed {row['seed']}")
-        axis.set(xlabel="rFD of reconstructions", ylabel="FD of samples", title=title)
+            for k in (0, -1):
+                axis.annotate(f"{psnr[k]:.1f} dB", (x[k], y[k]), fontsize=8, xytext=(4, -12),
+                              textcoords="offset points")
+        axis.set(xlabel="rFD of reconstructions (EfficientNet)",
+                 ylabel="FD of samples (EfficientNet)", title=title)
+        axis.margins(x=0.2, y=0.08)
     axes[0].legend(fontsize=8)
     return figure
 
