@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from vtp_min.extras import fast
+from data import map_rows
+from vtp_min.extras import cost, fast
 
 # The processes that tests start use one thread, too. With equal numbers of threads, sums have the
 # same order, so results can be compared to the bit.
@@ -48,6 +49,24 @@ def same_draws_in_every_test(same_draws_in_every_file):
     Which process runs which files, and after which others, is decided anew in each run.
     """
     seed_all()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def steps_of_equal_shapes_are_counted_once():
+    """train.py counts the FLOPs of its step, which takes a second, longer than the steps of most
+    tests. Trainings in this process whose steps have equal shapes share the count."""
+    count, counted = cost.step_flops, {}
+
+    def step_flops(config, batch, *others):
+        shapes = {name: x.shape for name, x in vars(batch).items() if torch.is_tensor(x)}
+        key = repr((config, shapes, map_rows(batch.keep, len), others))
+        if key not in counted:
+            counted[key] = count(config, batch, *others)
+        return counted[key]
+
+    cost.step_flops = step_flops
+    yield
+    cost.step_flops = count
 
 
 # fast.install returns a function that restores the functions which it replaced. Here these are the

@@ -155,9 +155,9 @@ def one_process(tmp_path_factory):
 
 
 # ---------------------------------------------------------------- one process or many
-@BOTH_RECIPES
-@pytest.mark.parametrize("precision, processes, limit", [
-    ("fp64", 4, 1e-9), ("fp32", 2, 1e-4)])
+@pytest.mark.parametrize("precision, processes, limit, recipe", [
+    ("fp64", 4, 1e-9, SINKHORN), ("fp64", 2, 1e-9, CENTRED), ("fp32", 2, 1e-4, SINKHORN)],
+    ids=["fp64-4-sinkhorn clip", "fp64-2-centring siglip", "fp32-2-sinkhorn clip"])
 def test_many_processes_have_the_result_of_one_process(
         one_process, tmp_path, precision, processes, limit, recipe):
     """Five steps of all objectives: losses, weights, and the weights of the teacher. The ranks have
@@ -191,7 +191,7 @@ def test_two_nodes_have_the_result_of_one_process(one_process, tmp_path):
 
 # ---------------------------------------------------------------- whole batches or micro-batches
 @BOTH_RECIPES
-@pytest.mark.parametrize("micro, processes", [(2, 1), (4, 1), (2, 2)])
+@pytest.mark.parametrize("micro, processes", [(2, 1), (2, 2)])
 def test_micro_batches_have_the_result_of_whole_batches(
         one_process, tmp_path, micro, processes, recipe):
     flags = ["--precision", "fp64", "--micro", micro, *recipe]
@@ -203,9 +203,9 @@ def test_micro_batches_in_bfloat16_have_the_targets_and_losses_of_whole_batches(
         one_process, tmp_path):
     """Targets and losses are computed in float32 under autocast. In the first step the weights are
     equal, so the only difference is that matrix products of other shapes round differently."""
-    train(tmp_path / "run", "--precision", "bf16", "--micro", 2, *SINKHORN)
-    line = log(tmp_path / "run")[0]
-    wanted = log(one_process("bf16", SINKHORN))[0]
+    recipe = [*SINKHORN, "--steps", "1"]
+    train(tmp_path / "run", "--precision", "bf16", "--micro", 2, *recipe)
+    line, wanted = log(tmp_path / "run")[0], log(one_process("bf16", recipe))[0]
     for name in ("teacher_entropy", "dino", "ibot", "clip", "koleo", "rec"):
         difference = abs(line[name] - wanted[name])
         assert difference <= 1e-3 * abs(wanted[name]), (name, line[name], wanted[name])
@@ -237,7 +237,7 @@ def test_activation_checkpointing_changes_no_bit(one_process, tmp_path):
 # ---------------------------------------------------------------- uninterrupted or killed
 def test_a_run_that_is_killed_while_it_saves_and_continued_ends_as_an_uninterrupted_run(tmp_path):
     """It is killed twice. study/kill.py kills a run twenty times, at other moments, too."""
-    flags = ["--precision", "fp32", "--steps", 12, "--save-every", 1]
+    flags = ["--precision", "fp32", "--steps", 8, "--save-every", 1]
     uninterrupted = tmp_path / "uninterrupted"
     killed = tmp_path / "killed"
     train(uninterrupted, *flags)
@@ -265,14 +265,14 @@ def test_after_a_signal_a_run_finishes_its_step_saves_and_exits_with_status_75(t
 
 def test_a_run_continues_when_torchrun_restarts_it_after_a_worker_was_killed(tmp_path):
     """torchrun restarts both workers, and they continue from the last checkpoint."""
-    flags = ["--precision", "fp32", "--steps", 12, "--save-every", 1, *SINKHORN]
+    flags = ["--precision", "fp32", "--steps", 6, "--save-every", 1, *SINKHORN]
     run = start(tmp_path / "run", *flags, processes=2, torchrun=["--max-restarts", "2"])
     wait_for(run, tmp_path / "run" / "previous.pt", interval=0.05)
     os.kill(child_processes(run)[-1], signal.SIGKILL)
     output, errors = run.communicate(timeout=300)
     assert run.returncode == 0, errors[-3000:]
     assert "holds a checkpoint of step" in output
-    assert [line["step"] for line in log(tmp_path / "run")] == list(range(1, 13))
+    assert [line["step"] for line in log(tmp_path / "run")] == list(range(1, 7))
 
 
 def test_workers_of_torchrun_save_after_any_number_of_signals(tmp_path):
