@@ -1,5 +1,6 @@
 """A run folder: files are always complete, a resumed run equals an uninterrupted one, and a folder
 with other settings is rejected with a message."""
+import contextlib
 import io
 import json
 import math
@@ -406,24 +407,26 @@ def test_damaged_lines_of_the_log_are_reported_and_the_run_continues(tmp_path, l
         assert (tmp_path / "log.jsonl.damaged").read_bytes() == log
 
 
-@pytest.fixture
-def limit_file_size():
-    """-> function that limits the size of files, as a full disk does"""
+@contextlib.contextmanager
+def limited_file_size(size):
+    """Files of at most `size` bytes, as on a full disk. The limit ends before the test does, because
+    pytest then writes its result, perhaps to a file."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
 
 
-def test_on_a_full_disk_all_metrics_are_printed_and_no_half_line_stays(tmp_path, limit_file_size,
-                                                                       capsys):
+def test_on_a_full_disk_all_metrics_are_printed_and_no_half_line_stays(tmp_path, capsys):
     record_metric(tmp_path, "psnr", 31.25, "adm crop")
     complete = (tmp_path / "metrics.jsonl").read_bytes()
-    limit_file_size(len(complete) + 10)
-    for name, value in (("ssim", 0.875), ("lpips", 0.125)):
-        record_metric(tmp_path, name, value, "adm crop")
-    limit_file_size(resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    with limited_file_size(len(complete) + 10):
+        for name, value in (("ssim", 0.875), ("lpips", 0.125)):
+            record_metric(tmp_path, name, value, "adm crop")
     printed = capsys.readouterr().out
     assert "0.875" in printed and "0.125" in printed and printed.count("(not saved: ") == 2
     assert (tmp_path / "metrics.jsonl").read_bytes() == complete
@@ -440,11 +443,11 @@ def test_a_new_line_does_not_continue_an_incomplete_one(tmp_path):
         assert path.read_bytes() == half + b'\n{"name": "fid"}\n'
 
 
-def test_a_log_line_that_a_full_disk_cuts_off_is_removed(tmp_path, limit_file_size):
+def test_a_log_line_that_a_full_disk_cuts_off_is_removed(tmp_path):
     run = save_three_checkpoints(tmp_path)
     complete = (tmp_path / "log.jsonl").read_bytes()
-    limit_file_size(len(complete) + 10)
-    with pytest.raises(ValueError, match="log.jsonl cannot be written .*free some space"):
+    with (limited_file_size(len(complete) + 10),
+          pytest.raises(ValueError, match="log.jsonl cannot be written .*free some space")):
         run.log(4, loss=0.25)
     assert (tmp_path / "log.jsonl").read_bytes() == complete
 
@@ -728,19 +731,13 @@ def test_unreadable_samples_are_reported_once_counted_and_too_many_end_the_run(t
 
 def test_a_full_disk_raises_an_error_and_the_previous_checkpoint_stays_complete(tmp_path):
     save_three_checkpoints(tmp_path)
-    run, limits = Run(tmp_path, SETTINGS), resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    run = Run(tmp_path, SETTINGS)
     message = (r"last.pt could not be written .*the old file is unchanged.*free some space: "
                r"the same command")
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))     # at most 20 kB per file
-        with pytest.raises(ValueError, match=message):
-            large = Part(0)
-            large.w = torch.zeros(100_000)
-            run.save(4, {"part": large})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, before)
+    large = Part(0)
+    large.w = torch.zeros(100_000)
+    with limited_file_size(20_000), pytest.raises(ValueError, match=message):
+        run.save(4, {"part": large})
     assert Run(tmp_path, SETTINGS).checkpoint["step"] == 3
     assert not list(tmp_path.glob("*.part"))
 
