@@ -409,8 +409,8 @@ def test_damaged_lines_of_the_log_are_reported_and_the_run_continues(tmp_path, l
 
 @contextlib.contextmanager
 def limited_file_size(size):
-    """Files of at most `size` bytes, as on a full disk. The limit ends before the test does, because
-    pytest then writes its result, perhaps to a file."""
+    """Files of at most `size` bytes, as on a full disk. The limit ends before the test does: pytest
+    then writes its result, perhaps to a file."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
