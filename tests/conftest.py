@@ -2,6 +2,7 @@
 core's functions, textbook and fast."""
 import os
 import random
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,9 @@ def golden(request):
     return CUT if request.param == "cut" else Path(FULL)
 
 
-def seed_all():
+def reset():
+    """Begin with the same draws, and with float32 (--precision fp64 changes the default)"""
+    torch.set_default_dtype(torch.float32)
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -39,7 +42,7 @@ def seed_all():
 
 @pytest.fixture(autouse=True, scope="module")
 def same_draws_in_every_file():
-    seed_all()
+    reset()
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +51,19 @@ def same_draws_in_every_test(same_draws_in_every_file):
 
     Which process runs which files, and after which others, is decided anew in each run.
     """
-    seed_all()
+    reset()
+
+
+HANDLERS = {number: signal.getsignal(number)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)}
+
+
+@pytest.fixture(autouse=True)
+def pytest_handles_signals_again():
+    """A training in this process handles signals, also after its end."""
+    yield
+    for number, handler in HANDLERS.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -4,7 +4,6 @@ import json
 import re
 import runpy
 import shutil
-import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import nn
 import train
 from vtp_min import VTPConfig, VTPModel
 from vtp_min.augment import STD, normalize
-from vtp_min.extras import baselines, fast, gan
+from vtp_min.extras import baselines, gan
 from vtp_min.extras.baselines import (KL, LDM, MARGIN_COS, MARGIN_MATRIX, W_ALIGN, AttnBlock,
                                       LDMConfig, build_rae, encoder_features, kl_loss, mcos_loss,
                                       mdms_loss, reconstruct_ldm, reconstruct_rae,
@@ -35,23 +34,6 @@ VTP = VTPConfig(image_size=16, train_clip=False, vision_patch_size=4, vision_emb
                 vision_depth=1, vision_num_heads=2, vision_feature_bottleneck=4,
                 decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2, decoder_upscale=4,
                 rope_dtype="float32")
-
-
-@pytest.fixture(autouse=True)
-def restore_global_state():
-    """A run in this process changes signal handlers and functions of the core. Restore them after
-    each test."""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    threads = torch.get_num_threads()
-    restore_textbook_forms = fast.install()
-    restore_textbook_forms()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    restore_textbook_forms()
-    torch.set_num_threads(threads)
-    for s, handler in handlers.items():
-        signal.signal(s, handler)
 
 
 # ---------------------------------------------------------------- LDM

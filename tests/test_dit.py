@@ -300,15 +300,11 @@ class Folded(torch.nn.Module):
 
 @pytest.fixture(autouse=True)
 def tiny_models(monkeypatch):
-    """Replace transformer and tokenizer by tiny ones; restore the signal handlers afterwards"""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    """Replace transformer and tokenizer by tiny ones"""
     monkeypatch.setitem(SIZES, "nano", dict(hidden_size=32, depth=2, num_heads=2))
     monkeypatch.setattr(dit, "load_model", lambda folder: Folded())
     for module in (run, dit):
         monkeypatch.setattr(module, "peak_flops", lambda device, precision: 1e12)
-    yield
-    for s, handler in handlers.items():
-        signal.signal(s, handler)
 
 
 @pytest.fixture
@@ -572,7 +568,7 @@ def test_the_log_counts_the_flops_of_three_forward_passes(folder):
 
 @pytest.fixture
 def with_previews(folder, monkeypatch):
-    """`folder` with a tokenizer that is found; the previews are at steps 2, 4, 8, ..., and the last"""
+    """`folder` with a tokenizer that is found; previews at steps 2, 4, 8, ..., and the last"""
     (folder / "RUN" / "config.json").write_text("{}")
     monkeypatch.setattr(previews, "FIRST_STEP", 2)
     return folder

@@ -37,23 +37,6 @@ MODEL = VTPConfig(image_size=16, vision_patch_size=8, vision_embed_dim=32, visio
                   decoder_upscale=8, rope_dtype="float32")
 
 
-@pytest.fixture(autouse=True)
-def restore_global_state():
-    """A run in this process changes signal handlers, the default dtype and functions of the core.
-    Restore them after each test."""
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    restore_textbook_forms = fast.install()
-    restore_textbook_forms()
-    yield
-    restore_textbook_forms()
-    torch.set_num_threads(threads)
-    torch.set_default_dtype(torch.float32)
-    for s, handler in handlers.items():
-        signal.signal(s, handler)
-
-
 @pytest.fixture(scope="module")
 def stage1(tmp_path_factory):
     """The files that train.py writes for a run of stage 1, with untrained weights"""
@@ -88,12 +71,9 @@ def log(out):
 def whole(stage1, tmp_path_factory):
     """Four steps, with checkpoints at steps 2 and 4 -> folder, which tests must not change"""
     out = tmp_path_factory.mktemp("whole") / "gan"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     undo = fast.install()
     go(stage1, out)
     undo()
-    torch.set_num_threads(threads)
     return out
 
 

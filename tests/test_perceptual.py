@@ -224,7 +224,8 @@ def test_our_loss_is_never_called_lpips():
 def test_a_run_that_begins_from_one_that_used_our_loss_remembers_it(tmp_path):
     for name, settings in (("used", {"perceptual": "efficientnet", "w_rec": 0.1}),
                            ("plain", {"perceptual": "vgg"}),
-                           ("second", {"perceptual": "none", "perceptual_of_init": "efficientnet"})):
+                           ("second", {"perceptual": "none",
+                                       "perceptual_of_init": "efficientnet"})):
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").write_text(json.dumps(settings))
     known = {"perceptual_of_init": "efficientnet"}

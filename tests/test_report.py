@@ -249,7 +249,8 @@ def test_samples_that_cannot_be_read_are_replaced_by_the_reason(tmp_path):
     info = {"protocol": "2 samples", "classes": ["cat"], "labels": [0, 0]}
     for text, told in ((json.dumps(info), "000000.png cannot be read"),
                        (json.dumps(info)[:20], "labels.json cannot be read"),
-                       ("[]", "it holds a list"), (json.dumps(info | {"labels": [0, 7]}), "the label 7"),
+                       ("[]", "it holds a list"),
+                       (json.dumps(info | {"labels": [0, 7]}), "the label 7"),
                        (json.dumps(info | {"classes": [0]}), "a class name is not a text"),
                        ('{"labels": [["000000.png", 3]]}', "it lacks protocol")):
         (folder / "labels.json").write_text(text)

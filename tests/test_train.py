@@ -44,8 +44,6 @@ def settings(**values):
 def run_here(out, *flags):
     """python train.py within this process, where PyTorch is already imported, which is much faster
     -> its log.   out: run folder; flags: added to TINY"""
-    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP
-    handlers = {s: signal.getsignal(s) for s in numbers}
     argv = sys.argv
     sys.argv = ["train.py", "--out", str(out), *TINY, *map(str, flags)]
     try:
@@ -55,8 +53,6 @@ def run_here(out, *flags):
             raise
     finally:
         sys.argv = argv
-        for s, handler in handlers.items():
-            signal.signal(s, handler)
     return log(out)
 
 
