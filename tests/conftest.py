@@ -59,7 +59,7 @@ HANDLERS = {number: signal.getsignal(number)
 
 
 @pytest.fixture(autouse=True)
-def pytest_handles_signals_again():
+def signal_handlers_are_restored():
     """A training in this process handles signals, also after its end."""
     yield
     for number, handler in HANDLERS.items():
