@@ -318,19 +318,25 @@ def wide_verdict(rows):
 
 
 def wide_figure(rows):
-    """FD and share recognised against the width of the latents"""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    titles = "FD: lower is better", "samples recognised, %: higher is better"
-    for axis, name, factor, title in zip(axes, JUDGES["EfficientNet"], (1, 100), titles):
-        for seed in (0, 1):
-            for objective in ("AE", "ALL"):
-                found = sorted((r["width"], factor * wide_values(r)[name]) for r in rows
-                               if (r["objective"], r["seed"]) == (objective, seed))
-                if found:
-                    axis.plot(*zip(*found), "o-" if seed == 0 else "s--", color=COLORS[objective],
-                              label=f"{objective}, seed {seed}")
-        axis.set(xlabel="numbers per latent", title=title)
-    axes[0].legend(fontsize=8)
+    """FD and share recognised against the width of the latents, a row for each judge; bars are two
+    standard errors"""
+    figure, axes = plt.subplots(2, 2, figsize=(9, 4.8), layout="constrained", sharex=True)
+    for (left, right), (judge, (distance, share)) in zip(axes, JUDGES.items()):
+        for row in rows:
+            values, seed = wide_values(row), row["seed"]
+            style = dict(color=COLORS[row["objective"]], marker="o" if seed == 0 else "s",
+                         label=f"{row['objective']}, seed {seed}" if row["width"] == 48 else None)
+            x = row["width"] + (0.5 if row["objective"] == "ALL" else -0.5)    # side by side
+            bar = 200 * standard_error(values[share], samples_of(row))
+            left.plot(x, values[distance], linestyle="", **style)
+            right.errorbar(x, 100 * values[share], bar, **style)
+        left.set(title=f"FD by {judge}: lower is better")
+        right.set(title=f"recognised by {judge}, %: higher is better")
+        for axis in (left, right):
+            axis.set_ylim(0, 1.1 * axis.dataLim.y1)
+    for axis in axes[1]:
+        axis.set(xlabel="numbers per latent", xlim=(8, 56), xticks=(16, 32, 48))
+    axes[0, 0].legend(fontsize=8, loc="lower left")
     return figure
 
 
