@@ -166,7 +166,7 @@ WIDE = PHOTOGRAPHS | {
     "image": ("--image 32 --patch 4", "--image 64 --patch 8", "ours: 64 latents"),
     # 64 latents take about four times as long as 16: half the batch, and fewer steps (ours)
     "recipe": (f"--batch 32 --batch-ssl 16 --batch-rec 32 {SETTINGS}", GPU_RECIPE,
-               "as above, but with half the batch"),
+               "nano: as above with half the batch; S: as above (ours)"),
     "steps": (600, 20_000, "of the tokenizer"),
     "dit_steps": (1200, 10_000, "of the DiT, on 10 classes"),
 }
